@@ -1,0 +1,679 @@
+# SPDX-License-Identifier: MIT
+"""What all ten scripts need and no paper is about: the parts of a vision transformer, and the plumbing of a run.
+
+It imports no script. In order: positions, layers, ViT, EMA, schedules, ranks, randomness, config, checkpoints, log, toy images.
+Shape letters: B batch, N tokens, K kept tokens, D width, H heads, G side of the patch grid.
+"""
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import types
+import typing
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Positions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sincos_1d(width, positions):
+    """Sine-cosine embedding of real positions: [sin(p w_j) | cos(p w_j)], w_j = 10000^(-j / (width/2)).
+
+    positions: array [N] -> float64 tensor [N, width]; width must be even.
+    """
+    omega = 10000.0 ** (-np.arange(width // 2, dtype=np.float64) / (width / 2))
+    angles = np.outer(np.asarray(positions, dtype=np.float64), omega)
+    return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
+
+
+def sincos_2d(width, height, breadth):
+    """Positions of a height x breadth grid in raster order -> float64 [height*breadth, width]; width divisible by 4.
+
+    The first half encodes the column and the second the row, as in MAE and everything that descends from it.
+    """
+    if width % 4:
+        raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, not {width}")
+    row, column = np.mgrid[:height, :breadth].reshape(2, -1)
+    return torch.cat([sincos_1d(width // 2, column), sincos_1d(width // 2, row)], dim=1)
+
+
+def sincos_3d(width, frames, height, breadth):
+    """Positions of a (time, row, column) grid in raster order -> float64 [frames*height*breadth, width].
+
+    Each axis gets 2*ceil(width/6) columns and the whole is cut to `width` (V-JEPA's `uniform_power`).
+    """
+    axis = 2 * math.ceil(width / 6)
+    grid = np.mgrid[:frames, :height, :breadth].reshape(3, -1)
+    return torch.cat([sincos_1d(axis, positions) for positions in grid], dim=1)[:, :width]
+
+
+def interpolate_positions(table, old, new):
+    """Resample a position table to another grid: table [1, N, D], old and new (rows, columns) -> [1, N', D], bicubic."""
+    if tuple(old) == tuple(new):
+        return table
+    grid = table.float().unflatten(1, tuple(old)).permute(0, 3, 1, 2)  # [1, D, G, G]
+    grid = F.interpolate(grid, size=tuple(new), mode="bicubic", align_corners=False)
+    return grid.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+def gather_tokens(x, keep):
+    """Pick tokens: x [B, N, D], keep int64 [B, K] -> [B, K, D]; keep [M, B, K] (M masks) -> [M*B, K, D], mask-major."""
+    picked = x[torch.arange(x.shape[0], device=x.device)[:, None], keep]
+    return picked if keep.dim() == 2 else picked.flatten(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers. Parameter names are timm's, which nearly all released checkpoints use.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, fused. qkv is one Linear whose rows are [queries | keys | values]."""
+
+    def __init__(self, width, heads, qkv_bias=True):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, queries=None):
+        """x [B, N, D] -> [B, N, D]; with queries=n only the last n tokens ask (all are still attended to): [B, n, D]."""
+        batch, tokens, width = x.shape
+        if queries is None:
+            q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, N, D/H]
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = F.linear(x[:, -queries:], weight[:width], None if bias is None else bias[:width])
+            kv = F.linear(x, weight[width:], None if bias is None else bias[width:])
+            q = q.view(batch, queries, self.heads, -1).transpose(1, 2)
+            k, v = kv.view(batch, tokens, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, -1, width))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of x on a context, fused. x [B, N, D], context [B, M, D] -> [B, N, D]."""
+
+    def __init__(self, width, heads, qkv_bias=True):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width, bias=qkv_bias)
+        self.kv = nn.Linear(width, 2 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, context):
+        """x [B, N, D], context [B, M, D] -> [B, N, D]."""
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(context).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear, exact (erf) GELU, Linear."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        """[..., D] -> [..., D]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1 x) * w2 x), w1 and w2 packed in one Linear; two thirds of `hidden`, rounded up to 8, keeps the cost of an MLP."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        """[..., D] -> [..., D]."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel on a residual branch (CaiT)."""
+
+    def __init__(self, width, init):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), float(init)))
+
+    def forward(self, x):
+        """[..., D] -> [..., D]."""
+        return x * self.gamma
+
+
+def stochastic_depth(branch, rate, uniform):
+    """Drop a residual branch for some samples: branch [B, N, D], uniform [B] in [0, 1); the kept are scaled by 1/(1-rate)."""
+    return branch * ((uniform >= rate).to(branch.dtype) / (1 - rate))[:, None, None]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width, heads, mlp_ratio=4.0, qkv_bias=True, layer_scale=None, drop_path=0.0, swiglu=False, eps=1e-6):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads, qkv_bias)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = (SwiGLU if swiglu else MLP)(width, int(width * mlp_ratio))
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+
+    def forward(self, x, drop=None, queries=None):
+        """x [B, N, D] -> [B, N, D]; with queries=n only the last n tokens are computed: [B, n, D].
+
+        drop: uniforms [2, B] for stochastic depth (the caller draws them, so that they depend on step and sample only).
+        """
+        attended = self.ls1(self.attn(self.norm1(x), queries))
+        if queries is not None:
+            x = x[:, -queries:]
+        if drop is None or not self.drop_path:
+            x = x + attended
+            return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + stochastic_depth(attended, self.drop_path, drop[0])
+        return x + stochastic_depth(self.ls2(self.mlp(self.norm2(x))), self.drop_path, drop[1])
+
+
+class PatchEmbed(nn.Module):
+    """Patches (or, with `tubelet`, space-time tubelets) to tokens: a strided convolution, computed as one Linear.
+
+    As a Linear it can run on the visible patches alone; the weight keeps the convolution's shape, as checkpoints have it.
+    """
+
+    def __init__(self, patch, width, channels=3, tubelet=None):
+        super().__init__()
+        self.kernel = (patch, patch) if tubelet is None else (tubelet, patch, patch)
+        convolution = nn.Conv2d if tubelet is None else nn.Conv3d
+        self.proj = convolution(channels, width, kernel_size=self.kernel, stride=self.kernel)
+
+    def patchify(self, x):
+        """[B, C, H, W] -> [B, N, C*p*p], or [B, C, T, H, W] -> [B, N, C*t*p*p]; tokens in raster order."""
+        sizes = [part for side, k in zip(x.shape[2:], self.kernel) for part in (side // k, k)]
+        n = len(self.kernel)
+        x = x.reshape(*x.shape[:2], *sizes).permute(0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2))
+        return x.flatten(1, n).flatten(2)
+
+    def forward(self, patches):
+        """patches [B, N, C*p*p] -> tokens [B, N, D]."""
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def init_weights(module, std=0.02):
+    """For `module.apply`: Linear and convolution weights normal(0, std), their biases 0, LayerNorm 1 and 0."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+        nn.init.normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class ViT(nn.Module):
+    """Vision transformer (pre-norm; fixed sin-cos or learned positions; class and register tokens if asked for).
+
+    image_size, patch: pixels; frames and tubelet: for video [B, C, T, H, W]. The forward pass returns all tokens after the
+    final norm, in the order [class | registers | patches].
+    """
+
+    def __init__(self, image_size, patch, width, depth, heads, mlp_ratio=4.0, frames=None, tubelet=None, channels=3, class_token=False,
+                 registers=0, learned_positions=False, layer_scale=None, drop_path=0.0, swiglu=False, qkv_bias=True, eps=1e-6):  # fmt: skip
+        super().__init__()
+        if image_size % patch or width % heads:
+            raise ValueError(f"image size {image_size} must be a multiple of the patch {patch}, width {width} of the heads {heads}")
+        side = image_size // patch
+        self.grid = (side, side) if tubelet is None else (frames // tubelet, side, side)
+        self.width = width
+        self.patch_embed = PatchEmbed(patch, width, channels, tubelet)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
+        table = (sincos_2d if tubelet is None else sincos_3d)(width, *self.grid).float()
+        if class_token:
+            table = torch.cat([torch.zeros(1, width), table])
+        self.pos_embed = nn.Parameter(table[None], requires_grad=learned_positions)  # in the state dict, as checkpoints have it
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qkv_bias, layer_scale, rate, swiglu, eps) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.apply(init_weights)
+        for tokens in (self.cls_token, self.register_tokens, self.pos_embed if learned_positions else None):
+            if tokens is not None:
+                nn.init.normal_(tokens, std=0.02)
+
+    def forward(self, x, keep=None, layers=None, drop=None):
+        """Tokens after the final norm.
+
+        x: images [B, C, H, W] (or video), or patches [B, N, C*p*p] made by `patch_embed.patchify`, to share them between encoders
+        keep: int64 [B, K] or [M, B, K], indices of the patches to run on -> [B, K, D] or [M*B, K, D]; None runs on all
+        layers: block indices (negative from the end) -> a list of their outputs, each after the final norm
+        drop: uniforms [depth, 2, B] for stochastic depth
+        """
+        grid = self.grid
+        if x.dim() > 3:
+            grid = tuple(side // k for side, k in zip(x.shape[2:], self.patch_embed.kernel))
+            x = self.patch_embed.patchify(x)
+        special = 0 if self.cls_token is None else 1
+        positions = self.pos_embed[:, special:]
+        if grid != self.grid:
+            positions = interpolate_positions(positions, self.grid, grid)
+        if keep is None:
+            x = self.patch_embed(x) + positions
+        else:
+            x = self.patch_embed(gather_tokens(x, keep)) + positions[0][keep.flatten(0, -2)]
+        tokens = [] if self.cls_token is None else [self.cls_token + self.pos_embed[:, :1]]
+        if self.register_tokens is not None:
+            tokens.append(self.register_tokens)
+        if tokens:
+            x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1)
+        wanted = None if layers is None else [layer % len(self.blocks) for layer in layers]
+        outputs = {}
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if drop is None else drop[i])
+            if wanted is not None and i in wanted:
+                outputs[i] = self.norm(x)
+        return self.norm(x) if wanted is None else [outputs[i] for i in wanted]
+
+
+class EMA:
+    """Exponential moving average of a model's trainable parameters: target = m target + (1 - m) source."""
+
+    def __init__(self, target, source):
+        self.groups = {}
+        for ours, theirs in zip(target.parameters(), source.parameters(), strict=True):
+            if theirs.requires_grad:
+                targets, sources = self.groups.setdefault(ours.dtype, ([], []))
+                targets.append(ours)
+                sources.append(theirs)
+        target.requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, momentum, applied=None):
+        """One multi-tensor launch per dtype. applied: 0-dim tensor, 0 where the optimizer skipped this step: then nothing moves.
+
+        With `applied` it takes three launches, since a weight that only the device knows cannot be an argument of a lerp.
+        """
+        for targets, sources in self.groups.values():
+            if applied is None:
+                torch._foreach_lerp_(targets, sources, 1 - momentum)
+            else:
+                change = torch._foreach_sub(sources, targets)
+                torch._foreach_mul_(change, (1 - momentum) * applied.to(change[0].dtype))
+                torch._foreach_add_(targets, change)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules: pure functions of the step, so that resuming needs only its number
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def linear_schedule(step, total, start, final):
+    """From start at step 0 to final at step `total`, in a line."""
+    return start + (final - start) * step / max(1, total)
+
+
+def cosine_schedule(step, total, start, final):
+    """From start at step 0 to final at step `total` and after, along half a cosine."""
+    return final + (start - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
+
+
+def warmup_cosine_schedule(step, total, warmup, start, peak, final):
+    """Linear from start to peak over `warmup` steps, then a cosine to final at `total`."""
+    if step < warmup:
+        return linear_schedule(step, warmup, start, peak)
+    return cosine_schedule(step - warmup, total - warmup, peak, final)
+
+
+def parameter_groups(*modules):
+    """Optimizer groups: the decayed parameters of each module, then the undecayed ones (biases and 1-D tensors) of each.
+
+    A group carries `decay`, a bool. Parameters that need no gradient are left out.
+    """
+    groups = []
+    for decay in (True, False):
+        for module in modules:
+            named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+            groups.append({"decay": decay, "params": [p for n, p in named if (p.dim() > 1 and "bias" not in n) == decay]})
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks and randomness
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Where this process stands: rank of size, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def start_world(device=""):
+    """Join the process group that torchrun describes in the environment (or run alone). device: cuda | mps | cpu, '' = the best."""
+    if not device:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda, but this machine has no CUDA device that torch can see; use --device cpu")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.backends.cuda.matmul.allow_tf32 = True
+        device = f"cuda:{torch.cuda.current_device()}"
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    joined = dist.is_initialized()
+    return World(dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, torch.device(device))
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient / dist.get_world_size()
+
+
+def mean_over_ranks(x):
+    """Mean of a tensor over all ranks, differentiable: with DDP's averaging, the gradients are those of one big batch."""
+    return _MeanOverRanks.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
+
+def gather_over_ranks(x):
+    """Concatenate tensors of all ranks along the first axis, in rank order; lengths may differ. Not differentiable."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    length = torch.tensor([len(x)], device=x.device)
+    lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, length)
+    lengths = [int(n) for n in lengths]
+    padded = F.pad(x, [0, 0] * (x.dim() - 1) + [0, max(lengths) - len(x)])
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded.contiguous())
+    return torch.cat([part[:n] for part, n in zip(parts, lengths)])
+
+
+def distribute(model, world, shard=False, dtype=None):
+    """Wrap for training on all ranks: DDP, or FSDP2 over `model.blocks`-like lists with `shard`. Alone: the model itself."""
+    if shard:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
+        for module in list(model.modules()):
+            if isinstance(module, Block):
+                fully_shard(module, mp_policy=policy)
+        return fully_shard(model, mp_policy=policy)
+    if world.size == 1:
+        return model
+    trainable = any(p.requires_grad for p in model.parameters())
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True) if trainable else model
+
+
+def generator(*key, device="cpu"):
+    """A torch.Generator seeded by a key such as (seed, "crop", step, sample): the same key gives the same draws, anywhere."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def choose_precision(name, device):
+    """'bf16' | 'fp16' | 'fp32' | '' (bf16 where the hardware computes in it, else fp32) -> torch dtype."""
+    if not name:
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+        else:
+            name = "bf16" if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config and errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fail(message, code=2):
+    """Print one line that a newcomer can act on, and leave with this exit code."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def nearest(word, words):
+    """'; did you mean a, b?' for a mistyped word, or ''."""
+    close = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def parse_config(config_class, presets, data_presets, argv=None, description=None):
+    """Command line -> config. Every dataclass field is a flag, explained by the comment beside it; flags win over the preset.
+
+    presets: {name: {field: value}}; data_presets: {data name: preset name}, "*" for any other data.
+    Exits with 2 for an unknown flag or preset, naming the nearest known ones.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(config_class), re.MULTILINE))
+    hints = typing.get_type_hints(config_class)
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+
+    def flag(name):
+        return "--" + name.replace("_", "-")
+
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset")
+    early.add_argument("--data")
+    first, _ = early.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    name = first.preset or data_presets.get(first.data or fields["data"].default, data_presets["*"])
+    if name not in presets:
+        fail(f"unknown preset {name!r}{nearest(name, presets)} Known: {', '.join(presets)}.")
+    defaults = {n: f.default for n, f in fields.items()} | presets[name] | {"preset": name}
+
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field, hint in hints.items():
+        text = comments.get(field, "").replace("%", "%%") + f" [{str(defaults[field]).replace('%', '%%')}]"
+        options = {"help": text, "default": defaults[field]}
+        if hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hint) is tuple:
+            options |= {"type": typing.get_args(hint)[0], "nargs": "*" if typing.get_args(hint)[-1] is ... else len(typing.get_args(hint))}
+        else:
+            options["type"] = hint
+        if field == "preset":
+            options["help"] = f"one of {', '.join(presets)} [{name}]"
+        options.setdefault("metavar", None if hint is bool else getattr(hint, "__name__", "value").upper())
+        if hint is bool:
+            del options["metavar"]
+        parser.add_argument(flag(field), **options)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
+        fail(f"unknown argument {word}{nearest(word, [flag(f) for f in fields])} --help lists all.")
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()})
+
+
+def given_flags(argv):
+    """The names of the fields that the command line sets itself: {'steps', 'out', ...}."""
+    return {a[2:].split("=")[0].removeprefix("no-").replace("-", "_") for a in argv if a.startswith("--")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def full_state(model, optimizer=None):
+    """Plain CPU tensors by parameter name, gathered from all ranks if sharded: (model state, optimizer state or None)."""
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return (
+        dcp.get_model_state_dict(model, options=options),
+        dcp.get_optimizer_state_dict(model, optimizer, options=options) if optimizer else None,
+    )
+
+
+def load_full_state(model, state, optimizer=None, optimizer_state=None):
+    """The inverse of `full_state`, on any number of ranks."""
+    options = dcp.StateDictOptions(full_state_dict=True)
+    dcp.set_model_state_dict(model, state, options=options)
+    if optimizer is not None:
+        dcp.set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
+
+
+def save_checkpoint(path, state):
+    """Write atomically: to a temporary file beside it, synced, then renamed, so that `path` is whole at every moment."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        temporary.unlink(missing_ok=True)
+        kept = f"the previous {path.name} is intact" if path.exists() else "there was no earlier one"
+        fail(f"could not write {path}: {error}; {kept}. Free some space or choose another --out, then --resume.", code=1)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint as plain tensors, mapped from disk: no code in the file is run. Exits with 2 if it is not one."""
+    if not Path(path).is_file():
+        fail(f"no checkpoint at {path}")
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError):  # files older than torch 1.6 can't be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  whatever a broken file provokes, the answer is the same sentence
+        reason = str(error).split("\n")[0][:150]
+        fail(f"{path} is truncated, or not a checkpoint that can be read safely ({type(error).__name__}: {reason})")
+
+
+def load_state(module, state, what):
+    """`load_state_dict`, but a mismatch is one readable error (exit 2) that lists missing, unexpected and misshapen keys."""
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    if missing or unexpected or shapes:
+        parts = [f"{name}: {', '.join(keys)}" for name, keys in (("missing", missing), ("unexpected", unexpected), ("shapes", shapes)) if keys]
+        fail(f"{what} does not fit this model. " + ". ".join(parts))
+    module.load_state_dict(state)
+
+
+def choose_out(out, script, resume):
+    """The run's folder. '' -> runs/SCRIPT, or the first free runs/SCRIPT-2, -3, ... (with resume: the latest of them).
+
+    A folder that was named and already holds a run is refused unless resume (exit 2).
+    """
+    if out:
+        path = Path(out)
+        if not resume and any((path / name).exists() for name in ("config.json", "last.pt", "log.jsonl")):
+            fail(f"{path} already holds a run: add --resume to continue it, or choose another --out")
+        return path
+    path, number = Path("runs") / script, 1
+    while (path if number == 1 else path.with_name(f"{script}-{number}")).exists():
+        number += 1
+    number = max(1, number - 1) if resume else number
+    return path if number == 1 else path.with_name(f"{script}-{number}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log and signals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """log.jsonl, one progress bar, and the request to stop: SIGTERM and SIGINT set `stop`, the loop finishes its step."""
+
+    def __init__(self, out, world, total=0, start=0):
+        self.rank, self.start, self.total, self.stop = world.rank, start, total, None
+        self.path = Path(out) / "log.jsonl"
+        self.bar, self.seen, self.began = None, start, time.monotonic()
+        if self.rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():  # rows after the step that we resume from will be written again
+                rows = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+                kept = [line for line in rows if json.loads(line).get("step", 0) <= start]
+                self.path.write_text("".join(line + "\n" for line in kept))
+            if total > start and sys.stderr.isatty():
+                self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+
+    def catch_signals(self):
+        """From now on SIGTERM and SIGINT ask for a stop instead of ending the process."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda caught, frame: setattr(self, "stop", caught))
+
+    def write(self, **row):
+        """Append one object to log.jsonl (rank 0 only)."""
+        if self.rank == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def progress(self, step, **shown):
+        """Show the state after `step` steps: in the bar, or as a plain line when the output is no terminal."""
+        if self.rank:
+            return
+        text = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in shown.items()}
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix(text)
+        else:
+            left = (time.monotonic() - self.began) / max(1, step - self.start) * (self.total - step)
+            self.say(f"step {step}/{self.total} " + " ".join(f"{k} {v}" for k, v in text.items()) + f" eta {left:.0f} s")
+
+    def say(self, text):
+        """Print a line without breaking the bar (rank 0 only)."""
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stderr if self.bar is not None else sys.stdout)
+            sys.stdout.flush()
+
+    def close(self):
+        """End the progress bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Toy images
+# ---------------------------------------------------------------------------------------------------------------------
+TOY_CLASSES = [f"{k:02d}" for k in range(10)]
+
+
+def toy_images(split, size=24):
+    """placeholder"""
+    n = {"train": 8000, "val": 2000}[split]
+    rng = np.random.Generator(np.random.PCG64(0 if split == "train" else 1))
+    labels = np.arange(n) % 10
+    g = np.arange(size) / size
+    th = (labels % 5 + rng.uniform(-0.25, 0.25, n)) * np.pi / 5
+    f = np.where(labels < 5, 3.0, 5.0)
+    ph = rng.uniform(0, 6.28, n)
+    x = np.sin(2 * np.pi * f[:, None, None] * (g[None, None] * np.cos(th)[:, None, None] + g[None, :, None] * np.sin(th)[:, None, None]) + ph[:, None, None])
+    x = 128 + 40 * x + rng.normal(0, 10, x.shape)
+    pixels = torch.from_numpy(np.repeat(x[:, None].clip(0, 255).astype(np.uint8), 3, 1))
+    return pixels, torch.from_numpy(labels)
