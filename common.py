@@ -6,7 +6,7 @@ Shape letters: B batch, N tokens, K kept tokens, D width, H heads, G side of the
 """
 
 import argparse
-import copy
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -15,10 +15,11 @@ import json
 import math
 import os
 import re
+import resource
+import shlex
 import signal
 import sys
 import time
-import types
 import typing
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -177,7 +178,9 @@ def stochastic_depth(branch, rate, uniform):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width, heads, mlp_ratio=4.0, qkv_bias=True, layer_scale=None, drop_path=0.0, swiglu=False, eps=1e-6):
+    def __init__(
+        self, width, heads, mlp_ratio=4.0, qkv_bias=True, layer_scale=None, drop_path=0.0, swiglu=False, eps=1e-6
+    ):
         super().__init__()
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(width, eps=eps)
@@ -245,7 +248,9 @@ class ViT(nn.Module):
                  registers=0, learned_positions=False, layer_scale=None, drop_path=0.0, swiglu=False, qkv_bias=True, eps=1e-6):  # fmt: skip
         super().__init__()
         if image_size % patch or width % heads:
-            raise ValueError(f"image size {image_size} must be a multiple of the patch {patch}, width {width} of the heads {heads}")
+            raise ValueError(
+                f"image size {image_size} must be a multiple of the patch {patch}, width {width} of the heads {heads}"
+            )
         side = image_size // patch
         self.grid = (side, side) if tubelet is None else (frames // tubelet, side, side)
         self.width = width
@@ -255,9 +260,13 @@ class ViT(nn.Module):
         table = (sincos_2d if tubelet is None else sincos_3d)(width, *self.grid).float()
         if class_token:
             table = torch.cat([torch.zeros(1, width), table])
-        self.pos_embed = nn.Parameter(table[None], requires_grad=learned_positions)  # in the state dict, as checkpoints have it
+        self.pos_embed = nn.Parameter(
+            table[None], requires_grad=learned_positions
+        )  # in the state dict, as checkpoints have it
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qkv_bias, layer_scale, rate, swiglu, eps) for rate in rates)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, qkv_bias, layer_scale, rate, swiglu, eps) for rate in rates
+        )
         self.norm = nn.LayerNorm(width, eps=eps)
         self.apply(init_weights)
         for tokens in (self.cls_token, self.register_tokens, self.pos_embed if learned_positions else None):
@@ -356,7 +365,9 @@ def parameter_groups(*modules):
     for decay in (True, False):
         for module in modules:
             named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-            groups.append({"decay": decay, "params": [p for n, p in named if (p.dim() > 1 and "bias" not in n) == decay]})
+            groups.append(
+                {"decay": decay, "params": [p for n, p in named if (p.dim() > 1 and "bias" not in n) == decay]}
+            )
     return groups
 
 
@@ -423,19 +434,45 @@ def gather_over_ranks(x):
     return torch.cat([part[:n] for part, n in zip(parts, lengths)])
 
 
-def distribute(model, world, shard=False, dtype=None):
-    """Wrap for training on all ranks: DDP, or FSDP2 over `model.blocks`-like lists with `shard`. Alone: the model itself."""
+def distribute(model, world, shard=False):
+    """Wrap for training on all ranks: DDP, or with `shard` FSDP2, block by block. Alone, or with nothing to train: as it is."""
     if shard:
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
-        for module in list(model.modules()):
+        for module in model.modules():
             if isinstance(module, Block):
-                fully_shard(module, mp_policy=policy)
-        return fully_shard(model, mp_policy=policy)
-    if world.size == 1:
+                fully_shard(module)
+        return fully_shard(model)
+    if world.size == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
-    trainable = any(p.requires_grad for p in model.parameters())
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True) if trainable else model
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def no_sync(model, last):
+    """A context for one of several backward passes of a step: gradients are exchanged in the last one only."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        model.set_requires_gradient_sync(last)
+    return model.no_sync() if not last and hasattr(model, "no_sync") else contextlib.nullcontext()
+
+
+def gradient_norm(parameters):
+    """L2 norm of all gradients as a 0-dim tensor on the device, over all shards where they are sharded."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def effective_rank(features):
+    """exp of the entropy of the normalised singular values of centred features [B, D]: 1 = collapsed, at most min(B, D)."""
+    values = torch.linalg.svdvals((features - features.mean(0)).float())
+    p = values / values.sum().clamp(min=1e-12)
+    return torch.exp(torch.special.entr(p).sum())
+
+
+def memory_gib(device):
+    """Peak memory so far in GiB: allocated on a CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
 
 
 def generator(*key, device="cpu"):
@@ -450,7 +487,9 @@ def choose_precision(name, device):
         if device.type == "cuda":
             name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
         else:
-            name = "bf16" if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
+            name = (
+                "bf16" if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
+            )
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
@@ -494,14 +533,19 @@ def parse_config(config_class, presets, data_presets, argv=None, description=Non
         fail(f"unknown preset {name!r}{nearest(name, presets)} Known: {', '.join(presets)}.")
     defaults = {n: f.default for n, f in fields.items()} | presets[name] | {"preset": name}
 
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for field, hint in hints.items():
         text = comments.get(field, "").replace("%", "%%") + f" [{str(defaults[field]).replace('%', '%%')}]"
         options = {"help": text, "default": defaults[field]}
         if hint is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hint) is tuple:
-            options |= {"type": typing.get_args(hint)[0], "nargs": "*" if typing.get_args(hint)[-1] is ... else len(typing.get_args(hint))}
+            options |= {
+                "type": typing.get_args(hint)[0],
+                "nargs": "*" if typing.get_args(hint)[-1] is ... else len(typing.get_args(hint)),
+            }
         else:
             options["type"] = hint
         if field == "preset":
@@ -556,7 +600,9 @@ def save_checkpoint(path, state):
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         temporary.unlink(missing_ok=True)
         kept = f"the previous {path.name} is intact" if path.exists() else "there was no earlier one"
-        fail(f"could not write {path}: {error}; {kept}. Free some space or choose another --out, then --resume.", code=1)
+        fail(
+            f"could not write {path}: {error}; {kept}. Free some space or choose another --out, then --resume.", code=1
+        )
 
 
 def load_checkpoint(path):
@@ -577,28 +623,52 @@ def load_state(module, state, what):
     """`load_state_dict`, but a mismatch is one readable error (exit 2) that lists missing, unexpected and misshapen keys."""
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    shapes = [
+        f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
     if missing or unexpected or shapes:
-        parts = [f"{name}: {', '.join(keys)}" for name, keys in (("missing", missing), ("unexpected", unexpected), ("shapes", shapes)) if keys]
+        parts = [
+            f"{name}: {', '.join(keys)}"
+            for name, keys in (("missing", missing), ("unexpected", unexpected), ("shapes", shapes))
+            if keys
+        ]
         fail(f"{what} does not fit this model. " + ". ".join(parts))
     module.load_state_dict(state)
 
 
-def choose_out(out, script, resume):
-    """The run's folder. '' -> runs/SCRIPT, or the first free runs/SCRIPT-2, -3, ... (with resume: the latest of them).
+def choose_out(out, script, resume, world):
+    """The run's folder, made. '' -> runs/SCRIPT, or the first free runs/SCRIPT-2, -3, ... (with resume: the last there is).
 
     A folder that was named and already holds a run is refused unless resume (exit 2).
     """
-    if out:
-        path = Path(out)
-        if not resume and any((path / name).exists() for name in ("config.json", "last.pt", "log.jsonl")):
-            fail(f"{path} already holds a run: add --resume to continue it, or choose another --out")
-        return path
-    path, number = Path("runs") / script, 1
-    while (path if number == 1 else path.with_name(f"{script}-{number}")).exists():
-        number += 1
-    number = max(1, number - 1) if resume else number
-    return path if number == 1 else path.with_name(f"{script}-{number}")
+    path = Path(out)
+    if not out:
+        names = [f"runs/{script}", *(f"runs/{script}-{i}" for i in range(2, 10000))]
+        free = next(i for i, name in enumerate(names) if not Path(name).exists())
+        path = Path(names[max(0, free - 1) if resume else free])
+    elif not resume and any((path / name).exists() for name in ("config.json", "last.pt", "log.jsonl")):
+        fail(f"{path} already holds a run: add --resume to continue it, or choose another --out")
+    if world.size > 1:  # all ranks take rank 0's choice, before it makes the folder
+        names = [str(path)]
+        dist.broadcast_object_list(names)
+        path = Path(names[0])
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to {path}: {error}; choose another --out")
+    return path
+
+
+def resume_command(out):
+    """The command line that continues this run."""
+    words = [w for w in sys.argv[1:] if w != "--resume"]
+    if "out" not in given_flags(words):
+        words += ["--out", str(out)]
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
+    return shlex.join([*launcher, Path(sys.argv[0]).name, *words, "--resume"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -612,7 +682,7 @@ class Log:
     def __init__(self, out, world, total=0, start=0):
         self.rank, self.start, self.total, self.stop = world.rank, start, total, None
         self.path = Path(out) / "log.jsonl"
-        self.bar, self.seen, self.began = None, start, time.monotonic()
+        self.bar, self.began, self.skipped = None, time.monotonic(), set()
         if self.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():  # rows after the step that we resume from will be written again
@@ -626,6 +696,14 @@ class Log:
         """From now on SIGTERM and SIGINT ask for a stop instead of ending the process."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda caught, frame: setattr(self, "stop", caught))
+
+    def agree(self, flag):
+        """Whether `flag` is set on any rank."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return bool(flag)
+        flags = [None] * dist.get_world_size()
+        dist.all_gather_object(flags, bool(flag))
+        return any(flags)
 
     def write(self, **row):
         """Append one object to log.jsonl (rank 0 only)."""
@@ -643,13 +721,24 @@ class Log:
             self.bar.set_postfix(text)
         else:
             left = (time.monotonic() - self.began) / max(1, step - self.start) * (self.total - step)
-            self.say(f"step {step}/{self.total} " + " ".join(f"{k} {v}" for k, v in text.items()) + f" eta {left:.0f} s")
+            self.say(
+                f"step {step}/{self.total} " + " ".join(f"{k} {v}" for k, v in text.items()) + f" eta {left:.0f} s"
+            )
 
     def say(self, text):
         """Print a line without breaking the bar (rank 0 only)."""
         if self.rank == 0:
             tqdm.write(text, file=sys.stderr if self.bar is not None else sys.stdout)
             sys.stdout.flush()
+
+    def skip(self, messages, total, limit):
+        """Count unreadable files ('path: reason'), name the first ten; above the share `limit` of `total` stop (exit 2)."""
+        for message in set(messages) - self.skipped:
+            self.skipped.add(message)
+            if len(self.skipped) <= 10:
+                self.say(f"skipped an unreadable file: {message}")
+        if len(self.skipped) > max(1, limit * total):
+            fail(f"{len(self.skipped)} of {total} files could not be read, more than --max-bad {limit:g} allows")
 
     def close(self):
         """End the progress bar."""
@@ -673,7 +762,13 @@ def toy_images(split, size=24):
     th = (labels % 5 + rng.uniform(-0.25, 0.25, n)) * np.pi / 5
     f = np.where(labels < 5, 3.0, 5.0)
     ph = rng.uniform(0, 6.28, n)
-    x = np.sin(2 * np.pi * f[:, None, None] * (g[None, None] * np.cos(th)[:, None, None] + g[None, :, None] * np.sin(th)[:, None, None]) + ph[:, None, None])
+    x = np.sin(
+        2
+        * np.pi
+        * f[:, None, None]
+        * (g[None, None] * np.cos(th)[:, None, None] + g[None, :, None] * np.sin(th)[:, None, None])
+        + ph[:, None, None]
+    )
     x = 128 + 40 * x + rng.normal(0, 10, x.shape)
     pixels = torch.from_numpy(np.repeat(x[:, None].clip(0, 255).astype(np.uint8), 3, 1))
     return pixels, torch.from_numpy(labels)

@@ -12,13 +12,11 @@ import io
 import json
 import math
 import os
-import resource
-import shlex
 import sys
 import tarfile
 import time
 import urllib.request
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import common
-from common import EMA, Block, Log, ViT, World, fail, gather_tokens, generator
+from common import EMA, Block, Log, ViT, World, effective_rank, fail, gather_tokens, generator
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -56,7 +54,9 @@ class Config:
     patch_std: float = 0.02  # std of the initial patch projection
 
     # masks
-    masks: str = "corrected"  # official (the paper's code) or corrected (blocks reach the last row and column; see sample_masks)
+    masks: str = (
+        "corrected"  # official (the paper's code) or corrected (blocks reach the last row and column; see sample_masks)
+    )
     targets: int = 4  # target blocks an image
     contexts: int = 1  # context blocks an image
     target_scale: tuple[float, float] = (0.15, 0.2)  # area of a target block, share of the image
@@ -65,7 +65,9 @@ class Config:
     min_keep: int = 3  # a block has more patches than this
     min_context: int = 8  # corrected masks: fewer context patches than this are not accepted
     overlap: bool = False  # let the context keep the patches of the targets
-    group: int = 0  # consecutive samples whose contexts are cut to one length, 0 = the whole batch (the paper: a GPU's share)
+    group: int = (
+        0  # consecutive samples whose contexts are cut to one length, 0 = the whole batch (the paper: a GPU's share)
+    )
 
     # augmentation
     crop_scale: tuple[float, float] = (0.3, 1.0)  # area of the random crop, share of the image
@@ -108,14 +110,18 @@ class Config:
     eval_limit: int = 0  # use at most this many training images for knn and lowshot, 0 = all
     eval_batch: int = 256  # images a forward pass in evaluation, a rank
     probe: str = "sgd"  # optimizer of the linear probe: lars (the paper on ImageNet) or sgd (its transfer protocol)
-    probe_augment: bool = False  # probe on random crops and flips, encoding each batch anew; else on features computed once
+    probe_augment: bool = (
+        False  # probe on random crops and flips, encoding each batch anew; else on features computed once
+    )
     probe_epochs: int = 28  # passes of the linear probe
     probe_batch: int = 256  # batch of the linear probe, over all ranks
     probe_lrs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)  # learning rates tried, scaled by batch / 256
     probe_decays: tuple[float, ...] = (5e-4, 0.0)  # weight decays tried
     probe_milestones: tuple[float, ...] = (0.286, 0.571, 0.857)  # share of the epochs after which lr is divided by 10
     lowshot: float = 0.01  # share of the labels that lowshot uses
-    lowshot_list: str = ""  # file of training image names for lowshot, one a line; default a seeded choice, the same for each class
+    lowshot_list: str = (
+        ""  # file of training image names for lowshot, one a line; default a seeded choice, the same for each class
+    )
     features_split: str = "val"  # train or val
     features_out: str = ""  # file of --eval features, default features.npz in the run's folder
     tokens: bool = False  # --eval features also writes the patch tokens
@@ -133,15 +139,33 @@ PRESETS = {
     "cifar10-cpu": dict(data="cifar10"),
     "cifar10": dict(data="cifar10"),
     "folder": dict(data="folder"),
-    "vit_b16_in1k": PAPER | dict(patch=16, width=768, depth=12, heads=12, predictor_depth=6, epochs=600, warmup=40 / 600),
-    "vit_l16_in1k": PAPER | dict(patch=16, width=1024, depth=24, heads=16, predictor_depth=12, epochs=600, warmup=40 / 600),
+    "vit_b16_in1k": PAPER
+    | dict(patch=16, width=768, depth=12, heads=12, predictor_depth=6, epochs=600, warmup=40 / 600),
+    "vit_l16_in1k": PAPER
+    | dict(patch=16, width=1024, depth=24, heads=16, predictor_depth=12, epochs=600, warmup=40 / 600),
     "vit_h14_in1k": PAPER | HUGE,
     "vit_h16_448_in1k": PAPER | HUGE | dict(image_size=448, patch=16, group=16),
     "vit_h14_in22k": PAPER | HUGE | dict(data="imagenet22k", group=32, epochs=66, warmup=3 / 66),
     "vit_g16_in22k": PAPER
-    | dict(data="imagenet22k", patch=16, width=1408, depth=40, heads=16, predictor_depth=16, group=16, epochs=44, warmup=3 / 44),
+    | dict(
+        data="imagenet22k",
+        patch=16,
+        width=1408,
+        depth=40,
+        heads=16,
+        predictor_depth=16,
+        group=16,
+        epochs=44,
+        warmup=3 / 44,
+    ),
 }
-DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10", "imagenet": "vit_h14_in1k", "imagenet22k": "vit_h14_in22k", "*": "folder"}
+DATA_PRESETS = {
+    "toy": "toy",
+    "cifar10": "cifar10",
+    "imagenet": "vit_h14_in1k",
+    "imagenet22k": "vit_h14_in22k",
+    "*": "folder",
+}
 
 
 def check(config, world):
@@ -154,7 +178,9 @@ def check(config, world):
             fail(f"--{name}width {width} must be a multiple of its heads, {heads}, and of 4")
     micro = micro_batch(c, world)
     if c.batch % (world.size * c.accumulate) or c.batch % (world.size * micro) or (c.group and c.batch % c.group):
-        fail(f"--batch {c.batch} does not divide into {world.size} ranks x {c.accumulate} accumulations, in groups of {c.group or c.batch}")
+        fail(
+            f"--batch {c.batch} does not divide into {world.size} ranks x {c.accumulate} accumulations, in groups of {c.group or c.batch}"
+        )
     if c.group and c.group % micro:
         fail(f"--group {c.group} is no multiple of the {micro} images a forward pass; change --accumulate or --group")
     for name, known in (("masks", ("official", "corrected")), ("probe", ("lars", "sgd")), ("encoder", ("target", "context")),
@@ -175,13 +201,15 @@ def check(config, world):
     if c.schedule_scale < 1:
         fail(f"--schedule-scale {c.schedule_scale} is below 1: the schedules would end before the run does")
     if c.shard and c.encoder == "context":
-        fail("--shard evaluates the target encoder only; evaluate the context encoder afterwards with --init RUN/last.pt --encoder context")
+        fail(
+            "--shard evaluates the target encoder only; evaluate the context encoder afterwards with --init RUN/last.pt --encoder context"
+        )
     if c.shard and c.precision == "fp16":
         fail("--shard works with bf16 and fp32, not with --precision fp16")
 
 
 def micro_batch(config, world):
-    """Images a forward pass: no more than a rank's share split by --accumulate, and never from two groups."""
+    """Images a forward pass: a rank's share split by --accumulate, and never from two groups."""
     return min(config.group or config.batch, max(1, config.batch // (world.size * config.accumulate)))
 
 
@@ -259,20 +287,40 @@ def sample_masks(config, step, first=0, last=None, device="cpu"):
             fresh = rectangles(draw(count, target_size), target_size, grid)  # [B, targets, N]
             targets = fresh if targets is None else torch.where(todo.any(1)[:, None, None], fresh, targets)
         regions = 0 if config.overlap else max(0, count - attempt // 20) if official else count
-        fresh = rectangles(draw(config.contexts, context_size), context_size, grid) & ~targets[:, :regions].any(1, keepdim=True)
+        fresh = rectangles(draw(config.contexts, context_size), context_size, grid) & ~targets[:, :regions].any(
+            1, keepdim=True
+        )
         contexts = torch.where(todo[..., None], fresh, contexts)  # [B, contexts, N]
         todo = contexts.sum(-1) <= (config.min_keep if official else max(config.min_keep, config.min_context - 1))
         if not official:
             todo = todo.any(1, keepdim=True).expand_as(todo)
         if not todo.any():
             break
-    keys = None if official else torch.rand(config.batch, *contexts.shape[1:], generator=random, dtype=torch.float64, device=device)[low:high]
+    keys = (
+        None
+        if official
+        else torch.rand(config.batch, *contexts.shape[1:], generator=random, dtype=torch.float64, device=device)[
+            low:high
+        ]
+    )
     target_indices = to_indices(targets, math.prod(target_size))
     lengths = contexts.sum(-1).view(-1, group * config.contexts).amin(1).tolist()
     masks = []
     for i, length in enumerate(lengths):
         rows = slice(i * group, (i + 1) * group)
-        masks.append((to_indices(contexts[rows], length, None if keys is None else keys[rows]), target_indices[:, rows]))
+        masks.append(
+            (to_indices(contexts[rows], length, None if keys is None else keys[rows]), target_indices[:, rows])
+        )
+    return masks
+
+
+def micro_batch_masks(config, step, first, last, world):
+    """`sample_masks` for samples first..last, split into the micro-batches of a rank."""
+    group, micro = config.group or config.batch, micro_batch(config, world)
+    groups, masks = sample_masks(config, step, first, last), []
+    for low in range(first, last, micro):
+        rows = slice(low % group, low % group + micro)
+        masks.append([m[:, rows].contiguous() for m in groups[low // group - first // group]])
     return masks
 
 
@@ -306,10 +354,14 @@ class Predictor(nn.Module):
         positions = self.predictor_pos_embed[0]
         x = self.predictor_embed(context).view(contexts, batch, kept, -1) + positions[masks_context]
         queries = self.mask_token + positions[masks_target]  # [M, B, Kp, P]
-        x = torch.cat([x.expand(targets, -1, -1, -1, -1), queries[:, None].expand(-1, contexts, -1, -1, -1)], dim=3).flatten(0, 2)
+        x = torch.cat(
+            [x.expand(targets, -1, -1, -1, -1), queries[:, None].expand(-1, contexts, -1, -1, -1)], dim=3
+        ).flatten(0, 2)
         for block in self.predictor_blocks[:-1]:
             x = block(x)  # [M*E*B, K+Kp, P]
-        x = self.predictor_blocks[-1](x, queries=asked)  # only the queries are read, so the last block computes only them
+        x = self.predictor_blocks[-1](
+            x, queries=asked
+        )  # only the queries are read, so the last block computes only them
         return self.predictor_proj(self.predictor_norm(x))
 
 
@@ -320,7 +372,9 @@ class IJEPA(nn.Module):
         super().__init__()
         c = config
         self.encoder = ViT(c.image_size, c.patch, c.width, c.depth, c.heads)
-        self.predictor = Predictor(c.image_size // c.patch, c.width, c.predictor_width, c.predictor_depth, c.predictor_heads or c.heads)
+        self.predictor = Predictor(
+            c.image_size // c.patch, c.width, c.predictor_width, c.predictor_depth, c.predictor_heads or c.heads
+        )
         nn.init.normal_(self.encoder.patch_embed.proj.weight, std=c.patch_std)
 
     def forward(self, patches, masks_context, masks_target):
@@ -363,15 +417,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+# What PIL raises on broken files: OSError for most; the header parsers let through the others.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, Image.DecompressionBombError)
 
 
 @dataclass
 class Split:
-    """Images of one split: files, and where they fit in memory their pixels.
-
-    labels: int64 [N], -1 where unknown; paths: relative to root; pixels: uint8 [N, 3, H, W] or None; sizes: int64 [N, 2], width and
-    height of the files, which differ from the pixels' where those were resized to a common shape.
-    """
+    """N images. labels: int64 [N], -1 where unknown; paths: relative to root; pixels: uint8 [N, 3, H, W] where they are in memory;
+    sizes: int64 [N, 2], width and height of the files, which differ from the pixels' where those were resized to one shape."""
 
     root: Path
     paths: list
@@ -384,13 +437,19 @@ class Split:
         return len(self.paths)
 
     def subset(self, indices):
-        """The same split with these images only."""
-        pick = lambda x: None if x is None else x[indices]  # noqa: E731
-        return Split(self.root, [self.paths[i] for i in indices.tolist()], self.labels[indices], self.classes, pick(self.pixels), pick(self.sizes))
+        """The same with images `indices` (int64 [n]) only."""
+        pixels, sizes = (None if x is None else x[indices] for x in (self.pixels, self.sizes))
+        return replace(
+            self,
+            paths=[self.paths[i] for i in indices.tolist()],
+            labels=self.labels[indices],
+            pixels=pixels,
+            sizes=sizes,
+        )
 
 
 def open_split(config, name):
-    """The `train` or `val` split that --data names; `val` falls back to None where there is no such split. Exits with 2 if no images."""
+    """The `train` or `val` Split of --data; None where a folder has no `val`. Exits with 2 if there are no images."""
     if config.data == "toy":
         pixels, labels = common.toy_images(name, config.image_size)
         return in_memory(pixels, labels, [f"{name}/{i:05d}" for i in range(len(pixels))], common.TOY_CLASSES)
@@ -399,125 +458,138 @@ def open_split(config, name):
         root = Path(os.environ.get("DATA", "data")) / config.data
     if config.data == "cifar10" and not (root / "train").is_dir():
         return cifar10_binary(root.parent, name)
-    if not root.exists():
-        fail(f"no data at {root}: expected a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or any folder of images")
-    if (root / "train").is_dir():
-        if not (root / name).is_dir():
-            return None
-        folder = root / name
-    elif name == "val":
+    if not root.is_dir():
+        fail(
+            f"no data at {root}: expected a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or any folder of images"
+        )
+    folder = root / name if (root / "train").is_dir() else root
+    if name == "val" and (folder == root or not folder.is_dir()):
         return None
-    else:
-        folder = root
-    paths = sorted(p.relative_to(root).as_posix() for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    paths = sorted(p.relative_to(root).as_posix() for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
     if not paths:
-        fail(f"no images in {folder}: looked for {', '.join(sorted(EXTENSIONS))} in it and its subfolders")
-    labelled = folder != root and all(p.count("/") >= 2 for p in paths)
-    names = [p.split("/")[1] if labelled else "" for p in paths]
-    classes = sorted(set(names)) if labelled else []
-    labels = torch.tensor([classes.index(n) if labelled else -1 for n in names])
-    return Split(root, paths, labels, classes)
+        fail(f"no images in {folder}: looked for {', '.join(sorted(EXTENSIONS))} in it and in its subfolders")
+    if folder == root or any(p.count("/") < 2 for p in paths):
+        return Split(root, paths, torch.full((len(paths),), -1), [])
+    names = [p.split("/")[1] for p in paths]
+    number = {c: i for i, c in enumerate(sorted(set(names)))}
+    return Split(root, paths, torch.tensor([number[n] for n in names]), list(number))
 
 
 def in_memory(pixels, labels, paths, classes):
-    """A split whose images are already decoded: pixels uint8 [N, 3, H, W]."""
-    sizes = torch.tensor([pixels.shape[3], pixels.shape[2]]).expand(len(pixels), 2)
-    return Split(Path(), paths, labels, classes, pixels, sizes)
+    """A Split whose images are decoded already: pixels uint8 [N, 3, H, W]."""
+    return Split(None, paths, labels, classes, pixels, torch.tensor(pixels.shape[:1:-1]).expand(len(pixels), 2))
 
 
 def cifar10_binary(folder, name):
-    """CIFAR-10 from its home page's binary archive in `folder`, downloaded once and checked; nothing is extracted to disk."""
+    """CIFAR-10 from its home page's archive, downloaded once into `folder` and checked; it is read as it is, not extracted."""
     archive = folder / "cifar-10-binary.tar.gz"
     if not archive.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial = archive.with_suffix(".part")
-            urllib.request.urlretrieve(CIFAR10_URL, partial)  # noqa: S310  a constant https address
-            os.replace(partial, archive)
+            urllib.request.urlretrieve(CIFAR10_URL, f"{archive}.part")
+            os.replace(f"{archive}.part", archive)
         except OSError as error:
-            fail(f"could not download CIFAR-10 ({error}). Put {CIFAR10_URL} at {archive}, or images at {folder}/cifar10/train/CLASS/ and val/CLASS/")
-    with open(archive, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+            fail(
+                f"could not download CIFAR-10 ({error}). Put {CIFAR10_URL} at {archive}, "
+                f"or its images at {folder}/cifar10/train/CLASS/*.png and val/CLASS/*.png"
+            )
+    data = archive.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
     if digest != CIFAR10_SHA256:
         fail(f"{archive} has sha256 {digest} instead of {CIFAR10_SHA256}: delete it and try again")
     files = [f"data_batch_{i}.bin" for i in range(1, 6)] if name == "train" else ["test_batch.bin"]
-    with tarfile.open(archive) as tar:
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         raw = b"".join(tar.extractfile(f"cifar-10-batches-bin/{f}").read() for f in files)
         classes = tar.extractfile("cifar-10-batches-bin/batches.meta.txt").read().decode().split()
-    rows = torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(-1, 3073).copy())
+    rows = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, 3073)  # label, then red, green, blue planes
     labels = rows[:, 0].long()
-    return in_memory(rows[:, 1:].reshape(-1, 3, 32, 32), labels, [f"{name}/{classes[y]}/{i:05d}" for i, y in enumerate(labels)], classes)
+    paths = [f"{name}/{classes[y]}/{i:05d}" for i, y in enumerate(labels)]
+    return in_memory(rows[:, 1:].reshape(-1, 3, 32, 32), labels, paths, classes)
 
 
 def to_rgb(image):
     """Any PIL image -> upright RGB: EXIF orientation honoured, 16 bits scaled to 8, palette, grey and CMYK converted."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((values >> 8 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
 def upright_size(image):
-    """(width, height) that an opened but undecoded image will have after `to_rgb`."""
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return image.size[::-1] if turned else image.size
+    """(width, height) that an opened but not yet decoded image will have after `to_rgb`."""
+    return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
+
+
+def decode(path, choose_box, size, bicubic=False):
+    """Read a file and resize a part of it in one go -> (uint8 [3, H, W], original (width, height)).
+
+    choose_box(width, height) -> (top, left, height, width) of the part; size: (width, height) of the result.
+    A JPEG is decoded at the smallest of the scales 1, 1/2, 1/4, 1/8 that still has the pixels this needs (`draft`).
+    """
+    with Image.open(path) as image:
+        width, height = original = upright_size(image)
+        top, left, h, w = choose_box(width, height)
+        scale = max(size[0] / w, size[1] / h)
+        if scale < 1:
+            image.draft("RGB", tuple(math.ceil(side * scale) for side in image.size))
+        rgb = to_rgb(image)
+        fx, fy = rgb.width / width, rgb.height / height
+        box = (left * fx, top * fy, min(rgb.width, (left + w) * fx), min(rgb.height, (top + h) * fy))
+        rgb = rgb.resize(size, Image.BICUBIC if bicubic else Image.BILINEAR, box=box)
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), original
 
 
 def random_crop(width, height, scale, generator=None):
-    """The crop of RandomResizedCrop, ratio 3/4 to 4/3, with torchvision's draws in torchvision's order -> (top, left, height, width)."""
+    """RandomResizedCrop's part of an image, ratio 3/4 to 4/3, drawn in torchvision's order -> (top, left, height, width)."""
     for _ in range(10):
         area = width * height * torch.empty(1).uniform_(*scale, generator=generator).item()
         ratio = math.exp(torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3), generator=generator).item())
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            top = torch.randint(0, height - h + 1, (1,), generator=generator).item()
-            return top, torch.randint(0, width - w + 1, (1,), generator=generator).item(), h, w
-    w, h = width, height
-    if width / height < 3 / 4:
-        h = round(width / (3 / 4))
-    elif width / height > 4 / 3:
-        w = round(height * (4 / 3))
+            top = torch.randint(height - h + 1, (1,), generator=generator).item()
+            return top, torch.randint(width - w + 1, (1,), generator=generator).item(), h, w
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def random_crops(sizes, scale, generator):
-    """`random_crop` for a whole batch at once, same distribution: sizes [B, 2] (width, height) -> float [B, 4] (top, left, height, width)."""
+    """`random_crop` for a batch at once: sizes [B, 2] (width, height) -> float32 [B, 4] (top, left, height, width)."""
+    u = torch.rand(len(sizes), 11, 2, generator=generator, dtype=torch.float64)
     sizes = sizes.double()
-    u = torch.rand(len(sizes), 12, 2, generator=generator, dtype=torch.float64)
-    area = sizes.prod(1)[:, None] * (scale[0] + (scale[1] - scale[0]) * u[:, :10, 0])
+    area = sizes.prod(1, keepdim=True) * (scale[0] + (scale[1] - scale[0]) * u[:, :10, 0])
     ratio = torch.exp((2 * u[:, :10, 1] - 1) * math.log(4 / 3))
     tries = torch.stack([(area * ratio).sqrt().round(), (area / ratio).sqrt().round()], dim=2)  # [B, 10, 2]
     fits = ((tries > 0) & (tries <= sizes[:, None])).all(2)
-    pick = fits.double().argmax(1)
-    chosen = tries[torch.arange(len(sizes)), pick]
-    aspect = sizes[:, 0] / sizes[:, 1]
-    whole = torch.stack([torch.minimum(sizes[:, 0], (sizes[:, 1] * 4 / 3).round()), torch.minimum(sizes[:, 1], (sizes[:, 0] * 4 / 3).round())], 1)
-    chosen = torch.where(fits.any(1)[:, None], chosen, torch.where(((aspect < 3 / 4) | (aspect > 4 / 3))[:, None], whole, sizes))
-    corner = (u[:, 10] * (sizes - chosen + 1)).floor()
-    corner = torch.where(fits.any(1)[:, None], corner, ((sizes - chosen) / 2).floor())
-    return torch.stack([corner[:, 1], corner[:, 0], chosen[:, 1], chosen[:, 0]], dim=1).float()
+    none, first = ~fits.any(1, keepdim=True), fits.int().argmax(1)  # where no try fits: the central fallback
+    part = torch.where(none, torch.minimum(sizes, (sizes.flip(1) * 4 / 3).round()), tries[range(len(sizes)), first])
+    corner = torch.where(none, (sizes - part) / 2, u[:, 10] * (sizes - part + 1)).floor()
+    return torch.cat([corner.flip(1), part.flip(1)], dim=1).float()
 
 
-def resampling_weights(start, length, size_in, size_out, bicubic):
-    """PIL's antialiased resampling of [start, start + length) as matrices: start, length [B] -> [B, size_out, size_in]."""
-    step = (length / size_out)[:, None, None]
-    centre = start[:, None, None] + (torch.arange(size_out, device=start.device)[:, None] + 0.5) * step
+def centre_box(width, height, size):
+    """The part that evaluation sees: shorter side to size*256/224, central square of `size`; size x size stays whole."""
+    side = size if (width, height) == (size, size) else min(width, height) * size / int(size * 256 / 224)
+    return (height - side) / 2, (width - side) / 2, side, side
+
+
+def resampling_weights(start, length, size_in, size_out, bicubic=False):
+    """PIL's antialiased resampling of [start, start + length), tensors [B], as matrices [B, size_out, size_in]."""
+    start, end = start[:, None, None], (start + length)[:, None, None]
+    step = (end - start) / size_out
     pixel = torch.arange(size_in, device=start.device) + 0.5
+    centre = start + (torch.arange(size_out, device=start.device)[:, None] + 0.5) * step
     x = ((pixel - centre) / step.clamp(min=1)).abs()
+    weights = (1 - x).clamp(min=0)
     if bicubic:  # a = -0.5
-        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, torch.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, torch.zeros_like(x)))
-    else:
-        weights = (1 - x).clamp(min=0)
-    inside = (pixel > start[:, None, None]) & (pixel < (start + length)[:, None, None])
-    weights = weights * inside
+        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2)
+    weights = weights * ((pixel > start) & (pixel < end))
     return weights / weights.sum(-1, keepdim=True)
 
 
 def crop_resize(images, boxes, size, flip=None, bicubic=False):
-    """Crop and resize a batch as PIL does, as two matrix products: [B, 3, H, W], boxes [B, 4] (top, left, height, width) -> [B, 3, size, size].
+    """Crop and resize a batch as PIL does, in two matrix products: images [B, 3, H, W] -> float [B, 3, size, size].
 
-    flip: bool [B], mirror these. Values are not rounded to integers; bicubic overshoot is clipped to 0..255.
+    boxes: [B, 4] (top, left, height, width), pixels; flip: bool [B], mirror these; bicubic overshoot is clipped to 0..255.
     """
     top, left, height, width = boxes.unbind(1)
     rows = resampling_weights(top, height, images.shape[2], size, bicubic)
@@ -529,198 +601,127 @@ def crop_resize(images, boxes, size, flip=None, bicubic=False):
 
 
 def normalize(images):
-    """0..255 -> the range networks expect: ImageNet mean and std. [B, 3, H, W]."""
+    """0..255 -> the networks' range, by ImageNet's mean and std: [B, 3, H, W]."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
-def decode_crop(path, box_of, size, bicubic=False):
-    """Decode a file and resize a crop of it in one go -> uint8 [3, size, size]. box_of(width, height) -> (top, left, height, width).
-
-    A JPEG is decoded at the smallest of the scales 1, 1/2, 1/4, 1/8 that still has the pixels the crop needs (`draft`).
-    """
-    with Image.open(path) as image:
-        width, height = upright_size(image)
-        top, left, h, w = box_of(width, height)
-        need = max(size / w, size / h)
-        turned = (width, height) != image.size
-        image.draft("RGB", tuple(math.ceil(side * min(1, need)) for side in ((height, width) if turned else (width, height))))
-        rgb = to_rgb(image)
-        fx, fy = rgb.width / width, rgb.height / height
-        box = (left * fx, top * fy, min(rgb.width, (left + w) * fx), min(rgb.height, (top + h) * fy))
-        rgb = rgb.resize((size, size), Image.BICUBIC if bicubic else Image.BILINEAR, box=box)
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-
-
-def centre_box(width, height, size):
-    """What the evaluation transform sees of an image: the central square, size/(size*256//224) of the shorter side. (top, left, height, width)
-
-    An image that already is size x size is used whole.
-    """
-    if (width, height) == (size, size):
-        return 0, 0, size, size
-    side = min(width, height) * size / int(size * 256 / 224)
-    return (height - side) / 2, (width - side) / 2, side, side
-
-
 class Batches(Dataset):
-    """Item t: this rank's part of the batch of step t, a pure function of (seed, t), so that workers and resuming change nothing.
+    """Item t: this rank's share of the batch of step t, a function of (seed, t): workers and resuming change nothing.
 
-    A dict: `indices` int64 [b]; either `pixels` uint8 [b, 3, S, S], decoded and cropped, or `boxes` float [b, 4] to crop the
-    split's pixels in memory on the device; `flip` bool [b]; `masks`, one pair for each micro-batch; `bad`, files that could not be read.
+    A dict of `indices` int64 [b]; `pixels` uint8 [b, 3, S, S], decoded and cropped, or `boxes` float [b, 4], to crop
+    the split's pixels in memory on the device; `flip` bool [b]; `masks`, a pair for each micro-batch; `bad`, unreadable files.
     """
 
-    def __init__(self, split, config, world, batch, crop_scale, flip, bicubic=False, purpose="train", masks=True):
+    def __init__(self, split, config, world, batch, crop_scale, flip, bicubic=False, purpose="train"):
         self.split, self.config, self.world, self.batch = replace(split, pixels=None), config, world, batch
-        self.crop_scale, self.flip, self.bicubic, self.purpose, self.masks = crop_scale, flip, bicubic, purpose, masks
-        self.canvas = None if split.pixels is None else (split.pixels.shape[3], split.pixels.shape[2])
+        self.crop_scale, self.flip, self.bicubic, self.purpose = crop_scale, flip, bicubic, purpose
+        self.canvas = None if split.pixels is None else torch.tensor(split.pixels.shape[2:]).repeat(2)  # H, W, H, W
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  lives as long as the loader
+    @functools.lru_cache(maxsize=2)  # noqa: B019  lives as long as its loader
     def order(self, epoch):
-        """Order of the images in an epoch."""
-        return torch.randperm(len(self.split), generator=generator(self.config.seed, "order", self.purpose, epoch))
+        """The order of the images in an epoch."""
+        return torch.randperm(len(self.split), generator=generator(self.config.seed, self.purpose, "order", epoch))
 
     def __getitem__(self, step):
-        n, rank, size = len(self.split), self.world.rank, self.world.size
+        key, n = (self.config.seed, self.purpose, step), len(self.split)
         start, end = step * self.batch, (step + 1) * self.batch
-        epochs = torch.cat([self.order(e) for e in range(start // n, (end - 1) // n + 1)])
-        indices = epochs[start % n : start % n + self.batch]  # of the global batch
-        first, last = rank * self.batch // size, (rank + 1) * self.batch // size
-        key = (self.config.seed, self.purpose, step)
-        item = {"bad": []}
+        order = torch.cat([self.order(epoch) for epoch in range(start // n, (end - 1) // n + 1)])
+        indices = order[start % n : start % n + self.batch]  # of the global batch
+        first, last = (r * self.batch // self.world.size for r in (self.world.rank, self.world.rank + 1))
+        item = {"indices": indices[first:last], "bad": []}
+        if self.canvas is not None:
+            sizes = self.split.sizes[indices]
+            boxes = random_crops(sizes, self.crop_scale, generator(*key, "crop"))
+            item["boxes"] = (boxes * self.canvas / sizes.flip(1).repeat(1, 2))[first:last]
+        else:
+            read = [self.read(int(indices[i]), (*key, "crop", i), item["bad"]) for i in range(first, last)]
+            item |= {"pixels": torch.stack([p for p, _ in read]), "indices": torch.tensor([i for _, i in read])}
         if self.flip:
             item["flip"] = (torch.rand(self.batch, generator=generator(*key, "flip")) < 0.5)[first:last]
-        if self.canvas:
-            boxes = random_crops(self.split.sizes[indices], self.crop_scale, generator(*key, "crop"))
-            scale = torch.tensor(self.canvas)[[1, 0, 1, 0]] / self.split.sizes[indices][:, [1, 0, 1, 0]]
-            item |= {"indices": indices[first:last], "boxes": (boxes * scale)[first:last]}
-        else:
-            pixels, used = zip(*(self.read(int(indices[i]), key + (i,), item["bad"]) for i in range(first, last)))
-            item |= {"indices": torch.tensor(used), "pixels": torch.stack(pixels)}
-        if self.masks:
-            group, micro = self.config.group or self.batch, micro_batch(self.config, self.world)
-            masks = sample_masks(self.config, step, first, last)
-            item["masks"] = []
-            for low in range(first, last, micro):
-                context, target = masks[low // group - first // group]
-                rows = slice(low % group, low % group + micro)
-                item["masks"].append((context[:, rows].contiguous(), target[:, rows].contiguous()))
+        if self.purpose == "train":
+            item["masks"] = micro_batch_masks(self.config, step, first, last, self.world)
         return item
 
     def read(self, index, key, bad):
-        """Decode and crop image `index`; one that cannot be read is noted in `bad` and the next image takes its place."""
-        for offset in range(100):
-            now = (index + offset) % len(self.split)
+        """Decode and crop image `index` -> (pixels, index); an unreadable one goes to `bad`, the next takes its place."""
+        size = (self.config.image_size,) * 2
+        for now in (i % len(self.split) for i in range(index, index + 100)):
             path = self.split.root / self.split.paths[now]
             try:
-                box_of = lambda w, h: random_crop(w, h, self.crop_scale, generator(*key))  # noqa: E731
-                return decode_crop(path, box_of, self.config.image_size, self.bicubic), now
+                box = functools.partial(random_crop, scale=self.crop_scale, generator=generator(*key))
+                return decode(path, box, size, self.bicubic)[0], now
             except UNREADABLE as error:
                 bad.append(f"{path}: {error}")
-        fail(f"100 images in a row could not be read, the last was {path}")
+        fail(f"100 images in a row could not be read, {path} the last of them")
 
 
-# What PIL raises on broken files: OSError for most, SyntaxError and struct or value errors from some header parsers.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, Image.DecompressionBombError)
-
-
-class Images(Dataset):
-    """Item i: image i of a split under the evaluation transform, uint8 [3, S, S]; where `canvas` (width, height) is given, the whole
-    image resized to it; with its size [width, height], and an error text, '' if it could be read."""
+class Files(Dataset):
+    """Item i: (pixels uint8 [3, H, W], size [width, height], error or '') of image i: the evaluation transform to
+    `size` pixels, or where `canvas` (width, height) is given, the whole image resized to that."""
 
     def __init__(self, split, size, canvas=None):
-        self.split, self.size, self.canvas = split, size, canvas
+        self.split, self.size, self.canvas = replace(split, pixels=None), size, canvas
 
     def __len__(self):
         return len(self.split)
 
     def __getitem__(self, index):
-        path = self.split.root / self.split.paths[index]
+        path, canvas = self.split.root / self.split.paths[index], self.canvas or (self.size, self.size)
         try:
-            if self.canvas is None:
-                pixels = decode_crop(path, lambda w, h: centre_box(w, h, self.size), self.size, bicubic=True)
-                return pixels, torch.zeros(2, dtype=torch.long), ""
-            with Image.open(path) as image:
-                size = upright_size(image)
-                if min(size) >= 2 * max(self.canvas):
-                    image.draft("RGB", self.canvas)
-                rgb = to_rgb(image)
-                rgb = rgb if rgb.size == self.canvas else rgb.resize(self.canvas, Image.BILINEAR)
-                return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), torch.tensor(size), ""
+            if self.canvas:
+                pixels, size = decode(path, lambda w, h: (0, 0, h, w), canvas)
+            else:
+                pixels, size = decode(path, lambda w, h: centre_box(w, h, self.size), canvas, bicubic=True)
+            return pixels, torch.tensor(size), ""
         except UNREADABLE as error:
-            width, height = self.canvas or (self.size, self.size)
-            return torch.zeros(3, height, width, dtype=torch.uint8), torch.ones(2, dtype=torch.long), f"{path}: {error}"
-
-
-class BadFiles:
-    """Counts unreadable images, names the first ten, and stops the run (exit 2) when there are too many."""
-
-    def __init__(self, log, total, limit):
-        self.log, self.total, self.limit, self.seen = log, total, limit, set()
-
-    def add(self, messages):
-        """messages: 'path: reason' of files that could not be read."""
-        for message in messages:
-            if message not in self.seen:
-                self.seen.add(message)
-                if len(self.seen) <= 10:
-                    self.log.say(f"skipped an unreadable image: {message}")
-        if len(self.seen) > max(1, self.limit * self.total):
-            fail(f"{len(self.seen)} of {self.total} images could not be read, more than --max-bad {self.limit:g} allows")
+            return torch.zeros(3, canvas[1], canvas[0], dtype=torch.uint8), torch.ones(2).long(), f"{path}: {error}"
 
 
 def worker_count(config, world, streaming):
-    """Loading processes a rank: --workers, or what fits the machine; none for data in memory, where a step's draws cost less than a process."""
+    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory and on
+    the CPU, since a step's draws cost less than a process."""
     if config.workers >= 0:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(12, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))) if streaming else int(world.device.type == "cuda")
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(12, cores // ranks)) if streaming else int(world.device.type == "cuda")
 
 
 def cache_pixels(split, config, world, log):
-    """Decode a split into memory if it fits --cache: images of one small size as they are, others resized to a common square.
+    """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
-    Crops are drawn in the files' own coordinates, so that resizing to a square changes no aspect ratio. Unreadable images are left out.
+    Crops are drawn in the files' own coordinates, so the square changes no aspect ratio. Unreadable images are left out.
     """
-    if split.pixels is not None:
-        return split
     side = int(config.image_size * 256 / 224)
-    canvas, few = (side, side), set()
-    for path in split.paths[:64]:
+    sizes = set()
+    for path in split.paths[:32] if split.pixels is None else []:
         with contextlib.suppress(*UNREADABLE), Image.open(split.root / path) as image:
-            few.add(upright_size(image))
-    if len(few) == 1 and max(next(iter(few))) <= side:
-        canvas = next(iter(few))
-    if len(split) * 3 * canvas[0] * canvas[1] > config.cache * 2**30:
+            sizes.add(upright_size(image))
+    canvas = sizes.pop() if len(sizes) == 1 and max(*sizes) <= (side, side) else (side, side)
+    if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
-    loader = DataLoader(Images(split, side, canvas), batch_size=256, num_workers=worker_count(config, world, streaming=True))
-    bad = BadFiles(log, len(split), config.max_bad)
-    pixels, sizes, good = [], [], []
-    for batch, size, errors in loader:
-        bad.add([e for e in errors if e])
-        good.append(torch.tensor([not e for e in errors]))
-        pixels.append(batch)
-        sizes.append(size)
-    good = torch.cat(good).nonzero()[:, 0]
-    split.pixels, split.sizes = torch.cat(pixels), torch.cat(sizes)
-    return split if len(good) == len(split) else split.subset(good)
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=worker_count(config, world, True))
+    pixels, sizes, errors = zip(*files, strict=True)
+    errors = [e for batch in errors for e in batch]
+    log.skip([e for e in errors if e], len(split), config.max_bad)
+    split = replace(split, pixels=torch.cat(pixels), sizes=torch.cat(sizes))
+    return split.subset(torch.tensor([not e for e in errors]).nonzero()[:, 0])
 
 
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
     workers = worker_count(config, world, streaming=batches.canvas is None)
-    return iter(DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda",
-                           prefetch_factor=2 if workers else None))  # fmt: skip
+    return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
 
 
 def make_images(item, pixels, size, device, bicubic=False):
-    """What the loader gave -> normalised images float [b, 3, S, S] on the device; crops of pixels in memory are made here."""
-    flip = item["flip"].to(device, non_blocking=True) if "flip" in item else None
+    """A loader's item -> normalised images float [b, 3, S, S] on the device; pixels in memory are cropped here."""
+    item = {k: v.to(device, non_blocking=True) for k, v in item.items() if k in ("indices", "pixels", "boxes", "flip")}
     if "boxes" in item:
-        images = pixels[item["indices"].to(pixels.device, non_blocking=True)]
-        return normalize(crop_resize(images, item["boxes"].to(device, non_blocking=True), size, flip, bicubic))
-    images = normalize(item["pixels"].to(device, non_blocking=True))
-    return images if flip is None else torch.where(flip[:, None, None, None], images.flip(3), images)
+        return normalize(crop_resize(pixels[item["indices"]], item["boxes"], size, item.get("flip"), bicubic))
+    images = normalize(item["pixels"])
+    return torch.where(item["flip"][:, None, None, None], images.flip(3), images) if "flip" in item else images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -729,46 +730,40 @@ def make_images(item, pixels, size, device, bicubic=False):
 
 
 def schedules(config, step, steps):
-    """(lr, weight decay, EMA momentum) of step 0, 1, ... of a run of `steps`; the released code advances lr and decay before the step."""
-    c = config
-    stretched = int(c.schedule_scale * steps)
-    lr = common.warmup_cosine_schedule(step + 1, stretched, int(c.warmup * steps), c.lr_start, c.lr, c.lr_final)
-    decay = common.cosine_schedule(step + 1, stretched, c.weight_decay, c.weight_decay_final)
-    return lr, decay, common.linear_schedule(step, c.schedule_scale * steps, c.momentum, c.momentum_final)
+    """(lr, weight decay, EMA momentum) of step 0, 1, ... The released code advances the first two before the step."""
+    c, length = config, config.schedule_scale * steps
+    lr = common.warmup_cosine_schedule(step + 1, int(length), int(c.warmup * steps), c.lr_start, c.lr, c.lr_final)
+    decay = common.cosine_schedule(step + 1, int(length), c.weight_decay, c.weight_decay_final)
+    return lr, decay, common.linear_schedule(step, length, c.momentum, c.momentum_final)
 
 
 def make_optimizer(model):
-    """AdamW over four groups: encoder and predictor decayed, encoder and predictor undecayed. lr and decay are set in each step."""
+    """AdamW; groups: encoder decayed, predictor decayed, encoder undecayed, predictor undecayed. The loop sets lr, decay."""
     groups = common.parameter_groups(model.encoder, model.predictor)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def effective_rank(features):
-    """exp of the entropy of the normalised singular values of centred features [B, D]: 1 = collapsed, at most min(B, D)."""
-    values = torch.linalg.svdvals((features - features.mean(0)).float())
-    p = values / values.sum().clamp(min=1e-12)
-    return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
-
-
-def train(config, world, out, log_start=None):
-    """The training loop. Returns (model, target encoder) after the last step; exits with 0 on SIGTERM or SIGINT, 3 on three bad steps."""
+def train(config, world, out):
+    """Train -> (model, target encoder, training Split). Exits with 0 on SIGTERM or SIGINT, with 3 after three bad steps."""
     device, dtype = world.device, common.choose_precision(config.precision, world.device)
-    split = open_split(config, "train")
+    split = cache_pixels(open_split(config, "train"), config, world, Log(out, world))
+    steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
     model, target = build(config)
     if config.init:
-        weights = read_checkpoint(config.init, config)
-        load_weights(model, target, weights, config.init)
+        load_weights(model, target, read_checkpoint(config.init, config.encoder, config.heads), config.init)
     model, target = model.to(device), target.to(device)
     if config.compile:
-        model.compile(dynamic=True)  # the number of context tokens changes in every step
+        model.compile(dynamic=True)  # the number of context tokens changes from step to step
         target.compile()
-    model = common.distribute(model, world, config.shard)
-    target = common.distribute(target, world, config.shard)
-    plain = model.module if hasattr(model, "module") else model
+    plain, model, target = (
+        model,
+        common.distribute(model, world, config.shard),
+        common.distribute(target, world, config.shard),
+    )
     optimizer, ema = make_optimizer(plain), EMA(target, plain.encoder)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    start, streak = 0, torch.zeros((), device=device)
+    start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
         state = read_own_checkpoint(out / "last.pt", config)
         common.load_full_state(model, state["model"], optimizer, state["optimizer"])
@@ -776,121 +771,96 @@ def train(config, world, out, log_start=None):
         scaler.load_state_dict(state["scaler"])
         start, streak = state["step"], state["streak"].to(device)
 
-    log = Log(out, world, total=0, start=start)
-    split = cache_pixels(split, config, world, log)
-    steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
-    if start >= steps:
-        log.say(f"{out} is trained already: {start} of {steps} steps")
-        return plain, target, split
+    def save(step):
+        weights, moments = common.full_state(model, optimizer)
+        state = dict(
+            script="ijepa", step=step, config=asdict(config), model=weights, target=common.full_state(target)[0]
+        )
+        state |= dict(optimizer=moments, scaler=scaler.state_dict(), streak=streak.cpu())
+        if world.rank == 0:
+            common.save_checkpoint(out / "last.pt", state)
+
     if world.rank == 0:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    batches = Batches(split, config, world, config.batch, config.crop_scale, config.flip)
-    loader = make_loader(batches, range(start, steps), config, world)
+    loader = make_loader(
+        Batches(split, config, world, config.batch, config.crop_scale, config.flip), range(start, steps), config, world
+    )
     pixels = None if split.pixels is None else split.pixels.to(device)
-    bad_files = BadFiles(log, len(split), config.max_bad)
     trainable = [p for p in plain.parameters() if p.requires_grad]
-    millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (plain.encoder, plain.predictor)]
-    log.say(f"{out}: {len(split)} images, {steps} steps of {config.batch} on {world.size} x {device.type} in {str(dtype)[6:]}, "
-            f"encoder {millions[0]:.2f} M, predictor {millions[1]:.2f} M parameters")  # fmt: skip
     log = Log(out, world, steps, start)
     log.catch_signals()
-
-    def save(step):
-        model_state, optimizer_state = common.full_state(model, optimizer)
-        target_state, _ = common.full_state(target)
-        if world.rank == 0:
-            common.save_checkpoint(out / "last.pt", dict(
-                script="ijepa", step=step, config=asdict(config), model=model_state, target=target_state, optimizer=optimizer_state,
-                scaler=scaler.state_dict(), streak=streak.cpu()))  # fmt: skip
-
+    millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (plain.encoder, plain.predictor)]
+    log.say(
+        f"{out}: {len(split)} images, steps {start} to {steps} of {config.batch} on {world.size} x {device.type} in "
+        f"{str(dtype)[6:]}; encoder {millions[0]:.2f} M, predictor {millions[1]:.2f} M parameters"
+    )
     waited, window, since = 0.0, start, time.monotonic()
     for step in range(start, steps):
         tick = time.monotonic()
         item = next(loader)
+        images = make_images(item, pixels, config.image_size, device)
         waited += time.monotonic() - tick
-        bad_files.add(item["bad"])
+        log.skip(item["bad"], len(split), config.max_bad)
         lr, decay, momentum = schedules(config, step, steps)
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, decay if group["decay"] else 0.0
 
-        images = make_images(item, pixels, config.image_size, device)
         patches = plain.encoder.patch_embed.patchify(images)  # [b, N, 3*p*p], once for both encoders
         loss, parts = torch.zeros((), device=device), len(item["masks"])
-        for i, (mine, masks) in enumerate(zip(patches.chunk(parts), item["masks"])):
+        for i, (part, masks) in enumerate(zip(patches.chunk(parts), item["masks"], strict=True)):
             masks_context, masks_target = (m.to(device, non_blocking=True) for m in masks)
-            with no_sync(model, config.shard, last=i == parts - 1), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+            with common.no_sync(model, last=i == parts - 1), autocast:
                 with torch.no_grad():
-                    tokens = target(mine)  # [m, N, D]
+                    tokens = target(part)  # [m, N, D]
                     targets = gather_targets(tokens, masks_target, config.contexts)
-                part = jepa_loss(model(mine, masks_context, masks_target), targets) / parts
-                scaler.scale(part).backward()
-            loss += part.detach()
+                part_loss = jepa_loss(model(part, masks_context, masks_target), targets) / parts
+                scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
 
         scaler.unscale_(optimizer)
-        norm = gradient_norm(trainable)
-        applied = (loss + norm).isfinite()  # on the device; gradients are averaged over ranks, so all ranks agree
-        streak = (streak + 1) * ~applied
+        loss, norm = common.mean_over_ranks(loss), common.gradient_norm(trainable)
+        applied = (loss + norm).isfinite()  # a tensor on the device, the same on all ranks
+        streak = torch.where(streak >= 3, streak, (streak + 1) * ~applied)
         if not scaler.is_enabled():
             optimizer.found_inf = (~applied).float()  # the fused kernel then leaves weights and moments as they are
         scaler.step(optimizer)
         scaler.update()
+        optimizer.zero_grad()
         ema.update(momentum, applied)
-        optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
-        if done % config.log_every == 0 or done == steps or (log.stop and world.size == 1):
+        stopping = log.stop and world.size == 1
+        if done % config.log_every == 0 or done == steps or stopping:
             pooled = tokens.float().mean(1)
-            numbers = torch.stack([loss, norm, streak, pooled.std(0).mean(), torch.tensor(float(bool(log.stop)), device=device)])
-            numbers = common.mean_over_ranks(numbers).tolist()  # the only host-device sync
-            elapsed, now = time.monotonic() - since, time.monotonic()
-            row = dict(loss=numbers[0], lr=lr, images_per_s=config.batch * (done - window) / elapsed, data_wait=waited / elapsed)
-            log.write(step=done, **row, weight_decay=decay, momentum=momentum, grad_norm=numbers[1], context=masks_context.shape[-1],
-                      target=masks_target.shape[-1], feature_std=numbers[3], feature_rank=effective_rank(pooled).item(),
-                      memory_gib=memory_gib(device))  # fmt: skip
-            log.progress(done, **row)
+            numbers = torch.stack([loss, norm, streak, pooled.std(0).mean(), effective_rank(pooled)])
+            loss_now, norm_now, bad_steps, std, rank = numbers.tolist()  # the only host-device sync
+            stopping = log.agree(log.stop)
+            now = time.monotonic()
+            row = dict(loss=loss_now, lr=lr, images_per_s=config.batch * (done - window) / (now - since))
+            row["data_wait"] = waited / (now - since)
             waited, window, since = 0.0, done, now
-            if numbers[2] >= 3:
-                fail(f"loss or gradients were not finite in {numbers[2]:.0f} steps in a row, at step {done}; {out}/last.pt holds the last good "
-                     "weights. Lower --lr, or use --precision fp32.", code=3)  # fmt: skip
-            if numbers[4] and done < steps:
-                save(done)
-                log.close()
-                log.say(f"stopped at step {done}; continue with: {resume_command(out)}")
-                raise SystemExit(0)
-        if done % config.save_every == 0 or done == steps:
+            log.progress(done, **row)
+            row |= dict(
+                weight_decay=decay, momentum=momentum, gradient_norm=norm_now, feature_std=std, feature_rank=rank
+            )
+            row |= dict(
+                context=masks_context.shape[-1], target=masks_target.shape[-1], memory_gib=common.memory_gib(device)
+            )
+            log.write(step=done, **row)
+            if bad_steps >= 3:
+                fail(
+                    f"loss or gradients were not finite in three steps in a row before step {done}; {out}/last.pt holds the "
+                    "last good weights. Try a lower --lr, or --precision fp32.", 3,
+                )  # fmt: skip
+        if done % config.save_every == 0 or done == steps or stopping:
             save(done)
+        if stopping and done < steps:
+            log.close()
+            log.say(f"stopped after step {done}. To continue: {common.resume_command(out)}")
+            raise SystemExit(0)
     log.close()
     return plain, target, split
-
-
-def no_sync(model, shard, last):
-    """Gradients are exchanged in the last backward pass of a step only."""
-    if shard:
-        model.set_requires_gradient_sync(last)
-        return contextlib.nullcontext()
-    return contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
-
-
-def gradient_norm(parameters):
-    """L2 norm of all gradients, a 0-dim tensor on the device (gathered from the shards where they are sharded)."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def memory_gib(device):
-    """Peak memory so far: of the device, or on the CPU of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def resume_command(out):
-    """The command line that continues this run."""
-    words = [w for w in sys.argv[1:] if w != "--resume"]
-    if "--out" not in words and not any(w.startswith("--out=") for w in words):
-        words += ["--out", str(out)]
-    launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
-    return shlex.join([*launcher.split(), Path(sys.argv[0]).name, *words, "--resume"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -900,185 +870,176 @@ def resume_command(out):
 
 @dataclass
 class Features:
-    """Of N images: pooled [N, D] (mean over patch tokens after the final norm), concat4 [N, 4D] (the same of the last four blocks,
-    each after the final norm, last block last), labels int64 [N], paths [N], and tokens [N, T, D] if asked for."""
+    """Of N images: pooled [N, D], concat4 [N, 4D] (see `encode`), tokens [N, T, D] or None, labels int64 [N], paths."""
 
     pooled: torch.Tensor
     concat4: torch.Tensor
+    tokens: torch.Tensor
     labels: torch.Tensor
     paths: list
-    tokens: torch.Tensor = None
 
 
 @torch.no_grad()
 def encode(encoder, images):
-    """Frozen features of images [B, 3, S, S]: (pooled [B, D], concat4 [B, 4D], tokens [B, N, D]), float32."""
+    """Frozen float32 features of images [B, 3, S, S]: pooled [B, D], concat4 [B, 4D], tokens [B, N, D].
+
+    pooled: mean over the patch tokens after the final norm; concat4: the same of the last four blocks, each after the
+    final norm, last block last. The layer norm on training targets is not part of the features.
+    """
     layers = encoder(images, layers=range(-min(4, len(encoder.blocks)), 0))
     return layers[-1].mean(1), torch.cat([x.mean(1) for x in layers], dim=1), layers[-1]
 
 
 def eval_images(split, config, world, log):
-    """Iterate over a split under the evaluation transform, shared out over the ranks: (images [B, 3, S, S], indices [B]).
+    """Iterate over a rank's share of a Split under the evaluation transform: (images [B, 3, S, S], indices [B], or -1).
 
-    Every rank gets the same number of batches (the last images wrap around), since sharded encoders run in step.
-    Indices of unreadable images are -1.
+    All ranks get the same number of batches (the last images wrap around), since sharded encoders run in step.
     """
     n, size = len(split), config.image_size
-    mine = torch.arange(world.rank, -(-n // world.size) * world.size, world.size) % n
-    if split.pixels is not None and tuple(split.pixels.shape[2:]) == (size, size):
+    mine = (torch.arange(math.ceil(n / world.size)) * world.size + world.rank) % n
+    if split.pixels is not None and (split.root is None or tuple(split.pixels.shape[2:]) == (size, size)):
         for indices in mine.split(config.eval_batch):
-            yield normalize(split.pixels[indices].to(world.device)), indices
+            boxes = torch.tensor([centre_box(w, h, size) for w, h in split.sizes[indices].tolist()]).float()
+            images = split.pixels[indices].to(world.device)
+            yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
         return
-    if split.pixels is not None and not (split.root / split.paths[0]).is_file():  # decoded, but without files to go back to
-        for indices in mine.split(config.eval_batch):
-            boxes = torch.tensor([centre_box(*wh, size) for wh in split.sizes[indices].tolist()], device=world.device)
-            yield normalize(crop_resize(split.pixels[indices].to(world.device), boxes, size, bicubic=True)), indices
-        return
-    bad = BadFiles(log, n, config.max_bad)
-    images = Images(replace(split, pixels=None), size)
-    loader = DataLoader(images, config.eval_batch, sampler=mine.tolist(), num_workers=worker_count(config, world, True))
-    for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader):
-        bad.add([e for e in errors if e])
-        yield normalize(pixels.to(world.device)), torch.where(torch.tensor([not e for e in errors]), indices, -1)
+    workers = worker_count(config, world, streaming=True)
+    loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
+    for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
+        log.skip([e for e in errors if e], n, config.max_bad)
+        yield normalize(pixels.to(world.device)), indices.where(torch.tensor([not e for e in errors]), -1)
 
 
 def extract(encoder, split, config, world, log, tokens=False):
-    """Features of a whole split, on all ranks, in the split's order; unreadable images are left out."""
-    columns = ([], [], [], [])
+    """Features of a whole Split on all ranks, in its order; unreadable images are left out."""
+    rows = []
     for images, indices in eval_images(split, config, world, log):
         pooled, concat4, all_tokens = encode(encoder, images)
-        for column, value in zip(columns, (indices.to(world.device), pooled, concat4, all_tokens if tokens else all_tokens[:, :0])):
-            column.append(value)
-    indices, pooled, concat4, all_tokens = (common.gather_over_ranks(torch.cat(c)) for c in columns)
-    order = torch.full((len(split),), -1, device=indices.device)
-    order[indices[indices >= 0]] = torch.arange(len(indices), device=indices.device)[indices >= 0]
-    kept = (order >= 0).nonzero()[:, 0].cpu()
-    order = order[order >= 0]
-    return Features(pooled[order], concat4[order], split.labels[kept].to(order.device), [split.paths[i] for i in kept.tolist()],
-                    all_tokens[order] if tokens else None)  # fmt: skip
+        rows.append((indices.to(world.device), pooled, concat4, all_tokens if tokens else all_tokens[:, :0]))
+    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+    kept, order = np.unique(indices.cpu().numpy(), return_index=True)
+    kept, order = torch.from_numpy(kept[kept >= 0]), torch.from_numpy(order[kept >= 0]).to(world.device)
+    pooled, concat4, all_tokens = (column[order] for column in columns)
+    paths = [split.paths[i] for i in kept.tolist()]
+    return Features(pooled, concat4, all_tokens if tokens else None, split.labels[kept].to(world.device), paths)
 
 
-def knn(train_features, train_labels, features, ks=(10, 20, 100), temperature=0.07, classes=None):
-    """Weighted kNN: cosine similarity, votes exp(similarity / temperature), summed per class -> {k: scores [N, C]}."""
-    bank = F.normalize(train_features, dim=1)
-    classes = classes or int(train_labels.max()) + 1
-    scores = {k: [] for k in ks}
-    for queries in F.normalize(features, dim=1).split(1024):
-        similarity, nearest = (queries @ bank.T).topk(min(max(ks), len(bank)), dim=1)
-        votes, voters = (similarity / temperature).exp(), train_labels[nearest]
+def raw_pixels(split, config, world, log):
+    """Normalised pixels, averaged down to 32x32 where larger, for kNN without any network -> ([N, P], labels [N])."""
+    rows = []
+    for images, indices in eval_images(split, config, world, log):
+        small = F.adaptive_avg_pool2d(images, min(32, images.shape[-1])).flatten(1)
+        rows.append((small[indices >= 0], split.labels[indices[indices >= 0]].to(world.device)))
+    return (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+
+
+def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
+    """Weighted kNN: cosine similarity, votes exp(similarity / temperature) summed per class -> {k: scores [N, C]}."""
+    bank, scores = F.normalize(bank, dim=1), {k: [] for k in ks}
+    for rows in F.normalize(queries, dim=1).split(1024):
+        similarity, nearest = (rows @ bank.T).topk(min(max(ks), len(bank)), dim=1)
+        votes, voters = (similarity / temperature).exp(), bank_labels[nearest]
         for k in ks:
-            empty = torch.zeros(len(queries), classes, dtype=votes.dtype, device=votes.device)
+            empty = votes.new_zeros(len(rows), int(bank_labels.max()) + 1)
             scores[k].append(empty.scatter_add(1, voters[:, :k], votes[:, :k]))
-    return {k: torch.cat(s) for k, s in scores.items()}
+    return {k: torch.cat(parts) for k, parts in scores.items()}
 
 
 def accuracy(scores, labels):
-    """Top-1 accuracy in percent of scores [..., N, C]; ties go to the lower class."""
+    """Top-1 accuracy in percent of scores [..., N, C], labels [N]; ties go to the lower class."""
     return 100 * (scores.argmax(-1) == labels).double().mean(-1)
 
 
 def lars_step(weights, gradients, momenta, lr, decay, momentum=0.9, eta=0.001):
-    """One LARS step for H heads at once. weights: list of [H, ...]; lr, decay [H]; 1-D parameters of a head get no trust ratio."""
-    for p, g, m in zip(weights, gradients, momenta):
-        shape = (-1,) + (1,) * (p.dim() - 1)
-        d = g + decay.view(shape) * p
+    """One LARS step for H heads at once: weights [H, ...]; lr, decay [H]; a head's 1-D parameters get no trust ratio."""
+    for p, g, m in zip(weights, gradients, momenta, strict=True):
+        heads = (-1,) + (1,) * (p.dim() - 1)
+        d = g + decay.view(heads) * p
         if p.dim() > 2:
-            weight_norm, step_norm = p.flatten(1).norm(dim=1), d.flatten(1).norm(dim=1)
-            trust = torch.where((weight_norm > 0) & (step_norm > 0), eta * weight_norm / step_norm.clamp(min=1e-30), 1.0)
-            d = d * trust.view(shape)
-        m.mul_(momentum).add_(d)
-        p.sub_(lr.view(shape) * m)
+            p_norm, d_norm = p.flatten(1).norm(dim=1), d.flatten(1).norm(dim=1)
+            d = d * torch.where((p_norm > 0) & (d_norm > 0), eta * p_norm / d_norm, 1.0).view(heads)
+        p.sub_(lr.view(heads) * m.mul_(momentum).add_(d))
 
 
 def sgd_step(weights, gradients, momenta, lr, decay, momentum=0.9):
     """One SGD step with Nesterov momentum for H heads at once; arguments as in `lars_step`."""
-    for p, g, m in zip(weights, gradients, momenta):
-        shape = (-1,) + (1,) * (p.dim() - 1)
-        d = g + decay.view(shape) * p
-        m.mul_(momentum).add_(d)
-        p.sub_(lr.view(shape) * (d + momentum * m))
+    for p, g, m in zip(weights, gradients, momenta, strict=True):
+        heads = (-1,) + (1,) * (p.dim() - 1)
+        d = g + decay.view(heads) * p
+        p.sub_(lr.view(heads) * (d + momentum * m.mul_(momentum).add_(d)))
 
 
 class ProbeHeads:
-    """All linear heads of a grid on one kind of feature, trained at once: (with BatchNorm or not) x learning rates x weight decays.
+    """The whole grid of linear heads on one feature: (with BatchNorm, without) x learning rates x weight decays.
 
-    The heads see the same batches, so the batch statistics are shared, and H heads are one matrix product: weight [H, C, D].
+    All heads see the same batches, so batch statistics are shared, and H heads are one product: weight [H, C, D].
     """
 
     def __init__(self, width, classes, config, device):
         grid = [(bn, lr, wd) for bn in (False, True) for lr in config.probe_lrs for wd in config.probe_decays]
-        self.names = [f"{'bn ' if bn else ''}lr {lr:g} wd {wd:g}" for bn, lr, wd in grid]
-        self.lr = torch.tensor([lr for _, lr, _ in grid], device=device) * config.probe_batch / 256
-        self.decay = torch.tensor([wd for _, _, wd in grid], device=device)
-        self.norm = torch.tensor([bn for bn, _, _ in grid], device=device)[:, None]  # [H, 1]
-        random, bound = generator(config.seed, "probe", width), width**-0.5
-        weight = ((2 * torch.rand(classes, width, generator=random) - 1) * bound).to(device)  # torch's default for Linear
-        bias = ((2 * torch.rand(classes, generator=random) - 1) * bound).to(device)
-        heads = len(grid)
-        self.linear = [weight.repeat(heads, 1, 1), bias.repeat(heads, 1)]
-        self.affine = [torch.ones(heads, width, device=device), torch.zeros(heads, width, device=device)]
+        self.names = [f"{'batch norm, ' if bn else ''}lr {lr:g}, decay {wd:g}" for bn, lr, wd in grid]
+        bn, lr, self.decay = torch.tensor(grid, device=device).T
+        self.norm, self.lr = bn.bool()[:, None], lr * config.probe_batch / 256
+        draw = torch.rand(classes, width + 1, generator=generator(config.seed, "probe", width)).to(device)
+        start = (2 * draw - 1) / math.sqrt(width)  # torch's default for a Linear
+        self.linear = [start[:, 1:].repeat(len(grid), 1, 1), start[:, 0].repeat(len(grid), 1)]
+        self.affine = [torch.ones(len(grid), width, device=device), torch.zeros(len(grid), width, device=device)]
+        self.momenta = [torch.zeros_like(p.requires_grad_()) for p in self.linear + self.affine]
         self.mean, self.var = torch.zeros(width, device=device), torch.ones(width, device=device)
-        for p in self.linear + self.affine:
-            p.requires_grad_()
-        self.momenta = [torch.zeros_like(p) for p in self.linear + self.affine]
-        self.step_function = lars_step if config.probe == "lars" else sgd_step
+        self.update = lars_step if config.probe == "lars" else sgd_step
 
     def scores(self, x, mean, var):
-        """x [B, D] -> [H, B, C]. The norm is folded into the weight: each head has its own matrix anyway."""
+        """x [B, D] -> [H, B, C]. The norm is folded into the weights, which each head has its own of anyway."""
         (weight, bias), (gain, shift) = self.linear, self.affine
-        scale = torch.where(self.norm, gain * (var + 1e-5).rsqrt(), torch.ones_like(gain))
-        offset = torch.where(self.norm, shift - mean * scale, torch.zeros_like(shift))  # [H, D]
+        scale = torch.where(self.norm, gain * (var + 1e-5).rsqrt(), 1.0)  # [H, D]
+        offset = torch.where(self.norm, shift - mean * scale, 0.0)
         bias = bias + torch.einsum("hcd,hd->hc", weight, offset)
-        return torch.einsum("bd,hcd->hbc", x, weight * scale[:, None]) + bias[:, None]
+        return x @ (weight * scale[:, None]).transpose(1, 2) + bias[:, None]
 
     def step(self, x, labels, factor):
-        """One step of all heads on x [B, D], labels [B]; factor: what the schedule multiplies the learning rates with."""
+        """One step of all heads on x [B, D], labels [B]; factor: what the schedule multiplies learning rates with."""
         var, mean = torch.var_mean(x, dim=0, correction=0)
         self.mean.lerp_(mean, 0.1)
         self.var.lerp_(var * len(x) / max(1, len(x) - 1), 0.1)
         scores = self.scores(x, mean, var)
         loss = F.cross_entropy(scores.flatten(0, 1), labels.repeat(len(scores)), reduction="sum") / len(x)
-        parameters = self.linear + self.affine
-        gradients = torch.autograd.grad(loss, parameters)
-        with torch.no_grad():
-            self.step_function(self.linear, gradients[:2], self.momenta[:2], self.lr * factor, self.decay)
-            self.step_function(self.affine, gradients[2:], self.momenta[2:], self.lr * factor, torch.zeros_like(self.decay))
+        gradients, lr = torch.autograd.grad(loss, self.linear + self.affine), self.lr * factor
+        with torch.no_grad():  # BatchNorm's parameters are not decayed, biases are
+            self.update(self.linear, gradients[:2], self.momenta[:2], lr, self.decay)
+            self.update(self.affine, gradients[2:], self.momenta[2:], lr, torch.zeros_like(lr))
 
     @torch.no_grad()
     def evaluate(self, x, labels):
-        """Top-1 of each head, [H], percent."""
-        correct = [accuracy(self.scores(f, self.mean, self.var), y) * len(y) for f, y in zip(x.split(2048), labels.split(2048))]
-        return sum(correct) / len(labels)
+        """Top-1 accuracy of each head on x [N, D], [H], percent."""
+        parts = zip(x.split(2048), labels.split(2048), strict=True)
+        return sum(accuracy(self.scores(f, self.mean, self.var), y) * len(y) for f, y in parts) / len(labels)
 
 
-def linear_probe(batches, val, classes, config, device):
-    """The paper's linear probe: every head of the grid on both features, the best on the validation split reported.
+def linear_probe(batches, val, classes, config):
+    """The paper's probe: all heads of the grid on both features, the best by validation reported.
 
-    batches(epoch) yields (pooled, concat4, labels). Returns {"linear": best, "linear_pooled", "linear_concat4", "linear_head": name}.
+    batches(epoch) yields (pooled, concat4, labels); val: Features. Returns top-1 in percent as {"linear": the best,
+    "linear_pooled", "linear_concat4", "linear_head": which one was the best}.
     """
-    kinds = {"pooled": val.pooled, "concat4": val.concat4}
-    heads = {kind: ProbeHeads(x.shape[1], classes, config, device) for kind, x in kinds.items()}
+    features = {"pooled": val.pooled, "concat4": val.concat4}
+    heads = {kind: ProbeHeads(x.shape[1], classes, config, x.device) for kind, x in features.items()}
     for epoch in range(config.probe_epochs):
         factor = 0.1 ** sum(epoch >= round(share * config.probe_epochs) for share in config.probe_milestones)
         for pooled, concat4, labels in batches(epoch):
             heads["pooled"].step(pooled, labels, factor)
             heads["concat4"].step(concat4, labels, factor)
-    result, best = {}, -1.0
-    for kind, x in kinds.items():
-        top1 = heads[kind].evaluate(x, val.labels)
-        result[f"linear_{kind}"] = top1.max().item()
-        if top1.max() > best:
-            best = top1.max().item()
-            result |= {"linear": best, "linear_head": f"{kind} {heads[kind].names[int(top1.argmax())]}"}
-    return result
+    top1 = {kind: heads[kind].evaluate(x, val.labels) for kind, x in features.items()}
+    best = max(top1, key=lambda kind: top1[kind].max())
+    result = {"linear": top1[best].max().item()} | {f"linear_{kind}": t.max().item() for kind, t in top1.items()}
+    return result | {"linear_head": f"{best}, {heads[best].names[int(top1[best].argmax())]}"}
 
 
 def cached_batches(features, config):
-    """Batches of features computed once, in a new order each epoch."""
+    """Batches for `linear_probe` from Features computed once, in a new order each epoch."""
 
     def batches(epoch):
         n, batch = len(features.labels), min(config.probe_batch, len(features.labels))
-        order = torch.randperm(n, generator=generator(config.seed, "probe order", epoch)).to(features.labels.device)
+        order = torch.randperm(n, generator=generator(config.seed, "probe", "order", epoch)).to(features.labels.device)
         for rows in order[: n // batch * batch].split(batch):
             yield features.pooled[rows], features.concat4[rows], features.labels[rows]
 
@@ -1086,121 +1047,105 @@ def cached_batches(features, config):
 
 
 def augmented_batches(encoder, split, config, world, log):
-    """Batches of random crops (scale 0.08 to 1, bicubic) and flips, encoded anew; each rank encodes its share."""
-    batch = min(config.probe_batch, len(split) // world.size * world.size)
-    data = Batches(split, config, world, batch, (0.08, 1.0), True, bicubic=True, purpose="probe", masks=False)
-    pixels, bad = None if split.pixels is None else split.pixels.to(world.device), BadFiles(log, len(split), config.max_bad)
+    """Batches for `linear_probe` from random crops and flips, encoded anew in each epoch; every rank encodes its share."""
+    batch = min(config.probe_batch, len(split)) // world.size * world.size
+    data = Batches(split, config, world, batch, (0.08, 1.0), flip=True, bicubic=True, purpose="probe")
+    pixels = None if split.pixels is None else split.pixels.to(world.device)
 
     def batches(epoch):
-        per_epoch = len(split) // batch
-        for item in make_loader(data, range(epoch * per_epoch, (epoch + 1) * per_epoch), config, world):
-            bad.add(item["bad"])
+        steps = len(split) // batch
+        for item in make_loader(data, range(epoch * steps, (epoch + 1) * steps), config, world):
+            log.skip(item["bad"], len(split), config.max_bad)
             images = make_images(item, pixels, config.image_size, world.device, bicubic=True)
-            pooled, concat4 = (torch.cat(parts) for parts in zip(*(encode(encoder, x)[:2] for x in images.split(config.eval_batch))))
+            parts = [encode(encoder, x)[:2] for x in images.split(config.eval_batch)]
             labels = split.labels[item["indices"]].to(world.device)
-            yield common.gather_over_ranks(pooled), common.gather_over_ranks(concat4), common.gather_over_ranks(labels)
+            yield [common.gather_over_ranks(x) for x in (*map(torch.cat, zip(*parts, strict=True)), labels)]
 
     return batches
 
 
 def lowshot_indices(split, config):
-    """Training images of the low-shot probe: those that --lowshot-list names, or a seeded share of each class (at least one)."""
+    """Training images of the low-shot probe: those of --lowshot-list, or a seeded share of each class (one at least)."""
     if config.lowshot_list:
-        try:
-            wanted = set(Path(config.lowshot_list).read_text().split())
-        except OSError as error:
-            fail(f"--lowshot-list: {error}")
-        found = [i for i, path in enumerate(split.paths) if path in wanted or Path(path).name in wanted]
-        return torch.tensor(found) if found else fail(f"none of the {len(wanted)} names in {config.lowshot_list} is a training image")
+        wanted = set(Path(config.lowshot_list).read_text().split())
+        return torch.tensor([i for i, path in enumerate(split.paths) if path in wanted or Path(path).name in wanted])
     order = torch.randperm(len(split), generator=generator(config.seed, "lowshot"))
-    chosen = [order[split.labels[order] == c] for c in range(len(split.classes))]
-    return torch.cat([c[: max(1, round(config.lowshot * len(c)))] for c in chosen])
+    classes = (order[split.labels[order] == c] for c in range(len(split.classes)))
+    return torch.cat([members[: max(1, round(config.lowshot * len(members)))] for members in classes])
 
 
-def raw_pixels(split, config, world, log):
-    """Normalised pixels at no more than 32x32 -> [N, 3*32*32]: what kNN gets without any network."""
-    rows = []
-    for images, indices in eval_images(split, config, world, log):
-        small = images if images.shape[-1] <= 32 else F.adaptive_avg_pool2d(images, 32)
-        rows.append(torch.cat([indices[:, None].to(small), small.flatten(1)], dim=1))
-    rows = common.gather_over_ranks(torch.cat(rows))
-    return rows[rows[:, 0].argsort()][-len(split) :, 1:]
+def evaluate(encoder, config, world, log, train_split=None):
+    """Run --eval on an encoder (a ViT), beside it on a randomly initialised one, and for kNN on raw pixels.
 
-
-def evaluate(encoder, config, world, log, splits=None):
-    """Run the evaluations of --eval on an encoder (a ViT); beside each the same on a random encoder, for kNN on raw pixels too.
-
-    Prints a table, appends it to log.jsonl and returns {"trained": {...}, "random": {...}, "pixels": {...}}, percentages.
+    Prints a table, appends it to log.jsonl, and returns {"trained": {...}, "random": {...}, "pixels": {...}} in percent.
     """
     wanted = [name for name in config.eval.split(",") if name != "none"]
     if not wanted:
         return {}
-    splits = splits or {}
-    train, val = splits.get("train") or open_split(config, "train"), open_split(config, "val")
+    train, val = train_split or open_split(config, "train"), open_split(config, "val")
     if "features" in wanted:
-        write_features(encoder, {"train": train, "val": val}[config.features_split] or train, config, world, log)
+        write_features(encoder, train if config.features_split == "train" or val is None else val, config, world, log)
         wanted.remove("features")
     if wanted and (val is None or not train.classes):
-        log.say(f"{config.data} has no {'labels' if val else 'val split'}: {', '.join(wanted)} skipped")
+        log.say(f"{', '.join(wanted)}: skipped, since {config.data} has no {'labels' if val else 'val split'}")
         wanted = []
+    if wanted and val.classes != train.classes:
+        fail(
+            f"train/ and val/ of {config.data} differ in their classes: {sorted({*val.classes} ^ {*train.classes})[:5]}"
+        )
     if not wanted:
         return {}
-    if val.classes != train.classes:
-        fail(f"train/ and val/ of {config.data} have different classes: {sorted(set(val.classes) ^ set(train.classes))[:5]} ...")
-    if config.eval_limit and config.eval_limit < len(train):
-        train = train.subset(torch.randperm(len(train), generator=generator(config.seed, "limit"))[: config.eval_limit].sort().values)
-    train, val = (cache_pixels(s, config, world, log) if s.pixels is None and "linear" in wanted and config.probe_augment else s for s in (train, val))
-    few = lowshot_indices(train, config) if "lowshot" in wanted else None
-    results, random_encoder = {}, build(config)[1].to(world.device).eval()
-    for name, network in [("trained", encoder), ("random", random_encoder)][: 2 if config.baselines else 1]:
+    if 0 < config.eval_limit < len(train):
+        train = train.subset(torch.randperm(len(train), generator=generator(config.seed, "limit"))[: config.eval_limit])
+    networks, results = {"trained": encoder}, {}
+    if config.baselines:
+        networks["random"] = build(config)[1].to(world.device)
+    for name, network in networks.items():
         network.eval()
-        result = results[name] = {}
-        test = extract(network, val, config, world, log)
-        cached = {"knn", "lowshot"} & set(wanted) or not config.probe_augment
-        bank = extract(network, train, config, world, log) if cached else None
+        result, test = results.setdefault(name, {}), extract(network, val, config, world, log)
+        if "knn" in wanted or ("linear" in wanted and not config.probe_augment):
+            bank = extract(network, train, config, world, log)
         if "knn" in wanted:
-            result |= {f"knn{k}": accuracy(s, test.labels).item() for k, s in knn(bank.pooled, bank.labels, test.pooled).items()}
+            scores = knn(bank.pooled, bank.labels, test.pooled)
+            result |= {f"knn{k}": accuracy(s, test.labels).item() for k, s in scores.items()}
         if "linear" in wanted:
-            batches = augmented_batches(network, train, config, world, log) if config.probe_augment else cached_batches(bank, config)
-            result |= linear_probe(batches, test, len(train.classes), config, world.device)
+            augment = config.probe_augment
+            batches = augmented_batches(network, train, config, world, log) if augment else cached_batches(bank, config)
+            result |= linear_probe(batches, test, len(train.classes), config)
         if "lowshot" in wanted:
-            shots = extract(network, train.subset(few), config, world, log)
-            probe = linear_probe(cached_batches(shots, config), test, len(train.classes), config, world.device)
-            result["lowshot"], result["lowshot_head"] = probe["linear"], probe["linear_head"]
+            few = extract(network, train.subset(lowshot_indices(train, config)), config, world, log)
+            probe = linear_probe(cached_batches(few, config), test, len(train.classes), config)
+            result |= {"lowshot": probe["linear"], "lowshot_head": probe["linear_head"]}
     if config.baselines and "knn" in wanted:
-        bank, test = (raw_pixels(s, config, world, log) for s in (train, val))
-        scores = knn(bank, train.labels.to(bank.device), test)
-        results["pixels"] = {f"knn{k}": accuracy(s, val.labels.to(s.device)).item() for k, s in scores.items()}
-    names = [n for n in results["trained"] if not n.endswith("_head")]
-    log.say(f"{'top-1 %':<16}" + "".join(f"{kind:>10}" for kind in results))
-    for n in names:
-        log.say(f"{n:<16}" + "".join(f"{r[n]:>10.1f}" if n in r else f"{'':>10}" for r in results.values()))
-    log.write(eval=results, images=[len(train), len(val)])
+        (bank, bank_labels), (test, labels) = (raw_pixels(split, config, world, log) for split in (train, val))
+        results["pixels"] = {f"knn{k}": accuracy(s, labels).item() for k, s in knn(bank, bank_labels, test).items()}
+    log.say(f"{'top-1, %':<16}" + "".join(f"{name:>10}" for name in results))
+    for key in (k for k in results["trained"] if not k.endswith("_head")):
+        log.say(f"{key:<16}" + "".join(f"{r[key]:>10.1f}" if key in r else f"{'':>10}" for r in results.values()))
+    log.write(eval=results, images={"train": len(train), "val": len(val)})
     return results
 
 
 def write_features(encoder, split, config, world, log):
-    """--eval features: an .npz with features [N, D], labels, paths and, with --tokens, tokens [N, T, D]."""
-    result = extract(encoder.eval(), split, config, world, log, tokens=config.tokens)
+    """--eval features: an .npz of features float32 [N, D], labels int64 [N], paths, and with --tokens tokens [N, T, D]."""
+    found = extract(encoder.eval(), split, config, world, log, config.tokens)
+    arrays = dict(features=found.pooled, labels=found.labels) | (dict(tokens=found.tokens) if config.tokens else {})
     path = Path(config.features_out or log.path.parent / "features.npz")
     if world.rank == 0:
-        arrays = dict(features=result.pooled.float().cpu().numpy(), labels=result.labels.cpu().numpy(), paths=np.array(result.paths))
-        if config.tokens:
-            arrays["tokens"] = result.tokens.float().cpu().numpy()
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **arrays)
-        log.say(f"{path}: features {list(arrays['features'].shape)}" + (f", tokens {list(arrays['tokens'].shape)}" if config.tokens else ""))
+        np.savez(path, paths=np.array(found.paths), **{k: v.cpu().numpy() for k, v in arrays.items()})
+        log.say(f"{path}: " + ", ".join(f"{k} {list(v.shape)}" for k, v in arrays.items()))
 
 
 @torch.no_grad()
 def content_ratio(model, target, images, config):
-    """Loss with the context of another image over the loss with the right one: 1 if only positions were learned."""
-    masks = sample_masks(replace(config, batch=len(images), group=0), step=0, device="cpu")
-    masks_context, masks_target = (m.to(images.device) for m in masks[0])
-    patches = target.patch_embed.patchify(images)
-    targets = gather_targets(target(patches), masks_target, config.contexts)
+    """(loss, that with another image's context over it): 1 if the predictor knows positions only, more if it uses content."""
+    masks = sample_masks(replace(config, batch=len(images), group=0), step=0)[0]
+    masks_context, masks_target = (m.to(images.device) for m in masks)
+    patches = model.encoder.patch_embed.patchify(images)
+    targets = gather_targets(target(images), masks_target, config.contexts)
     right, wrong = (jepa_loss(model(p, masks_context, masks_target), targets) for p in (patches, patches.roll(1, 0)))
-    return (wrong / right).item(), right.item()
+    return right.item(), (wrong / right).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1209,146 +1154,150 @@ def content_ratio(model, target, images, config):
 
 
 @torch.no_grad()
-def draw_picture(model, target, images, config, path, rows=6, neighbours=3, tile=96):
-    """What the method sees and finds: images, context, targets, nearest target blocks of other images, PCA of patch features.
-
-    Each target block is predicted, the prediction averaged over its patches, and compared (cosine) with the target representations
-    of the same block in all other images.
-    """
-    config = replace(config, batch=len(images), group=0)
-    (masks_context, masks_target) = (m.to(images.device) for m in sample_masks(config, step=1)[0])
-    grid, patch, n = config.image_size // config.patch, config.patch, len(images)
-    patches = target.patch_embed.patchify(images)
-    tokens = target(patches)
-    normed = F.layer_norm(tokens, tokens.shape[-1:])
-    predictions = model(patches, masks_context, masks_target).view(len(masks_target), config.contexts, n, masks_target.shape[-1], -1)[:, 0]
+def draw_picture(model, target, images, config, rows=6, neighbours=3, tile=96, gap=6):
+    """What the method sees and finds, as a PIL image: images [n, 3, S, S], their context, a map of the first three
+    principal components of the patch features, and target blocks, each with the same block of those other images whose
+    target representation is closest (cosine) to what the predictor expects from the context alone."""
+    masks_context, masks_target = (
+        m.to(images.device) for m in sample_masks(replace(config, batch=len(images), group=0), 1)[0]
+    )
+    n, grid, blocks = len(images), config.image_size // config.patch, len(masks_target)
+    tokens = target(images)
+    predictions = model(model.encoder.patch_embed.patchify(images), masks_context, masks_target)
+    predictions = F.normalize(predictions.view(blocks, config.contexts, n, -1, tokens.shape[-1]).mean((1, 3)), dim=-1)
+    represented = gather_targets(
+        tokens,
+        torch.cat([m.expand(n, -1) for m in masks_target[:, :rows].flatten(0, 1)[:, None]]).view(
+            -1, n, masks_target.shape[-1]
+        ),
+    )
+    represented = F.normalize(
+        represented.view(blocks, rows, n, -1, tokens.shape[-1]).mean(3), dim=-1
+    )  # of each block in each image
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
-    pixels = ((images * std + mean) * 255).clamp(0, 255)  # [n, 3, S, S]
+    pixels = (images * std + mean).clamp(0, 1) * 255
+    centred = tokens - tokens.mean((0, 1))
+    components = centred @ torch.linalg.svd(centred[:64].flatten(0, 1), full_matrices=False)[2][:3].T
+    low, high = components.flatten(0, 1).quantile(torch.tensor([0.02, 0.98], device=images.device), dim=0)
+    components = ((components - low) / (high - low + 1e-6)).clamp(0, 1).mT.unflatten(2, (grid, grid)) * 255
 
-    def seen(kept):
-        """The image with all patches but `kept` grey."""
-        mask = torch.zeros(grid * grid, device=images.device)
-        mask[kept] = 1
-        return mask.view(1, grid, grid).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    def visible(kept):
+        mask = torch.zeros(grid * grid, device=images.device).index_fill(0, kept, 1).view(1, 1, grid, grid)
+        return F.interpolate(mask, scale_factor=config.patch)[0] > 0
 
-    def to_tile(image, filter=Image.NEAREST):
-        array = image.permute(1, 2, 0).round().byte().cpu().numpy()
-        return Image.fromarray(array).resize((tile, tile), filter)
-
-    centred = tokens.flatten(0, 1) - tokens.flatten(0, 1).mean(0)
-    _, _, basis = torch.linalg.svd(centred[:: max(1, len(centred) // 5000)], full_matrices=False)
-    colours = centred @ basis[:3].T
-    low, high = colours.quantile(0.02, dim=0), colours.quantile(0.98, dim=0)
-    colours = (((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) * 255).view(n, grid, grid, 3).permute(0, 3, 1, 2)
-
-    shown = min(4, len(masks_target))
-    columns = 3 + shown * (1 + neighbours)
-    gap, header = 6, 34
-    canvas = Image.new("RGB", (columns * (tile + gap) + gap, header + rows * (tile + gap)), "white")
-    pen = ImageDraw.Draw(canvas)
-    titles = ["image", "context", "PCA"] + [t for i in range(shown) for t in (f"target {i + 1}", *(f"nearest {j + 1}" for j in range(neighbours)))]
-    for c, title in enumerate(titles):
-        pen.text((gap + c * (tile + gap), 4), title, fill="black")
-    pen.text((gap, 18), "nearest: other images whose target representation of this block is closest to its prediction from the context", fill="grey")
-    for r in range(rows):
-        grey = torch.full_like(pixels[r], 128)
-        context = seen(masks_context[0, r])
-        tiles = [to_tile(pixels[r], Image.BICUBIC), to_tile(torch.where(context > 0, pixels[r], grey)), to_tile(colours[r], Image.BICUBIC)]
+    shown = min(4, blocks)
+    titles = ["image", "context", "features, PCA"]
+    for i in range(shown):
+        titles += [f"target {i + 1}"] + [f"nearest {j + 1}" for j in range(neighbours)]
+    canvas = Image.new("RGB", (gap + len(titles) * (tile + gap), 20 + rows * (tile + gap)), "white")
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(canvas).text((gap + column * (tile + gap), 4), title, fill="black")
+    for row in range(rows):
+        tiles = [pixels[row], torch.where(visible(masks_context[0, row]), pixels[row], 128.0), components[row]]
         for i in range(shown):
-            block = masks_target[i, r]
-            bank = F.normalize(normed[:, block].mean(1), dim=1)  # this block in every image: [n, D]
-            similarity = bank @ F.normalize(predictions[i, r].mean(0), dim=0)
-            similarity[r] = -2
-            mask = seen(block)
-            for j in [r, *similarity.topk(neighbours).indices.tolist()]:
-                tiles.append(to_tile(torch.where(mask > 0, pixels[j], pixels[j] * 0.25 + 160)))
-        for c, picture in enumerate(tiles):
-            canvas.paste(picture, (gap + c * (tile + gap), header + r * (tile + gap)))
-    canvas.save(path)
+            similarity = represented[i, row] @ predictions[i, row]  # [n]
+            similarity[row] = -2
+            for j in [row, *similarity.topk(neighbours).indices.tolist()]:
+                tiles.append(torch.where(visible(masks_target[i, row]), pixels[j], pixels[j] * 0.2 + 180))
+        for column, picture in enumerate(tiles):
+            picture = Image.fromarray(picture.permute(1, 2, 0).byte().cpu().numpy()).resize((tile, tile), Image.NEAREST)
+            canvas.paste(picture, (gap + column * (tile + gap), 20 + row * (tile + gap)))
+    return canvas
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Official checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # cannot be read from a file's shapes
-ARCHITECTURE = ("image_size", "patch", "width", "depth", "heads", "predictor_width", "predictor_depth", "predictor_heads")
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # by width: a file's shapes do not tell
+ARCHITECTURE = (
+    "image_size",
+    "patch",
+    "width",
+    "depth",
+    "heads",
+    "predictor_width",
+    "predictor_depth",
+    "predictor_heads",
+)
 
 
 def read_own_checkpoint(path, config=None):
-    """A last.pt of this script; with a config its architecture is compared. Exits with 2 if it is of another script or shape."""
+    """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
     state = common.load_checkpoint(path)
     if not isinstance(state, dict) or state.get("script") != "ijepa":
-        found = state.get("script") or ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
-        fail(f"{path} is no checkpoint of ijepa.py (found: {found})")
-    differ = [] if config is None else [k for k in ARCHITECTURE if state["config"][k] != getattr(config, k)]
+        fail(f"{path} was not written by ijepa.py, but by {state['script'] if 'script' in state else 'something else'}")
+    theirs = state["config"]
+    differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
     if differ:
-        fail(f"{path} was trained with " + ", ".join(f"--{k.replace('_', '-')} {state['config'][k]}, not {getattr(config, k)}" for k in differ))
+        differences = (f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ)
+        fail(f"{path} was trained with {', '.join(differences)}")
     return state
 
 
-def read_checkpoint(path, config):
-    """Weights from ours or an official file: {"encoder", "target", "predictor": state dict or None, "architecture": {field: value}}.
+def read_checkpoint(path, encoder="target", heads=0):
+    """Weights of a checkpoint, ours or official: {"encoder", "target", "predictor": state dicts, "architecture": fields}.
 
-    Official: dict of `encoder`, `predictor`, `target_encoder` with keys `module.*`; only the chosen encoder must be there.
+    An official file has `encoder`, `predictor`, `target_encoder`, with keys `module.*`; only the one that `encoder`
+    ("target" or "context") asks for must be there. heads: for widths that the released models do not have.
     """
     state = common.load_checkpoint(path)
     if isinstance(state, dict) and "script" in state:
         state = read_own_checkpoint(path)
-        parts = {name: {k.removeprefix(name + "."): v for k, v in state["model"].items() if k.startswith(name + ".")} for name in ("encoder", "predictor")}
-        return dict(encoder=parts["encoder"], predictor=parts["predictor"], target=state["target"],
-                    architecture={k: state["config"][k] for k in ARCHITECTURE})  # fmt: skip
-    strip = lambda part: {k.removeprefix("module."): v for k, v in part.items()}  # noqa: E731
-    parts = {k: strip(state[k]) for k in ("encoder", "predictor", "target_encoder") if isinstance(state, dict) and isinstance(state.get(k), dict)}
-    chosen = "target_encoder" if config.encoder == "target" else "encoder"
-    encoder = parts.get(chosen)
-    if encoder is None or not {"pos_embed", "patch_embed.proj.weight"} <= encoder.keys():
+        parts = {"target": state["target"]}
+        for name in ("encoder", "predictor"):
+            parts[name] = {k.removeprefix(f"{name}."): v for k, v in state["model"].items() if k.startswith(f"{name}.")}
+        return parts | {"architecture": {k: state["config"][k] for k in ARCHITECTURE}}
+    parts = {}
+    for name, key in (("encoder", "encoder"), ("target", "target_encoder"), ("predictor", "predictor")):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            parts[name] = {k.removeprefix("module."): v for k, v in state[key].items()}
+    chosen = parts.get("encoder" if encoder == "context" else "target", {})
+    if not {"pos_embed", "patch_embed.proj.weight"} <= chosen.keys() or "cls_token" in chosen:
         found = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
-        fail(f"{path} is no I-JEPA checkpoint: expected `{chosen}` with `module.patch_embed.proj.weight`, found: {found}")
-    width, _, patch, _ = encoder["patch_embed.proj.weight"].shape
-    grid = math.isqrt(encoder["pos_embed"].shape[1])
-    heads = HEADS.get(width) or (config.heads if "heads" in common.given_flags(sys.argv[1:]) or config.width == width else 0)
+        fail(f"{path} is no I-JEPA checkpoint: expected the {encoder} encoder under `module.*` keys, found {found}")
+    width, _, patch, _ = chosen["patch_embed.proj.weight"].shape
+    heads = heads or HEADS.get(width, 0)
     if not heads or width % heads:
-        fail(f"{path} does not say how many attention heads its width of {width} has: add --heads")
-    depth = 1 + max(int(k.split(".")[1]) for k in encoder if k.startswith("blocks."))
-    architecture = dict(image_size=grid * patch, patch=patch, width=width, depth=depth, heads=heads)
-    predictor = parts.get("predictor")
-    if predictor:
-        depth = 1 + max(int(k.split(".")[1]) for k in predictor if k.startswith("predictor_blocks."))
-        architecture |= dict(predictor_width=predictor["predictor_embed.weight"].shape[0], predictor_depth=depth, predictor_heads=heads)
-    return dict(encoder=parts.get("encoder", encoder), target=parts.get("target_encoder", encoder), predictor=predictor, architecture=architecture)
+        fail(f"{path} cannot say how many attention heads share its width of {width}: add --heads")
+    depth = 1 + max(int(k.split(".")[1]) for k in chosen if k.startswith("blocks."))
+    size = patch * math.isqrt(chosen["pos_embed"].shape[1])
+    architecture = dict(image_size=size, patch=patch, width=width, depth=depth, heads=heads)
+    if "predictor" in parts:
+        depth = 1 + max(int(k.split(".")[1]) for k in parts["predictor"] if k.startswith("predictor_blocks."))
+        architecture |= dict(predictor_depth=depth, predictor_heads=heads)
+        architecture |= dict(predictor_width=parts["predictor"]["predictor_embed.weight"].shape[0])
+    return {"encoder": chosen, "target": chosen, "predictor": {}} | parts | {"architecture": architecture}
 
 
-def fit_positions(state, key, size):
-    """Interpolate a state dict's position table to `size` tokens if it has another number."""
-    table = state[key]
-    if table.shape[1] == size:
-        return state
-    old, new = math.isqrt(table.shape[1]), math.isqrt(size)
-    print(f"{key}: interpolated from {old}x{old} to {new}x{new} patches", flush=True)
-    return state | {key: common.interpolate_positions(table, (old, old), (new, new))}
+def load_part(module, state, key, tokens, what):
+    """Load a state dict whose position table `key` may be of another resolution; exits with 2 where anything else differs."""
+    if key in state and state[key].shape[1] != tokens:
+        old, new = (math.isqrt(n) for n in (state[key].shape[1], tokens))
+        print(f"{what}: positions interpolated from {old}x{old} to {new}x{new} patches", flush=True)
+        state = state | {key: common.interpolate_positions(state[key], (old, old), (new, new))}
+    common.load_state(module, state, what)
 
 
 def load_weights(model, target, weights, path):
-    """Put what `read_checkpoint` gave into (model, target encoder), adapting positions to the resolution; exits with 2 on a mismatch."""
+    """Put what `read_checkpoint` found into (IJEPA, target encoder)."""
     tokens = math.prod(target.grid)
-    common.load_state(target, fit_positions(weights["target"], "pos_embed", tokens), f"the target encoder in {path}")
-    common.load_state(model.encoder, fit_positions(weights["encoder"], "pos_embed", tokens), f"the context encoder in {path}")
+    load_part(target, weights["target"], "pos_embed", tokens, f"{path}, target encoder")
+    load_part(model.encoder, weights["encoder"], "pos_embed", tokens, f"{path}, context encoder")
     if weights["predictor"]:
-        common.load_state(model.predictor, fit_positions(weights["predictor"], "predictor_pos_embed", tokens), f"the predictor in {path}")
+        load_part(model.predictor, weights["predictor"], "predictor_pos_embed", tokens, f"{path}, predictor")
 
 
-def load_encoder(path, image_size=None, heads=None, encoder="target"):
-    """A frozen encoder from any checkpoint this script can read: a ViT that maps images [B, 3, S, S] to tokens [B, N, D].
+def load_encoder(path, image_size=0, encoder="target", heads=0):
+    """A frozen ViT from any checkpoint that this script reads: images [B, 3, S, S] -> tokens [B, N, D].
 
-    image_size: pixels, default the checkpoint's; heads: where the file cannot say; encoder: "target" or "context".
+    image_size: pixels, 0 = as trained; encoder: "target" or "context"; heads: where the file's width is unusual.
     """
-    config = Config(encoder=encoder, width=0, heads=heads or 0)
-    weights = read_checkpoint(path, config)
-    config = replace(config, **weights["architecture"] | ({"heads": heads} if heads else {}) | ({"image_size": image_size} if image_size else {}))
-    vit = ViT(config.image_size, config.patch, config.width, config.depth, config.heads)
-    state = weights["target" if encoder == "target" else "encoder"]
-    common.load_state(vit, fit_positions(state, "pos_embed", math.prod(vit.grid)), f"the {encoder} encoder in {path}")
+    weights = read_checkpoint(path, encoder, heads)
+    a = weights["architecture"]
+    vit = ViT(image_size or a["image_size"], a["patch"], a["width"], a["depth"], a["heads"])
+    state = weights["encoder" if encoder == "context" else "target"]
+    load_part(vit, state, "pos_embed", math.prod(vit.grid), f"{path}, {encoder} encoder")
     return vit.requires_grad_(False).eval()
 
 
@@ -1357,55 +1306,54 @@ def load_encoder(path, image_size=None, heads=None, encoder="target"):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def report(model, target, train_split, config, world, log, out):
-    """After training: the picture, both proofs of learning, the evaluations."""
+def report(model, target, train_split, config, world, log):
+    """After training: is content used, not only position? And the picture."""
     split = open_split(config, "val") or train_split
-    some = torch.randperm(len(split), generator=generator(config.seed, "report"))[:256]
-    images = next(eval_images(split.subset(some), replace(config, eval_batch=256), World(0, 1, world.device), log))[0]
-    ratio, loss = content_ratio(model, target, images, config)
-    log.say(f"loss on unseen images {loss:.4f}; with another image's context {ratio:.2f} times that (1.0: only positions were learned)")
-    log.write(content_ratio=ratio, val_loss=loss)
+    some = split.subset(torch.randperm(len(split), generator=generator(config.seed, "report"))[:256])
+    alone = World(0, 1, world.device)  # all ranks look at the same images, since a sharded model runs on all
+    images = next(eval_images(some, replace(config, eval_batch=256), alone, log))[0]
+    loss, ratio = content_ratio(model, target, images, config)
+    log.say(
+        f"loss on unseen images {loss:.4f}; with another image's context {ratio:.2f} times that (1: only position counts)"
+    )
+    log.write(val_loss=loss, content_ratio=ratio)
+    picture = draw_picture(model, target, images, config, rows=min(6, len(images)))
     if world.rank == 0:
-        draw_picture(model, target, images, config, out / "picture.png", rows=min(6, len(images)))
-        log.say(f"{out}/picture.png: what it sees and finds")
+        picture.save(log.path.parent / "picture.png")
+        log.say(f"{log.path.parent / 'picture.png'}: context, targets, and what was found nearest to the predictions")
 
 
-def run(config, argv):
-    """Train and evaluate, or with --init and no length only evaluate."""
+def run(config, given):
+    """Train and evaluate; with --init and no length given, only evaluate. given: names of the flags that were typed."""
     world = common.start_world(config.device)
-    only_evaluate = bool(config.init) and not {"steps", "epochs"} & common.given_flags(argv)
-    if config.init and only_evaluate:
-        given = common.given_flags(argv)
-        architecture = read_checkpoint(config.init, config)["architecture"]
+    heads = config.heads if "heads" in given else 0
+    if config.init:
+        architecture = read_checkpoint(config.init, config.encoder, heads)["architecture"]
         config = replace(config, **{k: v for k, v in architecture.items() if k not in given})
     check(config, world)
-    out = common.choose_out(config.out, "ijepa", config.resume)
-    if world.size > 1:
-        names = [str(out)]
-        dist.broadcast_object_list(names)  # before rank 0 makes it: the others must not see it and take the next
-        out = Path(names[0])
-    if only_evaluate:
-        weights = read_checkpoint(config.init, config)
-        encoder = ViT(config.image_size, config.patch, config.width, config.depth, config.heads)
-        state = fit_positions(weights["target" if config.encoder == "target" else "encoder"], "pos_embed", math.prod(encoder.grid))
-        common.load_state(encoder, state, config.init)
-        evaluate(encoder.to(world.device), config, world, Log(out, world))
+    out = common.choose_out(config.out, "ijepa", config.resume, world)
+    if config.init and not {"steps", "epochs"} & given:
+        encoder = load_encoder(config.init, config.image_size, config.encoder, heads).to(world.device)
+        evaluate(encoder, config, world, Log(out, world))
         return
     model, target, split = train(config, world, out)
-    log = Log(out, world, start=10**9)
-    report(model, target, split, config, world, log, out)
-    evaluate(target if config.encoder == "target" else model.encoder, config, world, log, {"train": split})
+    log = Log(out, world, start=math.inf)
+    report(model, target, split, config, world, log)
+    evaluate(target if config.encoder == "target" else model.encoder, config, world, log, split)
 
 
 def main(argv=None):
-    """Command line; see --help."""
+    """The command line; see --help."""
     argv = sys.argv[1:] if argv is None else argv
     config = common.parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
     try:
-        run(config, argv)
+        run(config, common.given_flags(argv))
     except torch.OutOfMemoryError as error:
-        fail(f"out of GPU memory ({str(error).splitlines()[0]}). Lower memory with --accumulate 2 (or 4, 8), --precision bf16, --shard, or a smaller "
-             "--batch or --eval-batch.", code=4)  # fmt: skip
+        reason = str(error).split(". ")[0]
+        fail(
+            f"out of GPU memory ({reason}): try --accumulate 2 (4, 8), --precision bf16, --shard, or a smaller --batch",
+            4,
+        )
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
