@@ -698,7 +698,7 @@ def cache_pixels(split, config, world, log):
     for path in split.paths[:32] if split.pixels is None else []:
         with contextlib.suppress(*UNREADABLE), Image.open(split.root / path) as image:
             sizes.add(upright_size(image))
-    canvas = sizes.pop() if len(sizes) == 1 and max(*sizes) <= (side, side) else (side, side)
+    canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
     if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
     files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=worker_count(config, world, True))
