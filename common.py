@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What all ten scripts need and no paper is about: the parts of a vision transformer, and the plumbing of a run.
 
-It imports no script. In order: positions, layers, ViT, EMA, schedules, ranks, randomness, config, checkpoints, log, toy images.
-Shape letters: B batch, N tokens, K kept tokens, D width, H heads, G side of the patch grid.
+In order: positions, layers, ViT, EMA, schedules, ranks, randomness, config, checkpoints, log, toy images.
+Imports no script. Shape letters: B batch, N tokens, K kept tokens, D width, H heads, G side of the patch grid.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def sincos_3d(width, frames, height, breadth):
 
 
 def interpolate_positions(table, old, new):
-    """Resample a position table to another grid: table [1, N, D], old and new (rows, columns) -> [1, N', D], bicubic."""
+    """Resample a position table to another grid, bicubic: table [1, N, D], old, new (rows, columns) -> [1, N', D]."""
     if tuple(old) == tuple(new):
         return table
     grid = table.float().unflatten(1, tuple(old)).permute(0, 3, 1, 2)  # [1, D, G, G]
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, queries=None):
-        """x [B, N, D] -> [B, N, D]; with queries=n only the last n tokens ask (all are still attended to): [B, n, D]."""
+        """x [B, N, D] -> [B, N, D]; with queries=n only the last n tokens ask (all are attended to): [B, n, D]."""
         batch, tokens, width = x.shape
         if queries is None:
             q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, N, D/H]
@@ -144,7 +144,7 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(w1 x) * w2 x), w1 and w2 packed in one Linear; two thirds of `hidden`, rounded up to 8, keeps the cost of an MLP."""
+    """w3(silu(w1 x) * w2 x), w1 and w2 in one Linear; 2/3 of `hidden`, rounded up to 8s, keeps the cost of an MLP."""
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -171,7 +171,7 @@ class LayerScale(nn.Module):
 
 
 def stochastic_depth(branch, rate, uniform):
-    """Drop a residual branch for some samples: branch [B, N, D], uniform [B] in [0, 1); the kept are scaled by 1/(1-rate)."""
+    """Drop a residual branch for some samples: branch [B, N, D], uniform [B] in [0, 1); the kept times 1/(1-rate)."""
     return branch * ((uniform >= rate).to(branch.dtype) / (1 - rate))[:, None, None]
 
 
@@ -208,7 +208,7 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """Patches (or, with `tubelet`, space-time tubelets) to tokens: a strided convolution, computed as one Linear.
 
-    As a Linear it can run on the visible patches alone; the weight keeps the convolution's shape, as checkpoints have it.
+    So it can run on the visible patches alone; the weight keeps the convolution's shape, as checkpoints have it.
     """
 
     def __init__(self, patch, width, channels=3, tubelet=None):
@@ -240,12 +240,13 @@ def init_weights(module, std=0.02):
 class ViT(nn.Module):
     """Vision transformer (pre-norm; fixed sin-cos or learned positions; class and register tokens if asked for).
 
-    image_size, patch: pixels; frames and tubelet: for video [B, C, T, H, W]. The forward pass returns all tokens after the
-    final norm, in the order [class | registers | patches].
+    image_size, patch: pixels; frames and tubelet: for video [B, C, T, H, W]. The forward pass returns all tokens
+    after the final norm, in the order [class | registers | patches].
     """
 
-    def __init__(self, image_size, patch, width, depth, heads, mlp_ratio=4.0, frames=None, tubelet=None, channels=3, class_token=False,
-                 registers=0, learned_positions=False, layer_scale=None, drop_path=0.0, swiglu=False, qkv_bias=True, eps=1e-6):  # fmt: skip
+    def __init__(self, image_size, patch, width, depth, heads, mlp_ratio=4.0, frames=None, tubelet=None, channels=3,
+                 class_token=False, registers=0, learned_positions=False, layer_scale=None, drop_path=0.0, swiglu=False,
+                 qkv_bias=True, eps=1e-6):  # fmt: skip
         super().__init__()
         if image_size % patch or width % heads:
             raise ValueError(
@@ -260,9 +261,8 @@ class ViT(nn.Module):
         table = (sincos_2d if tubelet is None else sincos_3d)(width, *self.grid).float()
         if class_token:
             table = torch.cat([torch.zeros(1, width), table])
-        self.pos_embed = nn.Parameter(
-            table[None], requires_grad=learned_positions
-        )  # in the state dict, as checkpoints have it
+        # a parameter even where it is fixed: in the state dict, as checkpoints have it
+        self.pos_embed = nn.Parameter(table[None], requires_grad=learned_positions)
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_ratio, qkv_bias, layer_scale, rate, swiglu, eps) for rate in rates
@@ -276,7 +276,7 @@ class ViT(nn.Module):
     def forward(self, x, keep=None, layers=None, drop=None):
         """Tokens after the final norm.
 
-        x: images [B, C, H, W] (or video), or patches [B, N, C*p*p] made by `patch_embed.patchify`, to share them between encoders
+        x: images [B, C, H, W] (or video), or patches [B, N, C*p*p] of `patch_embed.patchify`, for encoders to share
         keep: int64 [B, K] or [M, B, K], indices of the patches to run on -> [B, K, D] or [M*B, K, D]; None runs on all
         layers: block indices (negative from the end) -> a list of their outputs, each after the final norm
         drop: uniforms [depth, 2, B] for stochastic depth
@@ -321,9 +321,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, momentum, applied=None):
-        """One multi-tensor launch per dtype. applied: 0-dim tensor, 0 where the optimizer skipped this step: then nothing moves.
+        """One multi-tensor launch per dtype. applied: 0-dim tensor, 0 if the optimizer skipped the step: nothing moves.
 
-        With `applied` it takes three launches, since a weight that only the device knows cannot be an argument of a lerp.
+        With `applied` it takes three launches: a weight that only the device knows cannot be an argument of a lerp.
         """
         for targets, sources in self.groups.values():
             if applied is None:
@@ -357,7 +357,7 @@ def warmup_cosine_schedule(step, total, warmup, start, peak, final):
 
 
 def parameter_groups(*modules):
-    """Optimizer groups: the decayed parameters of each module, then the undecayed ones (biases and 1-D tensors) of each.
+    """Optimizer groups: each module's decayed parameters, then each module's undecayed ones (biases, 1-D tensors).
 
     A group carries `decay`, a bool. Parameters that need no gradient are left out.
     """
@@ -365,9 +365,8 @@ def parameter_groups(*modules):
     for decay in (True, False):
         for module in modules:
             named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-            groups.append(
-                {"decay": decay, "params": [p for n, p in named if (p.dim() > 1 and "bias" not in n) == decay]}
-            )
+            members = [p for n, p in named if (p.dim() > 1 and "bias" not in n) == decay]
+            groups.append({"decay": decay, "params": members})
     return groups
 
 
@@ -386,7 +385,7 @@ class World:
 
 
 def start_world(device=""):
-    """Join the process group that torchrun describes in the environment (or run alone). device: cuda | mps | cpu, '' = the best."""
+    """Join the process group that torchrun describes, if any, or run alone. device: cuda | mps | cpu, '' = best."""
     if not device:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -416,7 +415,7 @@ class _MeanOverRanks(torch.autograd.Function):
 
 
 def mean_over_ranks(x):
-    """Mean of a tensor over all ranks, differentiable: with DDP's averaging, the gradients are those of one big batch."""
+    """Mean of a tensor over ranks, differentiable: with DDP's averaging, the gradients are those of one big batch."""
     return _MeanOverRanks.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
@@ -435,7 +434,7 @@ def gather_over_ranks(x):
 
 
 def distribute(model, world, shard=False):
-    """Wrap for training on all ranks: DDP, or with `shard` FSDP2, block by block. Alone, or with nothing to train: as it is."""
+    """Wrap for all ranks: DDP, or with `shard` FSDP2, block by block. Alone, or with nothing to train: as it is."""
     if shard:
         for module in model.modules():
             if isinstance(module, Block):
@@ -461,7 +460,7 @@ def gradient_norm(parameters):
 
 
 def effective_rank(features):
-    """exp of the entropy of the normalised singular values of centred features [B, D]: 1 = collapsed, at most min(B, D)."""
+    """exp of the entropy of the normalised singular values of centred features [B, D]: 1 (collapsed) to min(B, D)."""
     values = torch.linalg.svdvals((features - features.mean(0)).float())
     p = values / values.sum().clamp(min=1e-12)
     return torch.exp(torch.special.entr(p).sum())
@@ -476,7 +475,7 @@ def memory_gib(device):
 
 
 def generator(*key, device="cpu"):
-    """A torch.Generator seeded by a key such as (seed, "crop", step, sample): the same key gives the same draws, anywhere."""
+    """A torch.Generator seeded by a key such as (seed, "crop", step, sample): same key, same draws, anywhere."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -487,9 +486,8 @@ def choose_precision(name, device):
         if device.type == "cuda":
             name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
         else:
-            name = (
-                "bf16" if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
-            )
+            fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+            name = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
@@ -511,7 +509,7 @@ def nearest(word, words):
 
 
 def parse_config(config_class, presets, data_presets, argv=None, description=None):
-    """Command line -> config. Every dataclass field is a flag, explained by the comment beside it; flags win over the preset.
+    """Command line -> config. Each dataclass field is a flag, the comment beside it its help; flags override presets.
 
     presets: {name: {field: value}}; data_presets: {data name: preset name}, "*" for any other data.
     Exits with 2 for an unknown flag or preset, naming the nearest known ones.
@@ -542,10 +540,8 @@ def parse_config(config_class, presets, data_presets, argv=None, description=Non
         if hint is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hint) is tuple:
-            options |= {
-                "type": typing.get_args(hint)[0],
-                "nargs": "*" if typing.get_args(hint)[-1] is ... else len(typing.get_args(hint)),
-            }
+            types = typing.get_args(hint)
+            options |= {"type": types[0], "nargs": "*" if types[-1] is ... else len(types)}
         else:
             options["type"] = hint
         if field == "preset":
@@ -572,12 +568,10 @@ def given_flags(argv):
 
 
 def full_state(model, optimizer=None):
-    """Plain CPU tensors by parameter name, gathered from all ranks if sharded: (model state, optimizer state or None)."""
+    """Plain CPU tensors by parameter name, gathered from all ranks if sharded: (model state, optimizer's or None)."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return (
-        dcp.get_model_state_dict(model, options=options),
-        dcp.get_optimizer_state_dict(model, optimizer, options=options) if optimizer else None,
-    )
+    weights = dcp.get_model_state_dict(model, options=options)
+    return weights, dcp.get_optimizer_state_dict(model, optimizer, options=options) if optimizer else None
 
 
 def load_full_state(model, state, optimizer=None, optimizer_state=None):
@@ -589,7 +583,7 @@ def load_full_state(model, state, optimizer=None, optimizer_state=None):
 
 
 def save_checkpoint(path, state):
-    """Write atomically: to a temporary file beside it, synced, then renamed, so that `path` is whole at every moment."""
+    """Write atomically: to a temporary file beside it, synced, then renamed, so `path` is whole at every moment."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -600,13 +594,12 @@ def save_checkpoint(path, state):
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         temporary.unlink(missing_ok=True)
         kept = f"the previous {path.name} is intact" if path.exists() else "there was no earlier one"
-        fail(
-            f"could not write {path}: {error}; {kept}. Free some space or choose another --out, then --resume.", code=1
-        )
+        advice = "Free some space or choose another --out, then --resume."
+        fail(f"could not write {path}: {error}; {kept}. {advice}", code=1)
 
 
 def load_checkpoint(path):
-    """Read a checkpoint as plain tensors, mapped from disk: no code in the file is run. Exits with 2 if it is not one."""
+    """Read a checkpoint as plain tensors, mapped from disk; runs no code in the file. Exits with 2 if it is not one."""
     if not Path(path).is_file():
         fail(f"no checkpoint at {path}")
     try:
@@ -620,26 +613,20 @@ def load_checkpoint(path):
 
 
 def load_state(module, state, what):
-    """`load_state_dict`, but a mismatch is one readable error (exit 2) that lists missing, unexpected and misshapen keys."""
+    """`load_state_dict`; a mismatch is one readable error (exit 2) that lists missing, unexpected, misshapen keys."""
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
+    wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
+    shapes = [f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}" for k in wrong]
     if missing or unexpected or shapes:
-        parts = [
-            f"{name}: {', '.join(keys)}"
-            for name, keys in (("missing", missing), ("unexpected", unexpected), ("shapes", shapes))
-            if keys
-        ]
+        lists = dict(missing=missing, unexpected=unexpected, shapes=shapes)
+        parts = [f"{name}: {', '.join(keys)}" for name, keys in lists.items() if keys]
         fail(f"{what} does not fit this model. " + ". ".join(parts))
     module.load_state_dict(state)
 
 
 def choose_out(out, script, resume, world):
-    """The run's folder, made. '' -> runs/SCRIPT, or the first free runs/SCRIPT-2, -3, ... (with resume: the last there is).
+    """The run's folder, made. '' -> runs/SCRIPT, or the first free runs/SCRIPT-2, -3, ... (with resume: the last one).
 
     A folder that was named and already holds a run is refused unless resume (exit 2).
     """
@@ -677,7 +664,7 @@ def resume_command(out):
 
 
 class Log:
-    """log.jsonl, one progress bar, and the request to stop: SIGTERM and SIGINT set `stop`, the loop finishes its step."""
+    """log.jsonl, a progress bar, and the request to stop: SIGTERM and SIGINT set `stop`, the loop ends its step."""
 
     def __init__(self, out, world, total=0, start=0):
         self.rank, self.start, self.total, self.stop = world.rank, start, total, None
@@ -685,7 +672,7 @@ class Log:
         self.bar, self.began, self.skipped = None, time.monotonic(), set()
         if self.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():  # rows after the step that we resume from will be written again
+            if total and self.path.exists():  # rows after the step that we resume from will be written again
                 rows = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
                 kept = [line for line in rows if json.loads(line).get("step", 0) <= start]
                 self.path.write_text("".join(line + "\n" for line in kept))
@@ -721,9 +708,8 @@ class Log:
             self.bar.set_postfix(text)
         else:
             left = (time.monotonic() - self.began) / max(1, step - self.start) * (self.total - step)
-            self.say(
-                f"step {step}/{self.total} " + " ".join(f"{k} {v}" for k, v in text.items()) + f" eta {left:.0f} s"
-            )
+            values = " ".join(f"{k} {v}" for k, v in text.items())
+            self.say(f"step {step}/{self.total} {values} eta {left:.0f} s")
 
     def say(self, text):
         """Print a line without breaking the bar (rank 0 only)."""
@@ -732,7 +718,7 @@ class Log:
             sys.stdout.flush()
 
     def skip(self, messages, total, limit):
-        """Count unreadable files ('path: reason'), name the first ten; above the share `limit` of `total` stop (exit 2)."""
+        """Count unreadable files ('path: reason'), name the first ten; above the share `limit` of `total`, exit 2."""
         for message in set(messages) - self.skipped:
             self.skipped.add(message)
             if len(self.skipped) <= 10:
@@ -750,25 +736,47 @@ class Log:
 # ---------------------------------------------------------------------------------------------------------------------
 # Toy images
 # ---------------------------------------------------------------------------------------------------------------------
-TOY_CLASSES = [f"{k:02d}" for k in range(10)]
+TOY_CLASSES = ["disc", "ring", "square", "frame", "triangle", "plus", "cross", "bars", "columns", "moon"]
 
 
 def toy_images(split, size=24):
-    """placeholder"""
-    n = {"train": 8000, "val": 2000}[split]
-    rng = np.random.Generator(np.random.PCG64(0 if split == "train" else 1))
-    labels = np.arange(n) % 10
-    g = np.arange(size) / size
-    th = (labels % 5 + rng.uniform(-0.25, 0.25, n)) * np.pi / 5
-    f = np.where(labels < 5, 3.0, 5.0)
-    ph = rng.uniform(0, 6.28, n)
-    x = np.sin(
-        2
-        * np.pi
-        * f[:, None, None]
-        * (g[None, None] * np.cos(th)[:, None, None] + g[None, :, None] * np.sin(th)[:, None, None])
-        + ph[:, None, None]
-    )
-    x = 128 + 40 * x + rng.normal(0, 10, x.shape)
-    pixels = torch.from_numpy(np.repeat(x[:, None].clip(0, 255).astype(np.uint8), 3, 1))
-    return pixels, torch.from_numpy(labels)
+    """Ten shapes, dark or light, at varying place, turn, scale, contrast and light, under noise: made for learning in minutes.
+
+    Grey on purpose: random colours swamp every method that is not told to ignore them.
+    split: "train" (8,000) or "val" (2,000 others) -> pixels uint8 [N, 3, size, size], labels int64 [N], balanced.
+    """
+    count = {"train": 8000, "val": 2000}[split]
+    random = np.random.Generator(np.random.PCG64(["train", "val"].index(split)))
+
+    def uniform(low, high):
+        return random.uniform(low, high, (count, 1, 1))
+
+    def box(x, y, half_width, half_height):
+        return np.maximum(abs(x) - half_width, abs(y) - half_height)
+
+    line = np.arange(size) - (size - 1) / 2
+    turn, radius = uniform(-0.25, 0.25), 0.36 * size * np.exp(uniform(-0.15, 0.15))
+    x, y = line[None, None] - uniform(-0.1, 0.1) * size, line[None, :, None] - uniform(-0.1, 0.1) * size
+    x, y = (x * np.cos(turn) + y * np.sin(turn)) / radius, (y * np.cos(turn) - x * np.sin(turn)) / radius
+    inside = np.empty((count, size, size))
+    for k, outline in enumerate([
+        lambda x, y, r: r - 1,
+        lambda x, y, r: abs(r - 0.8) - 0.25,
+        lambda x, y, r: box(x, y, 0.9, 0.9),
+        lambda x, y, r: np.maximum(box(x, y, 1, 1), -box(x, y, 0.5, 0.5)),
+        lambda x, y, r: np.maximum(y - 0.8, 0.87 * abs(x) - 0.5 * y - 0.5),
+        lambda x, y, r: np.minimum(box(x, y, 1.1, 0.3), box(x, y, 0.3, 1.1)),
+        lambda x, y, r: np.minimum(box(x + y, x - y, 1.7, 0.42), box(x + y, x - y, 0.42, 1.7)),
+        lambda x, y, r: box(x, abs(y) - 0.65, 1.1, 0.28),
+        lambda x, y, r: box(abs(x) - 0.65, y, 0.28, 1.1),
+        lambda x, y, r: np.maximum(r - 1, 0.8 - np.hypot(x - 0.55, y)),
+    ]):  # fmt: skip  signed distances, negative inside, in radii; the order is that of TOY_CLASSES
+        a, b = x[k::10], y[k::10]
+        distance = outline(a, b, np.hypot(a, b)) * radius[k::10]
+        inside[k::10] = 1 / (1 + np.exp(np.clip(2.5 * distance, -30, 30)))
+    inside -= inside.mean((1, 2), keepdims=True)  # the mean tells nothing
+    contrast = uniform(60, 100) * random.choice([-1, 1], (count, 1, 1))
+    light = uniform(-10, 10) + (uniform(-10, 10) * line[:, None] + uniform(-10, 10) * line) / (size / 2)
+    grey = 128 + contrast * inside + light + random.normal(0, 30, (count, size, size))
+    pixels = torch.from_numpy(grey.clip(0, 255).astype(np.uint8))[:, None].repeat(1, 3, 1, 1)
+    return pixels, torch.arange(count) % 10

@@ -51,12 +51,11 @@ class Config:
     predictor_width: int = 32  # predictor width
     predictor_depth: int = 4  # predictor blocks
     predictor_heads: int = 0  # attention heads of the predictor, 0 = as the encoder
-    patch_std: float = 0.02  # std of the initial patch projection
+    init_std: float = 0.02  # std of the initial weights
+    patch_std: float = 0.0  # std of the initial patch projection, 0 = as the other weights
 
     # masks
-    masks: str = (
-        "corrected"  # official (the paper's code) or corrected (blocks reach the last row and column; see sample_masks)
-    )
+    masks: str = "corrected"  # official (the paper's code) or corrected (blocks reach last row, column: sample_masks)
     targets: int = 4  # target blocks an image
     contexts: int = 1  # context blocks an image
     target_scale: tuple[float, float] = (0.15, 0.2)  # area of a target block, share of the image
@@ -65,9 +64,7 @@ class Config:
     min_keep: int = 3  # a block has more patches than this
     min_context: int = 8  # corrected masks: fewer context patches than this are not accepted
     overlap: bool = False  # let the context keep the patches of the targets
-    group: int = (
-        0  # consecutive samples whose contexts are cut to one length, 0 = the whole batch (the paper: a GPU's share)
-    )
+    group: int = 0  # consecutive samples whose contexts are cut to one length, 0 = the batch (the paper: a GPU's share)
 
     # augmentation
     crop_scale: tuple[float, float] = (0.3, 1.0)  # area of the random crop, share of the image
@@ -110,62 +107,44 @@ class Config:
     eval_limit: int = 0  # use at most this many training images for knn and lowshot, 0 = all
     eval_batch: int = 256  # images a forward pass in evaluation, a rank
     probe: str = "sgd"  # optimizer of the linear probe: lars (the paper on ImageNet) or sgd (its transfer protocol)
-    probe_augment: bool = (
-        False  # probe on random crops and flips, encoding each batch anew; else on features computed once
-    )
+    probe_augment: bool = False  # probe on random crops and flips, each encoded anew; else on features computed once
     probe_epochs: int = 28  # passes of the linear probe
     probe_batch: int = 256  # batch of the linear probe, over all ranks
     probe_lrs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)  # learning rates tried, scaled by batch / 256
     probe_decays: tuple[float, ...] = (5e-4, 0.0)  # weight decays tried
     probe_milestones: tuple[float, ...] = (0.286, 0.571, 0.857)  # share of the epochs after which lr is divided by 10
     lowshot: float = 0.01  # share of the labels that lowshot uses
-    lowshot_list: str = (
-        ""  # file of training image names for lowshot, one a line; default a seeded choice, the same for each class
-    )
+    lowshot_list: str = ""  # file of training image names for lowshot, one a line; default a seeded share of each class
     features_split: str = "val"  # train or val
     features_out: str = ""  # file of --eval features, default features.npz in the run's folder
     tokens: bool = False  # --eval features also writes the patch tokens
 
 
 PAPER = dict(
-    data="imagenet", image_size=224, predictor_width=384, masks="official", min_keep=10, group=128, crop_scale=(0.3, 1.0), batch=2048,
-    epochs=300, warmup=40 / 300, lr=1e-3, lr_start=2e-4, lr_final=1e-6, weight_decay=0.04, weight_decay_final=0.4, momentum=0.996,
-    probe="lars", probe_augment=True, probe_epochs=50, probe_batch=16384, probe_lrs=(0.01, 0.05, 0.001), probe_milestones=(0.3, 0.6, 0.9),
+    data="imagenet", image_size=224, predictor_width=384, masks="official", min_keep=10, group=128,
+    crop_scale=(0.3, 1.0), batch=2048, epochs=300, warmup=40 / 300, lr=1e-3, lr_start=2e-4, lr_final=1e-6,
+    weight_decay=0.04, weight_decay_final=0.4, momentum=0.996, probe="lars", probe_augment=True, probe_epochs=50,
+    probe_batch=16384, probe_lrs=(0.01, 0.05, 0.001), probe_milestones=(0.3, 0.6, 0.9),
 )  # fmt: skip
+BASE = dict(patch=16, width=768, depth=12, heads=12, predictor_depth=6)
+LARGE = dict(patch=16, width=1024, depth=24, heads=16, predictor_depth=12)
 HUGE = dict(patch=14, width=1280, depth=32, heads=16, predictor_depth=12)
+GIANT = dict(patch=16, width=1408, depth=40, heads=16, predictor_depth=16)
 
 PRESETS = {
     "toy": dict(steps=1000),
     "cifar10-cpu": dict(data="cifar10"),
     "cifar10": dict(data="cifar10"),
     "folder": dict(data="folder"),
-    "vit_b16_in1k": PAPER
-    | dict(patch=16, width=768, depth=12, heads=12, predictor_depth=6, epochs=600, warmup=40 / 600),
-    "vit_l16_in1k": PAPER
-    | dict(patch=16, width=1024, depth=24, heads=16, predictor_depth=12, epochs=600, warmup=40 / 600),
+    "vit_b16_in1k": PAPER | BASE | dict(epochs=600, warmup=40 / 600),
+    "vit_l16_in1k": PAPER | LARGE | dict(epochs=600, warmup=40 / 600),
     "vit_h14_in1k": PAPER | HUGE,
     "vit_h16_448_in1k": PAPER | HUGE | dict(image_size=448, patch=16, group=16),
     "vit_h14_in22k": PAPER | HUGE | dict(data="imagenet22k", group=32, epochs=66, warmup=3 / 66),
-    "vit_g16_in22k": PAPER
-    | dict(
-        data="imagenet22k",
-        patch=16,
-        width=1408,
-        depth=40,
-        heads=16,
-        predictor_depth=16,
-        group=16,
-        epochs=44,
-        warmup=3 / 44,
-    ),
+    "vit_g16_in22k": PAPER | GIANT | dict(data="imagenet22k", group=16, epochs=44, warmup=3 / 44),
 }
-DATA_PRESETS = {
-    "toy": "toy",
-    "cifar10": "cifar10",
-    "imagenet": "vit_h14_in1k",
-    "imagenet22k": "vit_h14_in22k",
-    "*": "folder",
-}
+IMAGENETS = {"imagenet": "vit_h14_in1k", "imagenet22k": "vit_h14_in22k"}
+DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10"} | IMAGENETS | {"*": "folder"}
 
 
 def check(config, world):
@@ -178,13 +157,13 @@ def check(config, world):
             fail(f"--{name}width {width} must be a multiple of its heads, {heads}, and of 4")
     micro = micro_batch(c, world)
     if c.batch % (world.size * c.accumulate) or c.batch % (world.size * micro) or (c.group and c.batch % c.group):
-        fail(
-            f"--batch {c.batch} does not divide into {world.size} ranks x {c.accumulate} accumulations, in groups of {c.group or c.batch}"
-        )
+        parts = f"{world.size} ranks x {c.accumulate} accumulations, in groups of {c.group or c.batch}"
+        fail(f"--batch {c.batch} does not divide into {parts}")
     if c.group and c.group % micro:
         fail(f"--group {c.group} is no multiple of the {micro} images a forward pass; change --accumulate or --group")
-    for name, known in (("masks", ("official", "corrected")), ("probe", ("lars", "sgd")), ("encoder", ("target", "context")),
-                        ("features_split", ("train", "val")), ("precision", ("", "bf16", "fp16", "fp32"))):  # fmt: skip
+    choices = dict(masks=("official", "corrected"), probe=("lars", "sgd"), encoder=("target", "context"),
+                   features_split=("train", "val"), precision=("", "bf16", "fp16", "fp32"))  # fmt: skip
+    for name, known in choices.items():
         if getattr(c, name) not in known:
             fail(f"--{name.replace('_', '-')} {getattr(c, name)!r} is not one of {', '.join(k for k in known if k)}")
     for name in c.eval.split(","):
@@ -195,15 +174,14 @@ def check(config, world):
     context = min(math.prod(block_size(u / 100, grid, c.context_scale, (1, 1), c.masks)) for u in range(101))
     if min(smallest, context) <= c.min_keep:
         fail(
-            f"on a {grid}x{grid} grid a target block can have {smallest} patches and a context block {context}, but --min-keep {c.min_keep} "
-            "asks for more: lower --min-keep, or use smaller patches or larger blocks"
+            f"on a {grid}x{grid} grid a target block can have {smallest} patches and a context block {context}, but "
+            f"--min-keep {c.min_keep} asks for more: lower --min-keep, or use smaller patches or larger blocks"
         )
     if c.schedule_scale < 1:
         fail(f"--schedule-scale {c.schedule_scale} is below 1: the schedules would end before the run does")
     if c.shard and c.encoder == "context":
-        fail(
-            "--shard evaluates the target encoder only; evaluate the context encoder afterwards with --init RUN/last.pt --encoder context"
-        )
+        flags = "--init RUN/last.pt --encoder context"
+        fail(f"--shard evaluates the target encoder only; evaluate the context encoder afterwards with {flags}")
     if c.shard and c.precision == "fp16":
         fail("--shard works with bf16 and fp32, not with --precision fp16")
 
@@ -221,8 +199,8 @@ def micro_batch(config, world):
 def block_size(u, grid, scale, aspect, masks="official"):
     """(height, width) of a block, in patches, from one uniform u in [0, 1).
 
-    One u decides both scale and aspect, so small blocks are wide and large ones tall. The paper describes two draws; this is what
-    the released code does. Official blocks are at most grid - 1 long.
+    One u decides both scale and aspect, so small blocks are wide and large ones tall; so does the released code, though
+    the paper describes two draws. Official blocks are at most grid - 1 long.
     """
     area = int(grid * grid * (scale[0] + u * (scale[1] - scale[0])))
     ratio = aspect[0] + u * (aspect[1] - aspect[0])
@@ -248,7 +226,7 @@ def rectangles(corners, size, grid):
 
 
 def to_indices(blocks, length, keys=None):
-    """bool [B, M, N] -> int64 [M, B, length], ascending: the true entries with the smallest keys ([B, M, N], default raster order)."""
+    """bool [B, M, N] -> int64 [M, B, length], ascending: true entries of smallest keys [B, M, N], else the first."""
     if keys is None:
         keys = torch.arange(blocks.shape[-1], device=blocks.device).expand_as(blocks).double() / blocks.shape[-1]
     return (keys + ~blocks).argsort(dim=-1)[..., :length].sort(dim=-1).values.transpose(0, 1).contiguous()
@@ -258,13 +236,15 @@ def sample_masks(config, step, first=0, last=None, device="cpu"):
     """Masks of samples first..last of the global batch in this step, for all of them at once.
 
     Returns a list, one entry per `micro-batch group` of config.group samples that the range touches:
-    (context int64 [contexts, B, K], targets int64 [targets, B, Kp]). Locations depend on (seed, step, index in the global batch) only.
+    (context int64 [contexts, B, K], targets int64 [targets, B, Kp]). Locations depend only on seed, step and index in
+    the global batch.
 
-    `official`: as the released collator. Blocks never touch the last row or column; contexts are cut to the group's shortest by
-    keeping their first K patches in raster order, which favours the top; where too little context is left, the last target is
-    allowed into it, then the one before, after 20 tries each.
-    `corrected`: blocks reach the border, contexts are cut at random, and where too little is left, all of the image's blocks are
-    drawn again. On an 8x8 grid the official border would leave 15 of 64 patches untrained, and the cut the lower third.
+    `official`: as the released collator. Blocks never touch the last row or column; contexts are cut to the group's
+    shortest by keeping their first K patches in raster order, which favours the top; where too little context is left,
+    the last target is allowed into it, then the one before, after 20 tries each.
+    `corrected`: blocks reach the border, contexts are cut at random, and where too little is left, all the image's
+    blocks are drawn again. On an 8x8 grid the official border would leave 15 of 64 patches untrained, and the cut the
+    lower third.
     """
     official = config.masks == "official"
     grid, count = config.image_size // config.patch, config.targets
@@ -287,30 +267,23 @@ def sample_masks(config, step, first=0, last=None, device="cpu"):
             fresh = rectangles(draw(count, target_size), target_size, grid)  # [B, targets, N]
             targets = fresh if targets is None else torch.where(todo.any(1)[:, None, None], fresh, targets)
         regions = 0 if config.overlap else max(0, count - attempt // 20) if official else count
-        fresh = rectangles(draw(config.contexts, context_size), context_size, grid) & ~targets[:, :regions].any(
-            1, keepdim=True
-        )
+        fresh = rectangles(draw(config.contexts, context_size), context_size, grid)
+        fresh &= ~targets[:, :regions].any(1, keepdim=True)
         contexts = torch.where(todo[..., None], fresh, contexts)  # [B, contexts, N]
         todo = contexts.sum(-1) <= (config.min_keep if official else max(config.min_keep, config.min_context - 1))
         if not official:
             todo = todo.any(1, keepdim=True).expand_as(todo)
         if not todo.any():
             break
-    keys = (
-        None
-        if official
-        else torch.rand(config.batch, *contexts.shape[1:], generator=random, dtype=torch.float64, device=device)[
-            low:high
-        ]
-    )
+    shape = (config.batch, *contexts.shape[1:])
+    keys = None if official else torch.rand(shape, generator=random, dtype=torch.float64, device=device)[low:high]
     target_indices = to_indices(targets, math.prod(target_size))
     lengths = contexts.sum(-1).view(-1, group * config.contexts).amin(1).tolist()
     masks = []
     for i, length in enumerate(lengths):
         rows = slice(i * group, (i + 1) * group)
-        masks.append(
-            (to_indices(contexts[rows], length, None if keys is None else keys[rows]), target_indices[:, rows])
-        )
+        context = to_indices(contexts[rows], length, None if keys is None else keys[rows])
+        masks.append((context, target_indices[:, rows]))
     return masks
 
 
@@ -347,26 +320,24 @@ class Predictor(nn.Module):
     def forward(self, context, masks_context, masks_target):
         """Predicted representations of the target patches.
 
-        context [E*B, K, D]: context tokens of E contexts; masks_context [E, B, K], masks_target [M, B, Kp] -> [M*E*B, Kp, D],
+        context [E*B, K, D]: tokens of E contexts; masks_context [E, B, K], masks_target [M, B, Kp] -> [M*E*B, Kp, D],
         rows ordered target-major, then context, then image.
         """
         (contexts, batch, kept), (targets, _, asked) = masks_context.shape, masks_target.shape
         positions = self.predictor_pos_embed[0]
         x = self.predictor_embed(context).view(contexts, batch, kept, -1) + positions[masks_context]
         queries = self.mask_token + positions[masks_target]  # [M, B, Kp, P]
-        x = torch.cat(
-            [x.expand(targets, -1, -1, -1, -1), queries[:, None].expand(-1, contexts, -1, -1, -1)], dim=3
-        ).flatten(0, 2)
+        queries = queries[:, None].expand(-1, contexts, -1, -1, -1)
+        x = torch.cat([x.expand(targets, -1, -1, -1, -1), queries], dim=3).flatten(0, 2)
         for block in self.predictor_blocks[:-1]:
             x = block(x)  # [M*E*B, K+Kp, P]
-        x = self.predictor_blocks[-1](
-            x, queries=asked
-        )  # only the queries are read, so the last block computes only them
+        # only the queries are read, so the last block computes only them
+        x = self.predictor_blocks[-1](x, queries=asked)
         return self.predictor_proj(self.predictor_norm(x))
 
 
 class IJEPA(nn.Module):
-    """Context encoder and predictor: what is trained by gradient. The target encoder is a ViT beside it, moved by EMA."""
+    """Context encoder and predictor, trained by gradient. The target encoder is a ViT beside it, moved by EMA."""
 
     def __init__(self, config):
         super().__init__()
@@ -375,7 +346,8 @@ class IJEPA(nn.Module):
         self.predictor = Predictor(
             c.image_size // c.patch, c.width, c.predictor_width, c.predictor_depth, c.predictor_heads or c.heads
         )
-        nn.init.normal_(self.encoder.patch_embed.proj.weight, std=c.patch_std)
+        self.apply(functools.partial(common.init_weights, std=c.init_std))
+        nn.init.normal_(self.encoder.patch_embed.proj.weight, std=c.patch_std or c.init_std)
 
     def forward(self, patches, masks_context, masks_target):
         """patches [B, N, 3*p*p], masks as in `Predictor.forward` -> predictions [M*E*B, Kp, D]."""
@@ -395,9 +367,9 @@ def build(config):
 
 
 def gather_targets(tokens, masks_target, contexts=1):
-    """Representations to predict: target-encoder tokens [B, N, D], masks [M, B, Kp] -> [M*contexts*B, Kp, D], layer-normed per token.
+    """What to predict: target-encoder tokens [B, N, D], masks [M, B, Kp] -> [M*contexts*B, Kp, D], normed per token.
 
-    Normalising after gathering is the same as before it, on fewer tokens. Rows are ordered as the predictor's.
+    Layer norm after gathering is the same as before it, on fewer tokens. Rows are ordered as the predictor's.
     """
     picked = gather_tokens(tokens, masks_target)
     picked = F.layer_norm(picked.float(), picked.shape[-1:])
@@ -423,8 +395,8 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, 
 
 @dataclass
 class Split:
-    """N images. labels: int64 [N], -1 where unknown; paths: relative to root; pixels: uint8 [N, 3, H, W] where they are in memory;
-    sizes: int64 [N, 2], width and height of the files, which differ from the pixels' where those were resized to one shape."""
+    """N images. labels: int64 [N], -1 where unknown; paths: relative to root; pixels: uint8 [N, 3, H, W] if in memory;
+    sizes: int64 [N, 2], width and height of the files, not of the pixels where those were resized to one shape."""
 
     root: Path
     paths: list
@@ -439,13 +411,8 @@ class Split:
     def subset(self, indices):
         """The same with images `indices` (int64 [n]) only."""
         pixels, sizes = (None if x is None else x[indices] for x in (self.pixels, self.sizes))
-        return replace(
-            self,
-            paths=[self.paths[i] for i in indices.tolist()],
-            labels=self.labels[indices],
-            pixels=pixels,
-            sizes=sizes,
-        )
+        paths = [self.paths[i] for i in indices.tolist()]
+        return replace(self, paths=paths, labels=self.labels[indices], pixels=pixels, sizes=sizes)
 
 
 def open_split(config, name):
@@ -481,7 +448,7 @@ def in_memory(pixels, labels, paths, classes):
 
 
 def cifar10_binary(folder, name):
-    """CIFAR-10 from its home page's archive, downloaded once into `folder` and checked; it is read as it is, not extracted."""
+    """CIFAR-10 from its home page's archive, downloaded once into `folder` and checked; read without extracting it."""
     archive = folder / "cifar-10-binary.tar.gz"
     if not archive.exists():
         try:
@@ -508,7 +475,7 @@ def cifar10_binary(folder, name):
 
 
 def to_rgb(image):
-    """Any PIL image -> upright RGB: EXIF orientation honoured, 16 bits scaled to 8, palette, grey and CMYK converted."""
+    """Any PIL image -> upright RGB: turned as EXIF says, 16 bits scaled to 8, palette, grey and CMYK converted."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -540,7 +507,7 @@ def decode(path, choose_box, size, bicubic=False):
 
 
 def random_crop(width, height, scale, generator=None):
-    """RandomResizedCrop's part of an image, ratio 3/4 to 4/3, drawn in torchvision's order -> (top, left, height, width)."""
+    """RandomResizedCrop's part of an image, ratio 3/4 to 4/3, in torchvision's order -> (top, left, height, width)."""
     for _ in range(10):
         area = width * height * torch.empty(1).uniform_(*scale, generator=generator).item()
         ratio = math.exp(torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3), generator=generator).item())
@@ -567,7 +534,7 @@ def random_crops(sizes, scale, generator):
 
 
 def centre_box(width, height, size):
-    """The part that evaluation sees: shorter side to size*256/224, central square of `size`; size x size stays whole."""
+    """The part evaluation sees: shorter side to size*256/224, central square of `size`; size x size stays whole."""
     side = size if (width, height) == (size, size) else min(width, height) * size / int(size * 256 / 224)
     return (height - side) / 2, (width - side) / 2, side, side
 
@@ -589,7 +556,7 @@ def resampling_weights(start, length, size_in, size_out, bicubic=False):
 def crop_resize(images, boxes, size, flip=None, bicubic=False):
     """Crop and resize a batch as PIL does, in two matrix products: images [B, 3, H, W] -> float [B, 3, size, size].
 
-    boxes: [B, 4] (top, left, height, width), pixels; flip: bool [B], mirror these; bicubic overshoot is clipped to 0..255.
+    boxes: [B, 4] (top, left, height, width), pixels; flip: bool [B], mirrored; bicubic overshoot is clipped to 0..255.
     """
     top, left, height, width = boxes.unbind(1)
     rows = resampling_weights(top, height, images.shape[2], size, bicubic)
@@ -610,7 +577,7 @@ class Batches(Dataset):
     """Item t: this rank's share of the batch of step t, a function of (seed, t): workers and resuming change nothing.
 
     A dict of `indices` int64 [b]; `pixels` uint8 [b, 3, S, S], decoded and cropped, or `boxes` float [b, 4], to crop
-    the split's pixels in memory on the device; `flip` bool [b]; `masks`, a pair for each micro-batch; `bad`, unreadable files.
+    in-memory pixels on the device; `flip` bool [b]; `masks`, a pair a micro-batch; `bad`, unreadable files.
     """
 
     def __init__(self, split, config, world, batch, crop_scale, flip, bicubic=False, purpose="train"):
@@ -644,7 +611,7 @@ class Batches(Dataset):
         return item
 
     def read(self, index, key, bad):
-        """Decode and crop image `index` -> (pixels, index); an unreadable one goes to `bad`, the next takes its place."""
+        """Decode and crop image `index` -> (pixels, index); an unreadable one goes to `bad`, the next replaces it."""
         size = (self.config.image_size,) * 2
         for now in (i % len(self.split) for i in range(index, index + 100)):
             path = self.split.root / self.split.paths[now]
@@ -679,8 +646,8 @@ class Files(Dataset):
 
 
 def worker_count(config, world, streaming):
-    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory and on
-    the CPU, since a step's draws cost less than a process."""
+    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
+    and on the CPU, since a step's draws cost less than a process."""
     if config.workers >= 0:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -691,7 +658,7 @@ def worker_count(config, world, streaming):
 def cache_pixels(split, config, world, log):
     """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
-    Crops are drawn in the files' own coordinates, so the square changes no aspect ratio. Unreadable images are left out.
+    Crops are drawn in the files' coordinates, so the square changes no aspect ratio. Unreadable images are left out.
     """
     side = int(config.image_size * 256 / 224)
     sizes = set()
@@ -738,13 +705,13 @@ def schedules(config, step, steps):
 
 
 def make_optimizer(model):
-    """AdamW; groups: encoder decayed, predictor decayed, encoder undecayed, predictor undecayed. The loop sets lr, decay."""
+    """AdamW; groups: encoder and predictor decayed, then both undecayed. The loop sets lr and decay."""
     groups = common.parameter_groups(model.encoder, model.predictor)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def train(config, world, out):
-    """Train -> (model, target encoder, training Split). Exits with 0 on SIGTERM or SIGINT, with 3 after three bad steps."""
+    """Train -> (model, target encoder, training Split). Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
     device, dtype = world.device, common.choose_precision(config.precision, world.device)
     split = cache_pixels(open_split(config, "train"), config, world, Log(out, world))
     steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
@@ -755,11 +722,8 @@ def train(config, world, out):
     if config.compile:
         model.compile(dynamic=True)  # the number of context tokens changes from step to step
         target.compile()
-    plain, model, target = (
-        model,
-        common.distribute(model, world, config.shard),
-        common.distribute(target, world, config.shard),
-    )
+    plain, model = model, common.distribute(model, world, config.shard)
+    target = common.distribute(target, world, config.shard)
     optimizer, ema = make_optimizer(plain), EMA(target, plain.encoder)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -773,18 +737,16 @@ def train(config, world, out):
 
     def save(step):
         weights, moments = common.full_state(model, optimizer)
-        state = dict(
-            script="ijepa", step=step, config=asdict(config), model=weights, target=common.full_state(target)[0]
-        )
-        state |= dict(optimizer=moments, scaler=scaler.state_dict(), streak=streak.cpu())
+        state = dict(script="ijepa", step=step, config=asdict(config), model=weights)
+        state |= dict(target=common.full_state(target)[0], optimizer=moments)
+        state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
         if world.rank == 0:
             common.save_checkpoint(out / "last.pt", state)
 
     if world.rank == 0:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    loader = make_loader(
-        Batches(split, config, world, config.batch, config.crop_scale, config.flip), range(start, steps), config, world
-    )
+    batches = Batches(split, config, world, config.batch, config.crop_scale, config.flip)
+    loader = make_loader(batches, range(start, steps), config, world)
     pixels = None if split.pixels is None else split.pixels.to(device)
     trainable = [p for p in plain.parameters() if p.requires_grad]
     log = Log(out, world, steps, start)
@@ -849,10 +811,8 @@ def train(config, world, out):
             )
             log.write(step=done, **row)
             if bad_steps >= 3:
-                fail(
-                    f"loss or gradients were not finite in three steps in a row before step {done}; {out}/last.pt holds the "
-                    "last good weights. Try a lower --lr, or --precision fp32.", 3,
-                )  # fmt: skip
+                advice = f"{out}/last.pt holds the last good weights. Try a lower --lr, or --precision fp32."
+                fail(f"loss or gradients were not finite in three steps in a row before step {done}; {advice}", 3)
         if done % config.save_every == 0 or done == steps or stopping:
             save(done)
         if stopping and done < steps:
@@ -951,7 +911,7 @@ def accuracy(scores, labels):
 
 
 def lars_step(weights, gradients, momenta, lr, decay, momentum=0.9, eta=0.001):
-    """One LARS step for H heads at once: weights [H, ...]; lr, decay [H]; a head's 1-D parameters get no trust ratio."""
+    """A LARS step for H heads at once: weights [H, ...]; lr, decay [H]; a head's 1-D parameters get no trust ratio."""
     for p, g, m in zip(weights, gradients, momenta, strict=True):
         heads = (-1,) + (1,) * (p.dim() - 1)
         d = g + decay.view(heads) * p
@@ -1047,7 +1007,7 @@ def cached_batches(features, config):
 
 
 def augmented_batches(encoder, split, config, world, log):
-    """Batches for `linear_probe` from random crops and flips, encoded anew in each epoch; every rank encodes its share."""
+    """Batches for `linear_probe` of random crops and flips, encoded anew each epoch; every rank encodes its share."""
     batch = min(config.probe_batch, len(split)) // world.size * world.size
     data = Batches(split, config, world, batch, (0.08, 1.0), flip=True, bicubic=True, purpose="probe")
     pixels = None if split.pixels is None else split.pixels.to(world.device)
@@ -1065,7 +1025,7 @@ def augmented_batches(encoder, split, config, world, log):
 
 
 def lowshot_indices(split, config):
-    """Training images of the low-shot probe: those of --lowshot-list, or a seeded share of each class (one at least)."""
+    """Training images of the low-shot probe: those of --lowshot-list, or a seeded share (at least 1) of each class."""
     if config.lowshot_list:
         wanted = set(Path(config.lowshot_list).read_text().split())
         return torch.tensor([i for i, path in enumerate(split.paths) if path in wanted or Path(path).name in wanted])
@@ -1077,7 +1037,7 @@ def lowshot_indices(split, config):
 def evaluate(encoder, config, world, log, train_split=None):
     """Run --eval on an encoder (a ViT), beside it on a randomly initialised one, and for kNN on raw pixels.
 
-    Prints a table, appends it to log.jsonl, and returns {"trained": {...}, "random": {...}, "pixels": {...}} in percent.
+    Prints a table, appends it to log.jsonl and returns it in percent: {"trained": {...}, "random": ..., "pixels": ...}.
     """
     wanted = [name for name in config.eval.split(",") if name != "none"]
     if not wanted:
@@ -1090,9 +1050,8 @@ def evaluate(encoder, config, world, log, train_split=None):
         log.say(f"{', '.join(wanted)}: skipped, since {config.data} has no {'labels' if val else 'val split'}")
         wanted = []
     if wanted and val.classes != train.classes:
-        fail(
-            f"train/ and val/ of {config.data} differ in their classes: {sorted({*val.classes} ^ {*train.classes})[:5]}"
-        )
+        differing = sorted({*val.classes} ^ {*train.classes})[:5]
+        fail(f"train/ and val/ of {config.data} differ in their classes: {differing}")
     if not wanted:
         return {}
     if 0 < config.eval_limit < len(train):
@@ -1127,7 +1086,7 @@ def evaluate(encoder, config, world, log, train_split=None):
 
 
 def write_features(encoder, split, config, world, log):
-    """--eval features: an .npz of features float32 [N, D], labels int64 [N], paths, and with --tokens tokens [N, T, D]."""
+    """--eval features: .npz of features float32 [N, D], labels int64 [N], paths, and with --tokens tokens [N, T, D]."""
     found = extract(encoder.eval(), split, config, world, log, config.tokens)
     arrays = dict(features=found.pooled, labels=found.labels) | (dict(tokens=found.tokens) if config.tokens else {})
     path = Path(config.features_out or log.path.parent / "features.npz")
@@ -1139,7 +1098,7 @@ def write_features(encoder, split, config, world, log):
 
 @torch.no_grad()
 def content_ratio(model, target, images, config):
-    """(loss, that with another image's context over it): 1 if the predictor knows positions only, more if it uses content."""
+    """(loss, that with another image's context over it): 1 if the predictor uses positions only, else more."""
     masks = sample_masks(replace(config, batch=len(images), group=0), step=0)[0]
     masks_context, masks_target = (m.to(images.device) for m in masks)
     patches = model.encoder.patch_embed.patchify(images)
@@ -1158,22 +1117,15 @@ def draw_picture(model, target, images, config, rows=6, neighbours=3, tile=96, g
     """What the method sees and finds, as a PIL image: images [n, 3, S, S], their context, a map of the first three
     principal components of the patch features, and target blocks, each with the same block of those other images whose
     target representation is closest (cosine) to what the predictor expects from the context alone."""
-    masks_context, masks_target = (
-        m.to(images.device) for m in sample_masks(replace(config, batch=len(images), group=0), 1)[0]
-    )
+    masks = sample_masks(replace(config, batch=len(images), group=0), 1)[0]
+    masks_context, masks_target = (m.to(images.device) for m in masks)
     n, grid, blocks = len(images), config.image_size // config.patch, len(masks_target)
     tokens = target(images)
     predictions = model(model.encoder.patch_embed.patchify(images), masks_context, masks_target)
     predictions = F.normalize(predictions.view(blocks, config.contexts, n, -1, tokens.shape[-1]).mean((1, 3)), dim=-1)
-    represented = gather_targets(
-        tokens,
-        torch.cat([m.expand(n, -1) for m in masks_target[:, :rows].flatten(0, 1)[:, None]]).view(
-            -1, n, masks_target.shape[-1]
-        ),
-    )
-    represented = F.normalize(
-        represented.view(blocks, rows, n, -1, tokens.shape[-1]).mean(3), dim=-1
-    )  # of each block in each image
+    shared = torch.cat([m.expand(n, -1) for m in masks_target[:, :rows].flatten(0, 1)[:, None]])
+    represented = gather_targets(tokens, shared.view(-1, n, masks_target.shape[-1]))  # of each block in each image
+    represented = F.normalize(represented.view(blocks, rows, n, -1, tokens.shape[-1]).mean(3), dim=-1)
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
     pixels = (images * std + mean).clamp(0, 1) * 255
     centred = tokens - tokens.mean((0, 1))
@@ -1210,16 +1162,8 @@ def draw_picture(model, target, images, config, rows=6, neighbours=3, tile=96, g
 # ---------------------------------------------------------------------------------------------------------------------
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # by width: a file's shapes do not tell
-ARCHITECTURE = (
-    "image_size",
-    "patch",
-    "width",
-    "depth",
-    "heads",
-    "predictor_width",
-    "predictor_depth",
-    "predictor_heads",
-)
+ARCHITECTURE = ("image_size", "patch", "width", "depth", "heads")
+ARCHITECTURE += ("predictor_width", "predictor_depth", "predictor_heads")
 
 
 def read_own_checkpoint(path, config=None):
@@ -1236,7 +1180,7 @@ def read_own_checkpoint(path, config=None):
 
 
 def read_checkpoint(path, encoder="target", heads=0):
-    """Weights of a checkpoint, ours or official: {"encoder", "target", "predictor": state dicts, "architecture": fields}.
+    """Weights of our or official checkpoints: {"encoder", "target", "predictor": state dicts, "architecture": fields}.
 
     An official file has `encoder`, `predictor`, `target_encoder`, with keys `module.*`; only the one that `encoder`
     ("target" or "context") asks for must be there. heads: for widths that the released models do not have.
@@ -1271,7 +1215,7 @@ def read_checkpoint(path, encoder="target", heads=0):
 
 
 def load_part(module, state, key, tokens, what):
-    """Load a state dict whose position table `key` may be of another resolution; exits with 2 where anything else differs."""
+    """Load a state dict whose position table `key` may have another resolution; exits with 2 if more differs."""
     if key in state and state[key].shape[1] != tokens:
         old, new = (math.isqrt(n) for n in (state[key].shape[1], tokens))
         print(f"{what}: positions interpolated from {old}x{old} to {new}x{new} patches", flush=True)
@@ -1313,9 +1257,8 @@ def report(model, target, train_split, config, world, log):
     alone = World(0, 1, world.device)  # all ranks look at the same images, since a sharded model runs on all
     images = next(eval_images(some, replace(config, eval_batch=256), alone, log))[0]
     loss, ratio = content_ratio(model, target, images, config)
-    log.say(
-        f"loss on unseen images {loss:.4f}; with another image's context {ratio:.2f} times that (1: only position counts)"
-    )
+    other = f"with another image's context {ratio:.2f} times that (1: only position counts)"
+    log.say(f"loss on unseen images {loss:.4f}; {other}")
     log.write(val_loss=loss, content_ratio=ratio)
     picture = draw_picture(model, target, images, config, rows=min(6, len(images)))
     if world.rank == 0:
@@ -1337,7 +1280,7 @@ def run(config, given):
         evaluate(encoder, config, world, Log(out, world))
         return
     model, target, split = train(config, world, out)
-    log = Log(out, world, start=math.inf)
+    log = Log(out, world)
     report(model, target, split, config, world, log)
     evaluate(target if config.encoder == "target" else model.encoder, config, world, log, split)
 
@@ -1350,10 +1293,8 @@ def main(argv=None):
         run(config, common.given_flags(argv))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        fail(
-            f"out of GPU memory ({reason}): try --accumulate 2 (4, 8), --precision bf16, --shard, or a smaller --batch",
-            4,
-        )
+        advice = "try --accumulate 2 (4, 8), --precision bf16, --shard, or a smaller --batch"
+        fail(f"out of GPU memory ({reason}): {advice}", 4)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

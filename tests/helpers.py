@@ -41,10 +41,8 @@ def run(script, *flags, ranks=1, code=0, timeout=240, **env):
 
 def start(script, *flags, ranks=1):
     """Start a script and return its process, in a process group of its own."""
-    return subprocess.Popen(
-        command(script, *flags, ranks=ranks), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(command(script, *flags, ranks=ranks), env=environment(), **options)
 
 
 def kill_at_random(script, *flags, times, seed, longest):

@@ -7,7 +7,7 @@ from ijepa import block_sizes
 
 
 def reference_masks(config, step, batch):
-    """(context [contexts, B, K], targets [targets, B, Kp]) int64; sizes from `step`, locations from torch's global generator."""
+    """int64 (context [contexts, B, K], targets [targets, B, Kp]); sizes by `step`, places by torch's own generator."""
     grid = config.image_size // config.patch
     target_size, context_size = block_sizes(config, step)
 

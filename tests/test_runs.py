@@ -1,4 +1,4 @@
-"""Runs of ijepa.py from the command line: learning, resuming, several ranks, data as users have it, and all that goes wrong."""
+"""Runs of ijepa.py from the command line: learning, resuming, several ranks, users' data, and all that goes wrong."""
 
 import json
 import os
@@ -18,8 +18,9 @@ import ijepa
 
 GOLDEN = Path(__file__).parent / "golden" / "ijepa"
 # a model so small that a step takes milliseconds
-SMALL = "--width 16 --depth 2 --heads 2 --predictor-width 16 --predictor-depth 2 --batch 16 --eval none --log-every 1".split()
-FOLDER = [*SMALL, "--image-size", "32", "--patch", "8", "--min-keep", "0", "--min-context", "2", "--target-scale", "0.1", "0.15"]
+SMALL = "--width 16 --depth 2 --heads 2 --predictor-width 16 --predictor-depth 2".split()
+SMALL += "--batch 16 --eval none --log-every 1".split()
+FOLDER = [*SMALL, *"--image-size 32 --patch 8 --min-keep 0 --min-context 2 --target-scale 0.1 0.15".split()]
 
 
 def weights(out):
@@ -75,7 +76,7 @@ def test_signals_stop_after_a_step_and_name_the_command_that_resumes(number):
 
 def test_two_ranks_are_one_process():
     """Same losses, gradients and weights, with accumulation, with groups that fit in a rank, and with FSDP2."""
-    # AdamW's first steps turn rounding into signs where a gradient is nearly zero: a small lr keeps that out of the losses
+    # AdamW's first steps turn rounding into signs where a gradient is near 0: a small lr keeps that out of the losses
     flags = [*SMALL, "--steps", "4", "--flip", "--lr", "1e-5", "--lr-start", "1e-5"]
     run("ijepa.py", *flags, "--out", "one")
     run("ijepa.py", *flags, "--out", "two", ranks=2)
@@ -107,7 +108,8 @@ def test_sharded_run_resumes_and_evaluates_like_an_unsharded_one():
 def test_number_of_workers_changes_nothing(tmp_path):
     data = photographs(tmp_path / "photos")
     for workers, cache in ((0, 0), (2, 0)):
-        run("ijepa.py", *FOLDER, "--data", data, "--steps", 3, "--workers", workers, "--cache", cache, "--out", f"w{workers}")
+        flags = ["--data", data, "--steps", 3, "--workers", workers, "--cache", cache]
+        run("ijepa.py", *FOLDER, *flags, "--out", f"w{workers}")
     assert_same("w0", "w2")
 
 
@@ -130,7 +132,8 @@ def test_official_checkpoint_in_features_out(tmp_path):
     for encoder in ("target", "context"):
         for ranks in (1, 2):
             out = tmp_path / f"{encoder}{ranks}.npz"
-            run("ijepa.py", *common_flags, "--encoder", encoder, "--features-out", out, "--out", f"{encoder}{ranks}", ranks=ranks)
+            flags = ["--encoder", encoder, "--features-out", out, "--out", f"{encoder}{ranks}"]
+            run("ijepa.py", *common_flags, *flags, ranks=ranks)
             found = np.load(out)
             assert found["features"].dtype == np.float32 and found["features"].shape == (6, 12)
             assert found["tokens"].shape == (6, 64, 12)
@@ -159,11 +162,13 @@ def test_other_resolution_interpolates_positions_and_says_so(tmp_path, capsys):
 
 def test_official_checkpoint_can_be_trained_on(tmp_path):
     tiny = GOLDEN / "tiny_ijepa.pth.tar"
-    run("ijepa.py", "--init", tiny, "--heads", 2, "--data", "toy", "--image-size", 24, "--steps", 2, "--eval", "none", "--out", "tuned", "--lr", 0, "--lr-start", 0, "--lr-final", 0)
+    flags = "--heads 2 --data toy --image-size 24 --steps 2 --eval none --out tuned --lr 0 --lr-start 0 --lr-final 0"
+    run("ijepa.py", "--init", tiny, *flags.split())
     _, state = weights("tuned")
     reference = ijepa.read_checkpoint(tiny, heads=2)
     np.testing.assert_array_equal(state["predictor.mask_token"], reference["predictor"]["mask_token"])
-    np.testing.assert_array_equal(state["encoder.blocks.4.mlp.fc1.weight"], reference["encoder"]["blocks.4.mlp.fc1.weight"])
+    name = "blocks.4.mlp.fc1.weight"
+    np.testing.assert_array_equal(state[f"encoder.{name}"], reference["encoder"][name])
 
 
 def test_all_evaluations_run_on_labelled_folder(tmp_path):
@@ -172,9 +177,11 @@ def test_all_evaluations_run_on_labelled_folder(tmp_path):
     for name, more in (("cached", []), ("augmented", ["--probe-augment", "--probe", "lars", "--cache", 0])):
         output = run("ijepa.py", *FOLDER, "--data", data, "--steps", 1, "--out", name, *flags, *more)
         results = log_rows(name)[-1]["eval"]
+        expected = {"knn10", "knn20", "knn100", "linear", "linear_pooled", "linear_concat4", "lowshot"}
         for network in ("trained", "random"):
-            assert {"knn10", "knn20", "knn100", "linear", "linear_pooled", "linear_concat4", "lowshot"} <= results[network].keys()
-        assert results["trained"]["linear"] == max(results["trained"]["linear_pooled"], results["trained"]["linear_concat4"])
+            assert expected <= results[network].keys()
+        trained = results["trained"]
+        assert trained["linear"] == max(trained["linear_pooled"], trained["linear_concat4"])
         assert results["pixels"].keys() == {"knn10", "knn20", "knn100"}
         assert "trained" in output and Path(name, "picture.png").stat().st_size > 1000
         assert np.load(f"{name}/features.npz")["features"].shape == (24, 16)
@@ -199,8 +206,9 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
     """Modes and formats; EXIF turns; 16 bits are scaled, not clipped."""
     base = Image.fromarray(np.arange(32 * 24 * 3, dtype=np.uint32).reshape(24, 32, 3).astype(np.uint8))
     grey16 = Image.fromarray((np.arange(24 * 32, dtype=np.uint16) * 80).reshape(24, 32))
-    files = {"a.jpg": base, "b.png": base.convert("L"), "c.png": base.convert("P"), "d.jpg": base.convert("CMYK"),
-             "e.webp": base, "f.bmp": base, "g.png": grey16, "h.png": base.convert("RGBA"), "i.png": base.convert("1")}  # fmt: skip
+    modes = {"b.png": "L", "c.png": "P", "d.jpg": "CMYK", "h.png": "RGBA", "i.png": "1"}
+    files = {"a.jpg": base, "e.webp": base, "f.bmp": base, "g.png": grey16}
+    files |= {name: base.convert(mode) for name, mode in modes.items()}
     for name, image in files.items():
         image.save(tmp_path / name)
         pixels, size = ijepa.decode(tmp_path / name, lambda w, h: (0, 0, h, w), (32, 24))
@@ -219,11 +227,13 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
 def test_draft_decodes_what_a_full_decode_does(tmp_path):
     """A large JPEG, decoded at a fraction of its size, gives nearly the pixels of the full decode."""
     line = np.linspace(0, 6 * np.pi, 1200)
-    smooth = np.stack([127 + 120 * np.sin(line[:900, None] + line[None] * k) for k in (1, 2, 3)], axis=2).astype(np.uint8)
+    smooth = np.stack([127 + 120 * np.sin(line[:900, None] + line[None] * k) for k in (1, 2, 3)], axis=2)
+    smooth = smooth.astype(np.uint8)
     Image.fromarray(smooth).save(tmp_path / "large.jpg", quality=95, subsampling=0)
     Image.fromarray(smooth).save(tmp_path / "large.png")
     for box in ((0, 0, 900, 1200), (100, 333, 500, 610), (899 - 64, 0, 64, 80)):
-        jpg, png = (ijepa.decode(tmp_path / f"large.{e}", lambda w, h, box=box: box, (64, 64))[0].float() for e in ("jpg", "png"))
+        paths = (tmp_path / "large.jpg", tmp_path / "large.png")
+        jpg, png = (ijepa.decode(path, lambda w, h, box=box: box, (64, 64))[0].float() for path in paths)
         assert (jpg - png).abs().mean() < 2
 
 
@@ -257,7 +267,8 @@ def test_flat_folder_trains_and_says_that_probes_are_skipped(tmp_path):
 def test_names_resolve_below_the_data_variable(tmp_path):
     photographs(tmp_path / "store" / "cifar10")
     run("ijepa.py", *FOLDER, "--data", "cifar10", "--preset", "toy", "--steps", 1, DATA=str(tmp_path / "store"))
-    output = run("ijepa.py", "--data", "cifar10", code=2, DATA=str(tmp_path / "nothing"), https_proxy="http://127.0.0.1:9")
+    env = {"DATA": str(tmp_path / "nothing"), "https_proxy": "http://127.0.0.1:9"}
+    output = run("ijepa.py", "--data", "cifar10", code=2, **env)
     assert "could not download CIFAR-10" in output and "cifar-10-binary.tar.gz" in output
 
 
@@ -287,12 +298,13 @@ def test_cifar10_archive_is_checked(tmp_path, capsys, monkeypatch):
     np.testing.assert_array_equal(val.labels, rows[:3, 0])
 
 
-# ------------------------------------------------------------------------------------------------------- the error table
+# ------------------------------------------------------------------------------------------------------ the error table
 
 
 def test_missing_or_empty_data(tmp_path):
     (tmp_path / "empty").mkdir()
-    for data, words in (("nowhere", "data/nowhere"), (str(tmp_path / "empty"), ".jpg"), (str(tmp_path / "x"), "train/CLASS")):
+    expected = {"nowhere": "data/nowhere", tmp_path / "empty": ".jpg", tmp_path / "x": "train/CLASS"}
+    for data, words in expected.items():
         output = run("ijepa.py", "--data", data, code=2)
         assert words in output and output.count("\n") == 1
 
@@ -317,8 +329,8 @@ def test_corrupt_images_are_skipped_counted_and_limited(tmp_path):
 
 def train_here(out, **changes):
     """Train in this process, to reach into it."""
-    config = replace(ijepa.Config(), width=16, depth=2, heads=2, predictor_width=16, predictor_depth=1, batch=16, eval="none",
-                     log_every=1, out=out, compile=False, device="cpu", **changes)  # fmt: skip
+    config = replace(ijepa.Config(), width=16, depth=2, heads=2, predictor_width=16, predictor_depth=1, batch=16,
+                     eval="none", log_every=1, out=out, compile=False, device="cpu", **changes)  # fmt: skip
     Path(out).mkdir(exist_ok=True)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -412,8 +424,9 @@ def test_checkpoints_that_are_none(tmp_path):
     torch.save(os.system, "code.pt")
     good["target"].pop("norm.weight")
     torch.save(good, "gap.pt")
-    for name, words in (("cut", "truncated"), ("text", "not a checkpoint"), ("other", "msn"), ("strange", "found weights"),
-                        ("code", "read safely"), ("gap", "missing: norm.weight"), ("absent", "no checkpoint at")):  # fmt: skip
+    errors = dict(cut="truncated", text="not a checkpoint", other="msn", strange="found weights", code="read safely",
+                  gap="missing: norm.weight", absent="no checkpoint at")  # fmt: skip
+    for name, words in errors.items():
         output = run("ijepa.py", "--init", f"{name}.pt", "--eval", "features", code=2)
         assert words in output and "Traceback" not in output, output
     Path("good/last.pt").write_bytes(whole[:1000])
@@ -456,7 +469,7 @@ def test_out_of_memory_names_the_flags_that_help(monkeypatch, capsys):
 
 def test_help_lists_every_flag_with_meaning_and_default():
     output = run("ijepa.py", "--help")
-    for name, value in vars(ijepa.Config()).items():
+    for name in vars(ijepa.Config()):
         assert f"--{name.replace('_', '-')}" in output, name
     assert "pixels" in output and "[0.04]" in output
     output = run("ijepa.py", "--preset", "vit_h14_in1k", "--help")
@@ -477,7 +490,8 @@ def test_compiled_step_gives_the_same_loss():
 def test_gpu_run_matches_cpu_run():
     run("ijepa.py", *SMALL, "--steps", 3, "--out", "cpu")
     env = {"CUDA_VISIBLE_DEVICES": "0"}
-    run("ijepa.py", *SMALL, "--steps", 3, "--out", "gpu", "--device", "cuda", "--precision", "fp32", "--no-compile", **env)
+    flags = "--steps 3 --out gpu --device cuda --precision fp32 --no-compile".split()
+    run("ijepa.py", *SMALL, *flags, **env)
     for a, b in zip(log_rows("cpu")[:3], log_rows("gpu")[:3], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
 
