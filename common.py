@@ -736,13 +736,14 @@ class Log:
 # ---------------------------------------------------------------------------------------------------------------------
 # Toy images
 # ---------------------------------------------------------------------------------------------------------------------
-TOY_CLASSES = ["disc", "ring", "square", "frame", "triangle", "plus", "cross", "bars", "columns", "moon"]
+TOY_CLASSES = ["stripes", "lines", "checks", "dots", "grid", "honeycomb", "zigzag", "quincunx", "rings", "weave"]
 
 
 def toy_images(split, size=24):
-    """Ten shapes, dark or light, at varying place, turn, scale, contrast and light, under noise: made for learning in minutes.
+    """Ten grey textures at any turn and phase, at varying scale and light, a little noise: to be learned in minutes.
 
-    Grey on purpose: random colours swamp every method that is not told to ignore them.
+    Grey and of one contrast on purpose: what varies strongly over images and is easy to predict within one, such as
+    colour or light, is all that a predictive method would learn here.
     split: "train" (8,000) or "val" (2,000 others) -> pixels uint8 [N, 3, size, size], labels int64 [N], balanced.
     """
     count = {"train": 8000, "val": 2000}[split]
@@ -751,32 +752,30 @@ def toy_images(split, size=24):
     def uniform(low, high):
         return random.uniform(low, high, (count, 1, 1))
 
-    def box(x, y, half_width, half_height):
-        return np.maximum(abs(x) - half_width, abs(y) - half_height)
+    def ridge(angle):
+        return np.exp(4 * (np.cos(angle) - 1))
 
     line = np.arange(size) - (size - 1) / 2
-    turn, radius = uniform(-0.25, 0.25), 0.36 * size * np.exp(uniform(-0.15, 0.15))
-    x, y = line[None, None] - uniform(-0.1, 0.1) * size, line[None, :, None] - uniform(-0.1, 0.1) * size
-    x, y = (x * np.cos(turn) + y * np.sin(turn)) / radius, (y * np.cos(turn) - x * np.sin(turn)) / radius
-    inside = np.empty((count, size, size))
-    for k, outline in enumerate([
-        lambda x, y, r: r - 1,
-        lambda x, y, r: abs(r - 0.8) - 0.25,
-        lambda x, y, r: box(x, y, 0.9, 0.9),
-        lambda x, y, r: np.maximum(box(x, y, 1, 1), -box(x, y, 0.5, 0.5)),
-        lambda x, y, r: np.maximum(y - 0.8, 0.87 * abs(x) - 0.5 * y - 0.5),
-        lambda x, y, r: np.minimum(box(x, y, 1.1, 0.3), box(x, y, 0.3, 1.1)),
-        lambda x, y, r: np.minimum(box(x + y, x - y, 1.7, 0.42), box(x + y, x - y, 0.42, 1.7)),
-        lambda x, y, r: box(x, abs(y) - 0.65, 1.1, 0.28),
-        lambda x, y, r: box(abs(x) - 0.65, y, 0.28, 1.1),
-        lambda x, y, r: np.maximum(r - 1, 0.8 - np.hypot(x - 0.55, y)),
-    ]):  # fmt: skip  signed distances, negative inside, in radii; the order is that of TOY_CLASSES
-        a, b = x[k::10], y[k::10]
-        distance = outline(a, b, np.hypot(a, b)) * radius[k::10]
-        inside[k::10] = 1 / (1 + np.exp(np.clip(2.5 * distance, -30, 30)))
-    inside -= inside.mean((1, 2), keepdims=True)  # the mean tells nothing
-    contrast = uniform(60, 100) * random.choice([-1, 1], (count, 1, 1))
-    light = uniform(-10, 10) + (uniform(-10, 10) * line[:, None] + uniform(-10, 10) * line) / (size / 2)
-    grey = 128 + contrast * inside + light + random.normal(0, 30, (count, size, size))
+    turn, period = uniform(-np.pi, np.pi), size / 2 * np.exp(uniform(-0.2, 0.2))
+    u = (line * np.cos(turn) + line[:, None] * np.sin(turn)) * 2 * np.pi / period + uniform(0, 2 * np.pi)
+    v = (line[:, None] * np.cos(turn) - line * np.sin(turn)) * 2 * np.pi / period + uniform(0, 2 * np.pi)
+    textures = [
+        lambda u, v: np.sin(u),
+        lambda u, v: ridge(u),
+        lambda u, v: np.sin(u) * np.sin(v),
+        lambda u, v: ridge(u) * ridge(v),
+        lambda u, v: np.maximum(ridge(u), ridge(v)),
+        lambda u, v: np.cos(u) + np.cos(u / 2 + 0.866 * v) + np.cos(u / 2 - 0.866 * v),
+        lambda u, v: np.sin(u + 4 * abs(v / np.pi % 2 - 1)),
+        lambda u, v: -ridge(u) * ridge(v) - ridge(u + np.pi) * ridge(v + np.pi),
+        lambda u, v: np.sin(np.hypot(u - np.pi, v - np.pi)),
+        lambda u, v: np.sin(u) * np.sign(np.sin(v / 2)),
+    ]  # of the two coordinates, in radians; in the order of TOY_CLASSES
+    grey = np.empty((count, size, size))
+    for k, texture in enumerate(textures):
+        grey[k::10] = texture(u[k::10], v[k::10])
+    grey = (grey - grey.mean((1, 2), keepdims=True)) / grey.std((1, 2), keepdims=True)
+    light = uniform(-1, 1) + (uniform(-1, 1) * line[:, None] + uniform(-1, 1) * line) / (size / 2)
+    grey = 128 + 40 * grey + 16 * light + random.normal(0, 8, grey.shape)
     pixels = torch.from_numpy(grey.clip(0, 255).astype(np.uint8))[:, None].repeat(1, 3, 1, 1)
     return pixels, torch.arange(count) % 10
