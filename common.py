@@ -503,9 +503,9 @@ def fail(message, code=2):
 
 
 def nearest(word, words):
-    """'; did you mean a, b?' for a mistyped word, or ''."""
+    """'; did you mean a, b?' for a mistyped word, or '.' where nothing comes near."""
     close = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(close)}?" if close else ""
+    return f"; did you mean {', '.join(close)}?" if close else "."
 
 
 def parse_config(config_class, presets, data_presets, argv=None, description=None):
@@ -537,18 +537,17 @@ def parse_config(config_class, presets, data_presets, argv=None, description=Non
     for field, hint in hints.items():
         text = comments.get(field, "").replace("%", "%%") + f" [{str(defaults[field]).replace('%', '%%')}]"
         options = {"help": text, "default": defaults[field]}
-        if hint is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(hint) is tuple:
-            types = typing.get_args(hint)
-            options |= {"type": types[0], "nargs": "*" if types[-1] is ... else len(types)}
-        else:
-            options["type"] = hint
         if field == "preset":
             options["help"] = f"one of {', '.join(presets)} [{name}]"
-        options.setdefault("metavar", None if hint is bool else getattr(hint, "__name__", "value").upper())
         if hint is bool:
-            del options["metavar"]
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            kind, *rest = typing.get_args(hint) or (
+                hint,
+            )  # tuple[float, float] takes two values, tuple[float, ...] any number
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            if rest:
+                options["nargs"] = "*" if rest[-1] is ... else 1 + len(rest)
         parser.add_argument(flag(field), **options)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -776,6 +775,6 @@ def toy_images(split, size=24):
         grey[k::10] = texture(u[k::10], v[k::10])
     grey = (grey - grey.mean((1, 2), keepdims=True)) / grey.std((1, 2), keepdims=True)
     light = uniform(-1, 1) + (uniform(-1, 1) * line[:, None] + uniform(-1, 1) * line) / (size / 2)
-    grey = 128 + 40 * grey + 16 * light + random.normal(0, 8, grey.shape)
+    grey = 128 + 40 * grey + 30 * light + random.normal(0, 8, grey.shape)
     pixels = torch.from_numpy(grey.clip(0, 255).astype(np.uint8))[:, None].repeat(1, 3, 1, 1)
     return pixels, torch.arange(count) % 10

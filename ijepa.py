@@ -1174,6 +1174,7 @@ def draw_picture(model, target, images, config, rows=6, neighbours=3, tile=96, g
     masks = sample_masks(replace(config, batch=len(images), group=0), 1)[0]
     masks_context, masks_target = (m.to(images.device) for m in masks)
     n, grid, blocks = len(images), config.image_size // config.patch, len(masks_target)
+    neighbours = min(neighbours, n - 1)
     tokens = target(images)
     predictions = model(model.encoder.patch_embed.patchify(images), masks_context, masks_target)
     predictions = F.normalize(predictions.view(blocks, config.contexts, n, -1, tokens.shape[-1]).mean((1, 3)), dim=-1)
