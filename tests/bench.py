@@ -2,6 +2,7 @@
 
     python tests/bench.py                 # every script, a table in Markdown
     python tests/bench.py ijepa --steps 20 --width 192
+    python tests/bench.py --decode DIR    # images read a second and core
 
 Both run in processes of their own, one after the other, twice in turn; speeds are the better of the two, since other
 load only slows. The share of peak counts the model's multiply-adds only (masks, optimizer, augmentation and everything
@@ -9,7 +10,6 @@ element-wise count as nothing), over the speed of a large matrix product of the 
 """
 
 import argparse
-import contextlib
 import json
 import subprocess
 import sys
@@ -17,8 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -159,6 +161,30 @@ def bench_ijepa(flags, steps):
 
 
 TINY = "--image-size 32 --width 192 --depth 12 --heads 3 --predictor-width 96 --predictor-depth 6 --batch 128"
+
+
+def bench_decode(folder):
+    """Images/s of one core: `ijepa.decode` (draft, one resize of the crop) and a full decode with a float pipeline."""
+    torch.set_num_threads(1)
+    paths = [p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in ijepa.EXTENSIONS]
+
+    def plain(path, box):
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            top, left, height, width = box(*image.size)
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[:, top : top + height, left : left + width]
+        pixels = F.interpolate(pixels[None] / 255, (224, 224), mode="bilinear", antialias=True, align_corners=False)
+        return (pixels - torch.tensor(ijepa.MEAN)[:, None, None]) / torch.tensor(ijepa.STD)[:, None, None]
+
+    speeds = {}
+    for name, read in (("ours", lambda path, box: ijepa.decode(path, box, (224, 224))), ("plain", plain)) * 2:
+        begin = time.monotonic()
+        for i, path in enumerate(paths):
+            read(path, lambda w, h, i=i: ijepa.random_crop(w, h, (0.3, 1.0), common.generator("bench", i)))
+        speeds[name] = max(speeds.get(name, 0.0), len(paths) / (time.monotonic() - begin))
+    print(f"{len(paths)} images, one core, crops to 224: " + ", ".join(f"{k} {v:.0f}/s" for k, v in speeds.items()))
+
+
 SHAPES = {"toy": ["--preset", "toy"], "tiny": ["--data", "toy", *TINY.split()]}
 
 
@@ -166,13 +192,16 @@ def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", nargs="?", default="ijepa", choices=["ijepa"])
+    parser.add_argument("--decode", help="a folder of images: measure only how fast they are read")
     parser.add_argument("--steps", type=int, default=18, help="steps of each measurement")
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
     if args.plain:
         config = common.parse_config(ijepa.Config, ijepa.PRESETS, ijepa.DATA_PRESETS, flags)
-        with contextlib.redirect_stderr(sys.stderr):
-            plain_ijepa(config, args.steps)
+        plain_ijepa(config, args.steps)
+        return
+    if args.decode:
+        bench_decode(args.decode)
         return
     for name, shape in SHAPES.items() if not flags else {"given": flags}.items():
         what, rows = bench_ijepa(shape, args.steps)

@@ -250,7 +250,7 @@ def test_batched_sampler_has_the_reference_statistics(name):
     batch, batches = int(batch), int(batches)
     n = (config.image_size // config.patch) ** 2
     # locations do not depend on the sizes' counter, so a few images a counter give the same coverage with less work
-    cover_target, cover_context, kp, union, steps = torch.zeros(n), torch.zeros(n), [], [], 750
+    cover_target, cover_context, kp, union, steps = torch.zeros(n), torch.zeros(n), [], [], 375
     lengths = []
     for step in range(1500):
         kp.append(math.prod(ijepa.block_sizes(config, step)[0]))
