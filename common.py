@@ -775,6 +775,6 @@ def toy_images(split, size=24):
         grey[k::10] = texture(u[k::10], v[k::10])
     grey = (grey - grey.mean((1, 2), keepdims=True)) / grey.std((1, 2), keepdims=True)
     light = uniform(-1, 1) + (uniform(-1, 1) * line[:, None] + uniform(-1, 1) * line) / (size / 2)
-    grey = 128 + 40 * grey + 22 * light + random.normal(0, 8, grey.shape)
+    grey = 128 + 40 * grey + 30 * light + random.normal(0, 8, grey.shape)
     pixels = torch.from_numpy(grey.clip(0, 255).astype(np.uint8))[:, None].repeat(1, 3, 1, 1)
     return pixels, torch.arange(count) % 10

@@ -184,7 +184,7 @@ FOLDER = dict(
 )  # fmt: skip
 
 PRESETS = {
-    "toy": dict(steps=700),  # the defaults of Config
+    "toy": dict(steps=1000, probe_epochs=15),  # the defaults of Config
     "cifar10-cpu": CIFAR10_CPU,
     "cifar10": CIFAR10,
     "folder": FOLDER,
