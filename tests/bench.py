@@ -142,7 +142,7 @@ def bench_ijepa(flags, steps):
     found = {"ours": [], "plain": []}
     for _ in range(2):
         found["ours"].append(ours_ijepa(flags, steps))
-        plain = [sys.executable, __file__, "--plain", "--steps", str(max(6, steps // 3)), *flags]
+        plain = [sys.executable, __file__, "ijepa", "--plain", "--steps", str(max(6, steps // 3)), *flags]
         found["plain"].append(json.loads(subprocess.run(plain, check=True, capture_output=True, text=True).stdout))
     peak = {"ours": matmul_peak(dtype, device), "plain": matmul_peak(torch.float32, device)}
     rows = []
