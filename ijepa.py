@@ -24,7 +24,10 @@ target moves slowly, and that a predictor stands between the two.
     python ijepa.py --init IN1K-vit.h.14-300e.pth.tar --data imagenet --eval knn,linear
 
 The paper reports (ImageNet-1k, linear probe, top-1): ViT-B/16 72.9, ViT-L/16 77.5, ViT-H/14 79.3, ViT-H/16 at 448 81.1.
-MEASURED
+Measured here so far, on two CPU cores (README has the tables): toy, three seeds, kNN 34 to 40 % against 30 to 32 % of a
+random encoder, linear 45 to 50 against 36 to 39, content ratio 1.7 to 1.9; CIFAR-10, four epochs of `cifar10-cpu` on
+one core, linear 51.6 on features of 10,000 images. Nothing was measured on a GPU yet.
+
 What mattered on small data. (1) The scale of the initial weights: std 0.02 belongs to widths around 1280. At width 64
 or 128 it leaves a network whose output is nearly its position table; then the loss falls and nothing is learned. (2) A
 patch projection that starts larger still, for the same reason. (3) Masks that reach the border and are cut at random
