@@ -29,6 +29,7 @@ def tensor(array, dtype=None):
 
 
 def close(actual, expected, atol=0.0, rtol=0.0):
+    """Assert that two arrays are equal within tolerances."""
     torch.testing.assert_close(torch.as_tensor(actual).double(), tensor(expected), atol=atol, rtol=rtol)
 
 

@@ -499,7 +499,7 @@ def test_it_learns():
     assert rows[-3]["feature_std"] > 0.02 and rows[-3]["feature_rank"] > 3, "collapsed"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiling takes minutes on a CPU, where it is off by default")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU it takes minutes, and is off by default")
 def test_compiled_step_gives_the_same_loss():
     for name, flag in (("plain", "--no-compile"), ("compiled", "--compile")):
         run("ijepa.py", *SMALL, "--steps", 3, "--out", name, flag, timeout=400)
