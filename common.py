@@ -218,7 +218,12 @@ class PatchEmbed(nn.Module):
         self.proj = convolution(channels, width, kernel_size=self.kernel, stride=self.kernel)
 
     def patchify(self, x):
-        """[B, C, H, W] -> [B, N, C*p*p], or [B, C, T, H, W] -> [B, N, C*t*p*p]; tokens in raster order."""
+        """[B, C, H, W] -> [B, N, C*p*p], or [B, C, T, H, W] -> [B, N, C*t*p*p]; tokens in raster order.
+
+        What is left over at the right and bottom, where a side is no multiple of the patch, is cut off.
+        """
+        for axis, k in enumerate(self.kernel, start=2):
+            x = x.narrow(axis, 0, x.shape[axis] // k * k)
         sizes = [part for side, k in zip(x.shape[2:], self.kernel) for part in (side // k, k)]
         n = len(self.kernel)
         x = x.reshape(*x.shape[:2], *sizes).permute(0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2))
@@ -273,14 +278,8 @@ class ViT(nn.Module):
             if tokens is not None:
                 nn.init.normal_(tokens, std=0.02)
 
-    def forward(self, x, keep=None, layers=None, drop=None):
-        """Tokens after the final norm.
-
-        x: images [B, C, H, W] (or video), or patches [B, N, C*p*p] of `patch_embed.patchify`, for encoders to share
-        keep: int64 [B, K] or [M, B, K], indices of the patches to run on -> [B, K, D] or [M*B, K, D]; None runs on all
-        layers: block indices (negative from the end) -> a list of their outputs, each after the final norm
-        drop: uniforms [depth, 2, B] for stochastic depth
-        """
+    def embed(self, x, keep=None):
+        """What enters the first block: [class | registers | patches], positions added. Arguments as in `forward`."""
         grid = self.grid
         if x.dim() > 3:
             grid = tuple(side // k for side, k in zip(x.shape[2:], self.patch_embed.kernel))
@@ -296,8 +295,17 @@ class ViT(nn.Module):
         tokens = [] if self.cls_token is None else [self.cls_token + self.pos_embed[:, :1]]
         if self.register_tokens is not None:
             tokens.append(self.register_tokens)
-        if tokens:
-            x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1)
+        return torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1) if tokens else x
+
+    def forward(self, x, keep=None, layers=None, drop=None):
+        """Tokens after the final norm.
+
+        x: images [B, C, H, W] (or video), or patches [B, N, C*p*p] of `patch_embed.patchify`, for encoders to share
+        keep: int64 [B, K] or [M, B, K], indices of the patches to run on -> [B, K, D] or [M*B, K, D]; None runs on all
+        layers: block indices (negative from the end) -> a list of their outputs, each after the final norm
+        drop: uniforms [depth, 2, B] for stochastic depth
+        """
+        x = self.embed(x, keep)
         wanted = None if layers is None else [layer % len(self.blocks) for layer in layers]
         outputs = {}
         for i, block in enumerate(self.blocks):
