@@ -436,6 +436,15 @@ class Network(nn.Module):
         return self.fc(torch.cat([checkpoint(self.class_tokens, *pair, use_reentrant=False) for pair in pairs]))
 
 
+def embed_anchors(network, groups, keep, parts=1):
+    """Embeddings of anchors [V, B, 3, s, s] by size, each group in one pass -> z [M*B, d], ordered view by view.
+
+    So batch statistics are a group's own. keep int64 [V, B, K]: visible patches of the first group, or None (all).
+    """
+    keeps = [None if keep is None else keep.flatten(0, 1)] + [None] * (len(groups) - 1)
+    return torch.cat([network(views.flatten(0, 1), k, parts) for views, k in zip(groups, keeps, strict=True)])
+
+
 class MSN(nn.Module):
     """The network and the prototypes, trained by gradient. The target network stands beside it, moved by EMA."""
 
@@ -449,15 +458,10 @@ class MSN(nn.Module):
     def forward(self, groups, keep):
         """Embeddings of all anchors, and the prototypes on the unit sphere.
 
-        groups: anchors [V, B, 3, s, s] by size, one pass through trunk and head each, so batch statistics are a
-        group's own; keep int64 [V, B, K]: visible patches of the first group, or None -> z [M*B, d], q [K, d];
-        rows of z are ordered view by view.
+        Arguments as of `embed_anchors` -> z [M*B, d], q [K, d].
         """
-        parts, embeddings = self.config.accumulate, []
-        for views in groups:
-            embeddings.append(self.network(views.flatten(0, 1), None if keep is None else keep.flatten(0, 1), parts))
-            keep = None
-        return torch.cat(embeddings), F.normalize(self.prototypes, dim=1)
+        z = embed_anchors(self.network, groups, keep, self.config.accumulate)
+        return z, F.normalize(self.prototypes, dim=1)
 
     def objective(self, anchors, targets, prototypes, sharpen):
         """`msn_loss` with this configuration's settings -> (loss, its parts by name, target assignments [B, K])."""
@@ -737,6 +741,11 @@ def view_groups(config):
     return groups + [(config.focal_views, config.focal_size, config.focal_scale)] * (config.focal_views > 0)
 
 
+def epoch_order(split, config, purpose, epoch):
+    """The order of the images in an epoch: int64 [N]."""
+    return torch.randperm(len(split), generator=generator(config.seed, purpose, "order", epoch))
+
+
 class Views(Dataset):
     """Item t: this rank's share of the views of step t, a function of (seed, t): workers and resuming change nothing.
 
@@ -749,14 +758,15 @@ class Views(Dataset):
         self.split, self.config, self.world, self.batch = replace(split, pixels=None), config, world, batch
         self.groups, self.photometric, self.bicubic, self.purpose = groups, photometric, bicubic, purpose
         self.canvas = None if split.pixels is None else torch.tensor(split.pixels.shape[2:]).repeat(2)  # H, W, H, W
+        self.length = len(self.order(0))
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  lives as long as its loader
     def order(self, epoch):
-        """The order of the images in an epoch."""
-        return torch.randperm(len(self.split), generator=generator(self.config.seed, self.purpose, "order", epoch))
+        """`epoch_order` of these images."""
+        return epoch_order(self.split, self.config, self.purpose, epoch)
 
     def __getitem__(self, step):
-        key, n = (self.config.seed, self.purpose, step), len(self.split)
+        key, n = (self.config.seed, self.purpose, step), self.length
         start, end = step * self.batch, (step + 1) * self.batch
         order = torch.cat([self.order(epoch) for epoch in range(start // n, (end - 1) // n + 1)])
         indices = order[start % n : start % n + self.batch]  # of the global batch
@@ -974,7 +984,7 @@ def train(model, target, split, config, world, out):
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, decay if group["decay"] else 0.0
 
-        keep = item["keep"].to(device, non_blocking=True) if config.random_views else None
+        keep = item["keep"].to(device, non_blocking=True) if len(item["keep"]) else None
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             with torch.no_grad():
                 h = target(view)  # [b, d]
@@ -1208,19 +1218,20 @@ class ProbeHeads:
 
 
 def linear_probe(batches, steps, val, classes, config):
-    """The released probe on frozen features, cosine schedule to 0 -> {"linear": top-1 in percent, "linear_head"}.
+    """The released probe on frozen features, cosine schedule to 0 -> (scores of val [N, C], name of the head).
 
     batches(epoch) yields (features [B, D], labels [B]), `steps` an epoch; of several rates the best by val counts.
     """
-    heads, total, done = ProbeHeads(val.pooled.shape[1], classes, config, val.pooled.device), 0, 0
+    heads, done = ProbeHeads(val.pooled.shape[1], classes, config, val.pooled.device), 0
     total = config.probe_epochs * steps
     for epoch in range(config.probe_epochs):
         for x, labels in batches(epoch):
             heads.step(x, labels, common.cosine_schedule(done, total, 1.0, 0.0))
             done += 1
     with torch.no_grad():
-        top1 = accuracy(heads.scores(val.pooled), val.labels)
-    return {"linear": top1.max().item(), "linear_head": heads.names[int(top1.argmax())]}
+        scores = heads.scores(val.pooled)
+    best = int(accuracy(scores, val.labels).argmax())
+    return scores[best], heads.names[best]
 
 
 def probe_batches(encoder, split, features, config, world, log):
@@ -1367,7 +1378,8 @@ def evaluate_one(encoder, train, val, wanted, config, world, log):
         scores = knn(standardise(bank.pooled), bank.labels, standardise(test.pooled))
         result |= {f"knn{k}": accuracy(s, test.labels).item() for k, s in scores.items()}
     if "linear" in wanted:
-        result |= linear_probe(*probe_batches(encoder, train, bank, c, world, log), test, classes, c)
+        scores, head = linear_probe(*probe_batches(encoder, train, bank, c, world, log), test, classes, c)
+        result |= {"linear": accuracy(scores, test.labels).item(), "linear_head": head}
     draws = {}
     if "lowshot" in wanted:
         draws |= {f"{n}-shot": ([n] * classes, c.ridge) for n in c.shots}
@@ -1600,29 +1612,40 @@ def load_encoder(path, image_size=0, heads=0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+def unseen(train_split, config, world, log, count=1024):
+    """(images [n, 3, S, S], labels [n]) of up to `count` validation images, or training ones where there are no others.
+
+    All ranks get the same, since a sharded model runs on all.
+    """
+    split, alone = open_split(config, "val") or train_split, World(0, 1, world.device)
+    some = split.subset(torch.randperm(len(split), generator=generator(config.seed, "report"))[:count])
+    images, indices = (torch.cat(x) for x in zip(*eval_images(some, config, alone, log), strict=True))
+    return images[indices >= 0], some.labels[indices[indices >= 0]].to(world.device)
+
+
+def fresh_views(split, config, world, step):
+    """(groups of views, keep or None) as training would draw them for `step`, of up to 256 images; equal on all ranks."""
+    groups, count = view_groups(config), min(256, config.batch, len(split))
+    item = Views(split, replace(config, batch=count), World(0, 1, world.device), count, groups)[step]
+    pixels = None if split.pixels is None else split.pixels.to(world.device)
+    keep = item["keep"].to(world.device) if len(item["keep"]) else None
+    return make_views(item, pixels, groups, world.device), keep
+
+
 def report(model, target, train_split, config, world, log):
     """After training: do assignments say which image, and which class? And the picture."""
     model.eval(), target.eval()
-    split = open_split(config, "val") or train_split
-    some = split.subset(torch.randperm(len(split), generator=generator(config.seed, "report"))[:1024])
-    alone = World(0, 1, world.device)  # all ranks look at the same images, since a sharded model runs on all
-    images, indices = (torch.cat(x) for x in zip(*eval_images(some, config, alone, log), strict=True))
-    images, labels = images[indices >= 0], some.labels[indices[indices >= 0]].to(world.device)
-    groups, count = view_groups(config), min(256, config.batch, len(train_split))
-    item = Views(train_split, replace(config, batch=count), alone, count, groups)[10**6]
-    pixels = None if train_split.pixels is None else train_split.pixels
-    views, keep = make_views({**item, "indices": item["indices"]}, pixels, groups, world.device), item["keep"]
-    keep = keep.to(world.device) if len(keep) else None
+    images, labels = unseen(train_split, config, world, log)
+    views, keep = fresh_views(train_split, config, world, step=10**6)
     loss, ratio = match_ratio(model, target, views, keep)
     found = cluster_statistics(model, target, images, labels)
     log.say(
-        f"cross entropy of unseen views {loss:.3f}; with another image's target {ratio:.2f} times that (1: nothing "
-        f"about the image); {found['used']} of {config.prototypes} prototypes in use, information "
+        f"cross entropy of new views {loss:.3f}; with another image's target {ratio:.2f} times that (1: they say "
+        f"nothing about the image); {found['used']} of {config.prototypes} prototypes in use, information "
         f"{found['information']:.2f} of at most {math.log(config.prototypes):.2f} nats"
         + ("" if found["nmi"] is None else f", {100 * found['nmi']:.0f} % mutual information with the classes")
     )
-    log.write(val_ce=loss, match_ratio=ratio, **{f"clusters_{k}": v for k, v in found.items()})
+    log.write(match_ce=loss, match_ratio=ratio, **{f"clusters_{k}": v for k, v in found.items()})
     prior = torch.full((config.prototypes,), 1 / config.prototypes)
     picture = draw_picture(model, target, views, keep, images, prior, config)
     if world.rank == 0:
