@@ -1,0 +1,2039 @@
+# SPDX-License-Identifier: MIT
+"""DOCSTRING"""
+
+import contextlib
+import copy
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import sys
+import tarfile
+import time
+import urllib.request
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
+
+import common
+from common import EMA, Block, Log, PatchEmbed, World, effective_rank, fail, generator
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Every field is a flag, and the comment beside it is its help text. Shares are of the length of the run."""
+
+    preset: str = ""  # a name of PRESETS; by default the one that fits --data
+    data: str = "toy"  # toy, cifar10, imagenet, another folder of $DATA (default ./data), a path, or a list of images
+
+    # model
+    image_size: int = 24  # side of a global crop, pixels
+    local_size: int = 12  # side of a local crop, pixels
+    patch: int = 4  # side of a patch, pixels
+    width: int = 64  # backbone width
+    depth: int = 4  # backbone blocks
+    heads: int = 4  # attention heads
+    registers: int = 0  # register tokens
+    swiglu: bool = False  # SwiGLU instead of an MLP
+    layer_scale: float = 1.0  # initial LayerScale, 0 = no LayerScale
+    drop_path: float = 0.0  # share of the samples that a residual branch leaves out
+    drop_path_uniform: bool = True  # the same rate in all blocks; else rising from 0
+    interpolate_offset: float = 0.1  # added to the grid when positions are interpolated (released, with registers: 0)
+    interpolate_antialias: bool = False  # antialias when positions are interpolated (released, with registers: yes)
+    init_std: float = 0.02  # std of the initial weights
+    patch_std: float = 0.0  # std of the initial patch projection, 0 = PyTorch's own
+    prototypes: int = 256  # K: prototypes of the DINO head
+    head_hidden: int = 128  # hidden width of the DINO head
+    bottleneck: int = 32  # width of the DINO head before the prototypes
+    separate_heads: bool = True  # a head of its own for iBOT; else the DINO head for both
+    ibot_prototypes: int = 256  # prototypes of the iBOT head
+    ibot_hidden: int = 128  # hidden width of the iBOT head
+    ibot_bottleneck: int = 32  # width of the iBOT head before the prototypes
+
+    # views
+    local_crops: int = 4  # local crops an image
+    global_scale: tuple[float, float] = (0.32, 1.0)  # area of a global crop, share of the image
+    local_scale: tuple[float, float] = (0.05, 0.32)  # area of a local crop
+    flip: bool = True  # mirror half of the crops
+    jitter: tuple[float, float, float, float] = (
+        0.4,
+        0.4,
+        0.2,
+        0.1,
+    )  # brightness, contrast, saturation (+-), hue (turns)
+    jitter_share: float = 0.8  # share of the crops with colour jitter
+    grey: float = 0.2  # share of the crops turned grey
+    blur: tuple[float, float, float] = (0.0, 0.9, 0.5)  # blurred share of first, second global, local crops (see code)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # radius of the blur, pixels
+    solarize: float = 0.2  # share of the second global crops that are solarized
+
+    # masks
+    mask_probability: float = 0.5  # share of the global crops that are masked
+    mask_ratio: tuple[float, float] = (0.1, 0.5)  # masked share of such a crop's patches
+
+    # loss
+    ibot_weight: float = 1.0  # weight of the iBOT loss (DINO's is 1)
+    koleo_weight: float = 0.1  # weight of the KoLeo loss
+    koleo_group: int = 0  # consecutive images among which KoLeo looks for neighbours, 0 = a forward pass
+    centering: str = "sinkhorn"  # sinkhorn or softmax (with a moving centre)
+    teacher_temp: tuple[float, float] = (0.04, 0.07)  # teacher temperature at the start, and after temp_warmup
+    temp_warmup: float = 0.3  # share of the run in which the teacher temperature rises
+
+    # distillation
+    teacher: str = ""  # a last.pt of this script whose frozen teacher and heads are distilled into this model
+    distill_tokens: float = 1.0  # share of the patches on which the distilled iBOT loss is computed
+
+    # optimisation
+    batch: int = 64  # images a step, over all ranks
+    accumulate: int = 1  # split a rank's share of the batch into this many forward passes
+    epochs: float = 0  # length of the run in passes over the data
+    steps: int = 0  # length of the run in steps; wins over --epochs
+    warmup: float = 0.1  # share of the run in which lr rises from 0
+    lr: float = 4e-3  # learning rate for a batch of 1024; the peak is lr * sqrt(batch / 1024)
+    lr_final: float = 1e-6  # learning rate at the end (half a cosine)
+    lr_decay: float = 1.0  # learning rates shrink by this factor a block, from the last to the first
+    patch_lr: float = 0.2  # the patch projection's learning rate is multiplied with this as well
+    freeze_last: float = 0.01  # share of the run in which the prototypes stay as they are
+    weight_decay: float = 0.04  # AdamW weight decay at the start
+    weight_decay_final: float = 0.4  # weight decay at the end (half a cosine)
+    momentum: float = 0.992  # EMA momentum of the teacher at the start
+    momentum_final: float = 1.0  # EMA momentum at the end (half a cosine)
+    clip: float = 3.0  # largest gradient norm, of the backbone and of each head
+    high_res: bool = False  # the high-resolution phase of --init: 10,000 steps at 518 pixels
+
+    # run
+    seed: int = 0  # seed of everything random
+    out: str = ""  # folder of the run, default runs/dinov2, runs/dinov2-2, ...
+    resume: bool = False  # continue from last.pt in the run's folder, or start if there is none
+    init: str = ""  # checkpoint to start from or to evaluate: ours, or an official .pth
+    save_every: int = 500  # steps between checkpoints
+    log_every: int = 20  # steps between rows of log.jsonl
+    device: str = ""  # cuda, mps or cpu, default the best there is
+    precision: str = ""  # bf16, fp16 or fp32, default bf16 where the hardware computes in it, else fp32
+    compile: bool = torch.cuda.is_available()  # torch.compile the networks
+    together: bool = True  # global and local crops in the same matrix products; else one size after the other
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    shard: bool = False  # FSDP2 instead of DDP, for models that do not fit one GPU
+    workers: int = -1  # data loading processes a rank, -1 = as fits the machine and the data
+    cache: float = 2.0  # GiB: data sets whose decoded pixels fit are kept in memory
+    max_bad: float = 0.01  # share of unreadable images above which a run stops
+
+    # evaluation
+    eval: str = "knn,linear"  # any of knn, linear, logistic, segment, retrieval, head, features, pca, match; or none
+    baselines: bool = True  # evaluate a randomly initialised backbone and raw pixels beside it
+    eval_size: int = 0  # side of evaluated images, pixels; 0 = image_size, or 224 for official checkpoints
+    eval_limit: int = 0  # use at most this many training images, 0 = all
+    eval_batch: int = 256  # images a forward pass in evaluation, a rank
+    probe_augment: bool = False  # probe on random crops and flips, each encoded anew; else on features computed once
+    probe_epochs: int = 10  # passes of the linear probe
+    probe_batch: int = 256  # batch of the linear probe, over all ranks
+    probe_lrs: tuple[float, ...] = (1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # tried, scaled by batch / 256
+    pca_flip: bool = False  # take the other side of the first component for the foreground in pca and match
+    linear_head: str = ""  # an official linear head (.pth), for --eval head
+    features_split: str = "val"  # train or val
+    features_out: str = ""  # file of --eval features, default features.npz in the run's folder
+    tokens: bool = False  # --eval features also writes the patch tokens
+
+
+# fmt: off
+SMALL_VIT = dict(width=384, depth=12, heads=6)
+BASE_VIT = dict(width=768, depth=12, heads=12)
+LARGE_VIT = dict(width=1024, depth=24, heads=16)
+GIANT_VIT = dict(width=1536, depth=40, heads=24)
+# fmt: on
+PRESETS = {"toy": dict(steps=1000)}
+DATA_PRESETS = {"toy": "toy", "*": "toy"}
+
+
+def micro_batch(config, world):
+    """Images a forward pass: a rank's share of the batch, split by --accumulate."""
+    return config.batch // (world.size * config.accumulate)
+
+
+def check(config, world, training=True):
+    """Refuse what cannot work, before any work (exit 2)."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views: two global crops and some local ones of each image, colours, blur; a whole batch at once, on the device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def crop_kinds(config):
+    """(count, size, scale) of the global and, if there are any, of the local crops."""
+    c = config
+    kinds = [(2, c.image_size, c.global_scale), (c.local_crops, c.local_size, c.local_scale)]
+    return kinds[: 1 + (c.local_crops > 0)]
+
+
+# Copied from msn.py
+def grey_levels(images):
+    """PIL's grey: [B, 3, H, W] in 0..255 -> [B, 1, H, W], rounded to integers."""
+    red, green, blue = images.split(1, dim=1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue + 0.5).floor()
+
+
+# Copied from msn.py
+def shift_hue(images, turns):
+    """PIL's hue shift: through 8-bit HSV. images [B, 3, H, W] in 0..255, turns [B] in -0.5..0.5 -> the same shape."""
+    value, lowest = images.amax(1), images.amin(1)
+    red, green, blue = images.unbind(1)
+    span = (value - lowest).clamp(min=1e-6)
+    hue = torch.where(value == red, (green - blue) / span, 2 + (blue - red) / span)
+    hue = torch.where((value == green) & (value != red), hue, torch.where(value == red, hue, 4 + (red - green) / span))
+    hue = (255 * (hue / 6 % 1)).floor()
+    saturation = (255 * (value - lowest) / value.clamp(min=1e-6)).floor() / 255
+    hue = (hue + (255 * turns).trunc()[:, None, None]) % 256 * (6 / 255)
+    places = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    k = (places + hue[:, None]) % 6  # each channel falls and rises once in a turn
+    depth = torch.minimum(k, 4 - k).clamp(0, 1)
+    return (value[:, None] * (1 - saturation[:, None] * depth)).round()
+
+
+# Copied from msn.py
+def colour_jitter(images, factors, order):
+    """Brightness, contrast, saturation and hue in each image's own order, with PIL's rounding down after each.
+
+    images [B, 3, H, W] in 0..255; factors [B, 4]: three that multiply, 1 changing nothing, and a shift of hue in turns;
+    order int64 [B, 4], on the CPU: which of the four comes when. The first three are blends with black, with the mean
+    grey and with the grey image, so a place in the order is one blend; hue, which costs most, runs only where it is.
+    """
+    device = images.device
+    blends = torch.where(order == 3, 1.0, factors.gather(1, order)).to(device)[..., None, None, None]  # [B, 4, 1, 1, 1]
+    turns, operations = factors[:, 3].to(device), order.to(device)[..., None, None, None]
+    for place in range(4):
+        grey, operation = grey_levels(images), operations[:, place]
+        mean = (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor()
+        base = torch.where(operation == 2, grey, torch.where(operation == 1, mean, 0.0))
+        # lerp is exact at factor 1; the 1e-3 is for values that rounding puts just below an integer
+        images = (torch.lerp(base, images, blends[:, place]).clamp(0, 255) + 1e-3).floor()
+        rows = ((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0].to(device)
+        images = images.index_copy(0, rows, shift_hue(images[rows], turns[rows]))
+    return images
+
+
+def gaussian_blur(images, sigma, taps=9):
+    """Blur by a Gaussian cut to 9 x 9 taps with mirrored edges: images [B, 3, H, W] in 0..255, sigma [B] in pixels."""
+    reach = taps // 2
+    offset = torch.arange(-reach, reach + 1, device=images.device)
+    kernel = (-0.5 * (offset / sigma[:, None]) ** 2).exp()
+    kernel = kernel / kernel.sum(1, keepdim=True)  # [B, 9]
+
+    def matrix(size):
+        """The blur along one axis: [B, size, size]."""
+        source = torch.arange(size, device=images.device)[:, None] + offset
+        period = max(1, 2 * (size - 1))
+        source = (source % period - (size - 1)).abs()  # distance from the far end, mirrored
+        source = (size - 1 - source).expand(len(sigma), -1, -1)
+        full = torch.zeros(len(sigma), size, size, device=images.device)
+        return full.scatter_add_(2, source, kernel[:, None].expand_as(source))[:, None]
+
+    return (matrix(images.shape[2]) @ images @ matrix(images.shape[3]).mT).round()
+
+
+def draw_photometric(kind, count, batch, config, random):
+    """Parameters for `augment` of `count` crops of each of `batch` images, [count, batch, ...], on the CPU.
+
+    Colours are the same for all kinds (0 global, 1 local). The released code asks for blur on all, 10 % and half of the
+    first global, second global and local crops, but its wrapper inverts the probability: hence --blur 0 0.9 0.5.
+    """
+    c = config
+
+    def uniform(*shape):
+        return torch.rand(count, batch, *shape, generator=random)
+
+    spread, neutral = torch.tensor(c.jitter), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    factors = neutral + spread * (2 * uniform(4) - 1)
+    blurred = torch.tensor(c.blur[:2] if kind == 0 else c.blur[2:])[:, None]  # [2 or 1, 1]
+    second = torch.arange(count)[:, None] == (1 if kind == 0 else -1)
+    return {
+        "flip": uniform() < 0.5 * c.flip,
+        "factors": torch.where(uniform(1) < c.jitter_share, factors, neutral),
+        "order": uniform(4).argsort(2),
+        "grey": uniform() < c.grey,
+        "sigma": torch.where(uniform() < blurred, c.blur_sigma[0] + (c.blur_sigma[1] - c.blur_sigma[0]) * uniform(), 0),
+        "solarize": (uniform() < c.solarize) & second,
+    }
+
+
+def augment(images, factors, order, grey, sigma, solarize):
+    """Photometric augmentation of a batch: images [B, 3, H, W] in 0..255, parameters of `draw_photometric` [B, ...].
+
+    In the order of the released code. An image keeps its pixels exactly where no operation was drawn for it.
+    """
+    device = images.device
+    if (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any():
+        images = colour_jitter(images.round(), factors, order)
+    if grey.any():
+        images = torch.where(grey.to(device)[:, None, None, None], grey_levels(images), images)
+    rows = sigma.nonzero()[:, 0]
+    if len(rows):
+        sigma, rows = sigma[rows].to(device), rows.to(device)
+        images = images.index_copy(0, rows, gaussian_blur(images[rows], sigma))
+    if solarize.any():
+        images = torch.where(solarize.to(device)[:, None, None, None] & (images >= 128), 255 - images, images)
+    return images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks: blocks, of a share of the image that is stratified over the batch (iBOT; data/masking.py of the released code)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def largest_block(size, patch):
+    """Patches of the largest block: half the image, floored the way the released code does (98 for 224 / 16)."""
+    return int(0.5 * size // patch * size // patch)
+
+
+def mask_targets(crops, tokens, probability, ratio, chance):
+    """Yields how many of its patches each of `crops` crops should lose: one of each stratum of `ratio`, then zeros.
+
+    Draws from `chance` (a random.Random) as it goes, since the released code draws the blocks of a mask in between.
+    """
+    masked = int(crops * probability)
+    edges = np.linspace(*ratio, masked + 1)
+    for low, high in zip(edges[:-1], edges[1:]):
+        yield int(tokens * chance.uniform(low, high))
+    yield from [0] * (crops - masked)
+
+
+def block_mask(target, grid, largest, chance, smallest=4, aspect=0.3):
+    """A mask of about `target` patches (up to 5 fewer) out of rectangles: bool array [grid, grid], True is masked.
+
+    largest, smallest: area of a block, patches; its aspect ratio is log-uniform from `aspect` to 1 / aspect.
+    """
+    mask, count = np.zeros((grid, grid), dtype=bool), 0
+    while count < target:
+        room, gained = min(target - count, largest), 0
+        for _ in range(10):
+            area = chance.uniform(smallest, room)
+            ratio = math.exp(chance.uniform(math.log(aspect), math.log(1 / aspect)))
+            height, width = int(round(math.sqrt(area * ratio))), int(round(math.sqrt(area / ratio)))
+            if width < grid and height < grid:
+                top, left = chance.randint(0, grid - height), chance.randint(0, grid - width)
+                block = mask[top : top + height, left : left + width]
+                if 0 < block.size - block.sum() <= room:
+                    gained = block.size - block.sum()
+                    block[:] = True
+                    break
+        if not gained:
+            break
+        count += gained
+    return mask
+
+
+def sample_masks(config, step, first=0, last=None):
+    """Masks of the two global crops of samples first..last of the global batch in this step: bool [2, b, N].
+
+    The shares are stratified over the crops of the global batch, and a mask depends on seed, step and crop only.
+    """
+    c, grid = config, config.image_size // config.patch
+    chance = random.Random(f"{c.seed} masks {step}")
+    targets = list(mask_targets(2 * c.batch, grid**2, c.mask_probability, c.mask_ratio, chance))
+    chance.shuffle(targets)
+    largest, mine = largest_block(c.image_size, c.patch), range(first, c.batch if last is None else last)
+    crops = [crop * c.batch + i for crop in (0, 1) for i in mine]
+    masks = [block_mask(targets[k], grid, largest, random.Random(f"{c.seed} mask {step} {k}")) for k in crops]
+    return torch.from_numpy(np.stack(masks)).view(2, len(mine), -1)
+
+
+def masked_tokens(masks):
+    """masks bool [M, N] -> (int64 [n] places in the flat M*N, float [n] 1 / (masked patches of the same image))."""
+    return masks.flatten().nonzero()[:, 0], (1 / masks.sum(1).clamp(min=1))[:, None].expand_as(masks)[masks]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def drop_rates(rate, depth, uniform=True):
+    """The stochastic depth of each block: `rate` in all of them, or rising to it from 0."""
+    return [rate if uniform else rate * i / max(1, depth - 1) for i in range(depth)]
+
+
+def drop_subsets(rates, batches, chance, device="cpu"):
+    """The samples that each residual branch sees in stochastic depth: [sizes of crop][depth][2] of None or int64 [kept].
+
+    rates: one a block; batches: samples of each size of crop. A branch keeps max(1, int(batch * (1 - rate))) samples.
+    Drawn from `chance` block by block, in a block branch by branch, then size by size, as in the released code.
+    """
+    subsets = [[[None, None] for _ in rates] for _ in batches]
+    for block, rate in enumerate(rates):
+        for branch in range(2) if rate else ():
+            for size, batch in enumerate(batches):
+                kept = torch.randperm(batch, generator=chance)[: max(1, int(batch * (1 - rate)))]
+                subsets[size][block][branch] = kept.to(device, non_blocking=True)
+    return subsets
+
+
+def add_branch(branch, x, shapes, kept):
+    """x + branch(x), where with stochastic depth the branch computes a subset of the samples only, and is scaled up.
+
+    x [T, D]: tokens of all crops; shapes: (B, N) of each size of crop; kept: for each size None or int64 [k]; the
+    branch counts B / k times for these k samples (not 1 / (1 - rate)), as in the released code.
+    """
+    if all(k is None for k in kept):
+        return x + branch(x, shapes)
+    lengths = [b * n for b, n in shapes]
+    groups = [part.view(b, n, -1) for part, (b, n) in zip(x.split(lengths), shapes)]
+    kept = [torch.arange(b, device=x.device) if k is None else k for k, (b, _) in zip(kept, shapes)]
+    small = [(len(k), n) for k, (_, n) in zip(kept, shapes)]
+    out = branch(torch.cat([group[k].flatten(0, 1) for group, k in zip(groups, kept)]), small)
+    parts = out.to(x.dtype).split([b * n for b, n in small])
+    sums = [
+        group.index_add(0, k, part.view(len(k), *group.shape[1:]), alpha=len(group) / len(k)).flatten(0, 1)
+        for group, k, part in zip(groups, kept, parts)
+    ]
+    return torch.cat(sums)
+
+
+class PackedBlock(Block):
+    """A transformer block on crops of several sizes at once, without padding: everything but attention works on single
+    tokens, so all of them share its matrix products; attention runs size by size."""
+
+    def attention_branch(self, x, shapes):
+        """x [T, D] -> [T, D]."""
+        outputs, lengths = [], [b * n for b, n in shapes]
+        for part, (b, n) in zip(self.attn.qkv(self.norm1(x)).split(lengths), shapes):
+            q, k, v = part.view(b, n, 3, self.attn.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, N, D/H]
+            outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b * n, -1))
+        return self.ls1(self.attn.proj(torch.cat(outputs) if len(outputs) > 1 else outputs[0]))
+
+    def mlp_branch(self, x, shapes):
+        """x [T, D] -> [T, D]."""
+        return self.ls2(self.mlp(self.norm2(x)))
+
+    def forward(self, x, shapes, kept):
+        """x [T, D], shapes: (B, N) of each size of crop, kept: for each size the two entries of `drop_subsets`."""
+        x = add_branch(self.attention_branch, x, shapes, [k[0] for k in kept])
+        return add_branch(self.mlp_branch, x, shapes, [k[1] for k in kept])
+
+
+def position_table(table, grid, offset=0.1, antialias=False):
+    """A table [1, 1+M*M, D] with a first entry for the class token -> that of another grid (rows, columns), bicubic.
+
+    With an offset the sampling grid has the scale (rows + offset) / M, as in the released code: not the same as
+    resizing to `rows`. Models released without registers: offset 0.1; with registers: offset 0 and antialias.
+    """
+    (rows, columns), side = grid, math.isqrt(table.shape[1] - 1)
+    if rows == columns == side:
+        return table
+    patches = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    scale = ((rows + offset) / side, (columns + offset) / side)
+    to = dict(scale_factor=scale) if offset else dict(size=(rows, columns))
+    patches = F.interpolate(patches, mode="bicubic", antialias=antialias, **to)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+class Backbone(nn.Module):
+    """The vision transformer. image_size / patch is the side of the position table; any multiple of patch goes in."""
+
+    def __init__(self, image_size, patch, width, depth, heads, registers=0, swiglu=False, layer_scale=1.0,
+                 offset=0.1, antialias=False):  # fmt: skip
+        super().__init__()
+        self.offset, self.antialias, self.checkpointing = offset, antialias, False
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, width))
+        self.registers = registers
+        if registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, width))
+        self.patch_embed = PatchEmbed(patch, width)
+        self.blocks = nn.ModuleList(
+            PackedBlock(width, heads, layer_scale=layer_scale or None, swiglu=swiglu) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def embed(self, images, masks=None):
+        """Images [B, 3, H, W] -> [B, 1+R+N, D]: class token, registers (without position), patches or mask tokens."""
+        patch = self.patch_embed.kernel[0]
+        x = self.patch_embed(self.patch_embed.patchify(images))
+        if masks is not None:
+            x = torch.where(masks[..., None], self.mask_token.to(x.dtype), x)
+        positions = position_table(
+            self.pos_embed, (images.shape[2] // patch, images.shape[3] // patch), self.offset, self.antialias
+        )
+        tokens = [self.cls_token + positions[:, :1]] + ([self.register_tokens] if self.registers else [])
+        return torch.cat([*(t.expand(len(x), -1, -1) for t in tokens), x + positions[:, 1:]], dim=1)
+
+    def forward(self, crops, masks=None, kept=None, layers=None, norm=True):
+        """Tokens after the final norm: a list with [B, 1+R+N, D] for each size of crop.
+
+        crops: a list of images [B, 3, H, W], one for each size; masks: bool [B, N] for the first of them
+        kept: for each size the `drop_subsets` of all blocks
+        layers: of block indices (negative from the end): their outputs for the first size of crop instead, in this
+        order, after the final norm or with norm=False before it
+        """
+        tokens = [self.embed(images, masks if i == 0 else None) for i, images in enumerate(crops)]
+        shapes, width = [x.shape[:2] for x in tokens], tokens[0].shape[2]
+        lengths = [b * n for b, n in shapes]
+        x = torch.cat([x.flatten(0, 1) for x in tokens])  # [T, D]
+        outputs = {}
+        for i, block in enumerate(self.blocks):
+            subsets = [[None, None] if kept is None else k[i] for k in (kept or tokens)]
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, shapes, subsets, use_reentrant=False)
+            else:
+                x = block(x, shapes, subsets)
+            outputs[i] = x[: lengths[0]].view(*shapes[0], width) if layers is not None else None
+        if layers is not None:
+            wanted = [outputs[layer % len(self.blocks)] for layer in layers]
+            return [self.norm(x) for x in wanted] if norm else wanted
+        return [part.view(*shape, width) for part, shape in zip(self.norm(x).split(lengths), shapes)]
+
+
+class Prototypes(nn.Module):
+    """K directions with a gain each: logits = g * cos-like product; a weight-normed Linear whose gain is trained."""
+
+    def __init__(self, bottleneck, prototypes):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(prototypes, 1))
+        self.weight_v = nn.Parameter(nn.Linear(bottleneck, prototypes, bias=False).weight.detach().clone())
+
+    def forward(self, x):
+        """[..., bottleneck] -> [..., K]."""
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+class Head(nn.Module):
+    """Three layers to a point on the unit sphere, then its product with each prototype: [..., D] -> [..., K]."""
+
+    def __init__(self, width, hidden, bottleneck, prototypes):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
+        self.last_layer = Prototypes(bottleneck, prototypes)
+
+    def forward(self, x):
+        """Logits before any temperature, in the range -g..g of the prototypes' gains."""
+        x = self.mlp(x)
+        return self.last_layer(F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
+
+
+class DINOv2(nn.Module):
+    """Backbone and heads: the student, and again the teacher."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.together = c.together
+        self.backbone = Backbone(
+            c.image_size, c.patch, c.width, c.depth, c.heads, c.registers, c.swiglu, c.layer_scale,
+            c.interpolate_offset, c.interpolate_antialias,
+        )  # fmt: skip
+        self.backbone.checkpointing = c.checkpointing
+        self.dino_head = Head(c.width, c.head_hidden, c.bottleneck, c.prototypes)
+        if c.separate_heads:
+            self.ibot_head = Head(c.width, c.ibot_hidden, c.ibot_bottleneck, c.ibot_prototypes)
+
+    def forward(self, crops, masks=None, places=None, kept=None):
+        """The logits of both losses.
+
+        crops: [global [M, 3, S, S]] or [global, local [L, 3, s, s]]; masks bool [M, N] for the global ones; places
+        int64 [n]: patches that iBOT looks at, in the flat M*N; kept: see `Backbone.forward`.
+        Returns cls [M, D] of the global crops, their DINO logits [M, K], those of the local crops [L, K], and the iBOT
+        logits [n, K'] of the chosen patches.
+        """
+        if self.together or len(crops) == 1:
+            tokens = self.backbone(crops, masks, kept)
+        else:
+            tokens = [self.backbone([x], masks if i == 0 else None, kept and [kept[i]])[0] for i, x in enumerate(crops)]
+        cls = torch.cat([x[:, 0] for x in tokens])
+        logits = self.dino_head(cls)
+        patches = tokens[0][:, 1 + self.backbone.registers :].flatten(0, 1)[places]
+        patch_logits = (self.ibot_head if hasattr(self, "ibot_head") else self.dino_head)(patches)
+        m = len(tokens[0])
+        return cls[:m], logits[:m], logits[m:], patch_logits
+
+    def modules_to_clip(self):
+        """The parts whose gradients are clipped each by its own norm: backbone and heads."""
+        return [m for name, m in self.named_children() if name in ("backbone", "dino_head", "ibot_head")]
+
+
+def build(config):
+    """A freshly initialised (student, teacher); the teacher starts as a copy of the student."""
+    torch.manual_seed(config.seed)
+    model = DINOv2(config)
+    backbone = model.backbone
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=config.init_std)
+            nn.init.zeros_(module.bias)
+    nn.init.trunc_normal_(backbone.pos_embed, std=0.02)
+    for tokens in (backbone.cls_token, *([backbone.register_tokens] if backbone.registers else [])):
+        nn.init.normal_(tokens, std=1e-6)
+    if config.patch_std:
+        nn.init.normal_(backbone.patch_embed.proj.weight, std=config.patch_std)
+    return model, copy.deepcopy(model).requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sum_over_ranks(x):
+    """Sum of a tensor over all ranks; not differentiable."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+@torch.no_grad()
+def sinkhorn(logits, temperature, iterations=3):
+    """The teacher's targets by Sinkhorn-Knopp: logits [B, K] -> [B, K], rows sum to 1, columns (over ranks) to about
+    B / K: over the global batch each prototype is used equally (SwAV; loss/dino_clstoken_loss.py).
+
+    A rank may have no rows. The largest logit is subtracted, which changes nothing but keeps exp finite.
+    """
+    q = logits.float() / temperature
+    largest = q.new_full((), -math.inf) if not len(q) else q.max()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    q = (q - largest).exp()
+    rows = sum_over_ranks(torch.tensor(float(len(q)), device=q.device)).clamp(min=1)
+    q = q / sum_over_ranks(q.sum())
+    tiny = torch.finfo(torch.float32).tiny  # prototypes so far from all images that exp gave 0
+    for _ in range(iterations):
+        q = q / sum_over_ranks(q.sum(0)).clamp(min=tiny) / q.shape[1]
+        q = q / q.sum(1, keepdim=True).clamp(min=tiny) / rows
+    return q * rows
+
+
+@torch.no_grad()
+def softmax_centering(logits, centre, temperature, momentum=0.9):
+    """The teacher's targets by centring (DINO): logits [B, K], centre [1, K] -> (targets [B, K], the next centre).
+
+    The batch's own mean, over all ranks, enters the centre only afterwards.
+    """
+    total = sum_over_ranks(torch.cat([logits.float().sum(0), logits.new_full((1,), len(logits)).float()]))
+    mean = total[None, :-1] / total[-1].clamp(min=1)
+    following = torch.where(total[-1] > 0, momentum * centre + (1 - momentum) * mean, centre)
+    return ((logits.float() - centre) / temperature).softmax(-1), following
+
+
+def cross_entropy(logits, targets, temperature=0.1):
+    """-sum_k targets_k log softmax(logits / temperature)_k over the last axis; the softmax itself is never stored."""
+    scaled = logits.float() / temperature
+    return targets.sum(-1) * scaled.logsumexp(-1) - (targets * scaled).sum(-1)
+
+
+def dino_loss(students, targets):
+    """Sum over all pairs of a student crop [n, B, K] (logits) and a teacher crop [m, B, K] (targets) of the batch's
+    mean cross entropy. All teachers at once: the cross entropy is linear in the targets."""
+    return cross_entropy(students, targets.sum(0)).sum(0).mean()
+
+
+def ibot_loss(students, targets, weights, crops):
+    """Cross entropy of patches [n, K'], each weighted by `weights` [n], over the number of crops, masked or not."""
+    return (cross_entropy(students, targets) * weights).sum() / crops
+
+
+def koleo_loss(x, group=0, eps=1e-8, closest=1e-3):
+    """Kozachenko-Leonenko: -log of the distance to the nearest other on the sphere, so that features spread evenly.
+
+    x [B, D], neighbours within `group` consecutive rows (0 = all). Pairs closer than `closest` are left out: with
+    duplicates in the data they would count -log(0); the released code has no such guard.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x.float(), dim=-1, eps=eps).view(-1, group or len(x), x.shape[-1])
+        with torch.no_grad():
+            similarity = x @ x.mT
+            similarity.diagonal(dim1=1, dim2=2).fill_(-1)
+            nearest = similarity.argmax(-1, keepdim=True).expand_as(x)
+        distance = (x - x.gather(1, nearest) + eps).norm(dim=-1)
+        return -torch.where(distance > closest, distance + eps, 1.0).log().mean()
+
+
+def total_loss(student, targets, patch_targets, weights, config):
+    """All terms of one forward pass of m images -> (the loss, its four parts [DINO global, DINO local, iBOT, KoLeo]).
+
+    student: what `DINOv2.forward` returns, crop-major; targets [2, m, K] of the teacher's two crops; patch_targets
+    [n, K'] and weights [n] of the chosen patches. Each student crop is compared with the teacher's crops, except with
+    the same one: 2 + 2 n pairs, of which all count equally.
+    """
+    cls, global_logits, local_logits, patch_logits = student
+    m = targets.shape[1]
+    locals_ = local_logits.view(-1, m, local_logits.shape[-1])
+    pairs = 2 + 2 * len(locals_)
+    across = targets.flip(0).flatten(0, 1)[None]  # crop 1 of the student meets crop 2 of the teacher
+    dino_global = 2 * dino_loss(global_logits[None], across) / pairs
+    dino_local = dino_loss(locals_, targets) / pairs
+    ibot = ibot_loss(patch_logits, patch_targets, weights, 2 * m)
+    koleo = sum(koleo_loss(crop, config.koleo_group) for crop in cls.view(2, m, -1))
+    loss = dino_global + dino_local + config.ibot_weight * ibot + config.koleo_weight * koleo
+    return loss, torch.stack([dino_global, dino_local, ibot, koleo]).detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Copied from ijepa.py
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Copied from ijepa.py
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+# Copied from ijepa.py
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+# Copied from ijepa.py
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+# Copied from ijepa.py
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, Image.DecompressionBombError)
+
+
+# Copied from ijepa.py
+@dataclass
+class Split:
+    """N images. labels: int64 [N], -1 where unknown; paths: relative to root; pixels: uint8 [N, 3, H, W] if in memory;
+    sizes: int64 [N, 2], width and height of the files, not of the pixels where those were resized to one shape."""
+
+    root: Path
+    paths: list
+    labels: torch.Tensor
+    classes: list
+    pixels: torch.Tensor = None
+    sizes: torch.Tensor = None
+
+    def __len__(self):
+        return len(self.paths)
+
+    def subset(self, indices):
+        """The same with images `indices` (int64 [n]) only."""
+        pixels, sizes = (None if x is None else x[indices] for x in (self.pixels, self.sizes))
+        paths = [self.paths[i] for i in indices.tolist()]
+        return replace(self, paths=paths, labels=self.labels[indices], pixels=pixels, sizes=sizes)
+
+
+# Copied from ijepa.py
+def open_split(config, name):
+    """The `train` or `val` Split of --data; None where a folder has no `val`. Exits with 2 if there are no images."""
+    if config.data == "toy":
+        pixels, labels = common.toy_images(name, config.image_size)
+        return in_memory(pixels, labels, [f"{name}/{i:05d}" for i in range(len(pixels))], common.TOY_CLASSES)
+    root = Path(config.data).expanduser()
+    if not root.exists() and "/" not in config.data:
+        root = Path(os.environ.get("DATA", "data")) / config.data
+    if config.data == "cifar10" and not (root / "train").is_dir():
+        return cifar10_binary(root.parent, name)
+    if not root.is_dir():
+        fail(
+            f"no data at {root}: expected a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or any folder of images"
+        )
+    folder = root / name if (root / "train").is_dir() else root
+    if name == "val" and (folder == root or not folder.is_dir()):
+        return None
+    paths = sorted(p.relative_to(root).as_posix() for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    if not paths:
+        fail(f"no images in {folder}: looked for {', '.join(sorted(EXTENSIONS))} in it and in its subfolders")
+    if folder == root or any(p.count("/") < 2 for p in paths):
+        return Split(root, paths, torch.full((len(paths),), -1), [])
+    names = [p.split("/")[1] for p in paths]
+    number = {c: i for i, c in enumerate(sorted(set(names)))}
+    return Split(root, paths, torch.tensor([number[n] for n in names]), list(number))
+
+
+def open_data(config, name):
+    """`open_split`, or the images of a list (--data list.txt: one path a line, absolute or relative to the list)."""
+    listing = Path(config.data).expanduser()
+    if not listing.is_file():
+        return open_split(config, name)
+    paths = [line.strip() for line in listing.read_text().splitlines() if line.strip()]
+    if not paths or Path(paths[0]).suffix.lower() not in EXTENSIONS:
+        fail(f"{listing} is no list of images: expected a path a line, such as photos/1.jpg")
+    return Split(listing.parent, paths, torch.full((len(paths),), -1), []) if name == "train" else None
+
+
+# Copied from ijepa.py
+def in_memory(pixels, labels, paths, classes):
+    """A Split whose images are decoded already: pixels uint8 [N, 3, H, W]."""
+    return Split(None, paths, labels, classes, pixels, torch.tensor(pixels.shape[:1:-1]).expand(len(pixels), 2))
+
+
+# Copied from ijepa.py
+def cifar10_binary(folder, name):
+    """CIFAR-10 from its home page's archive, downloaded once into `folder` and checked; read without extracting it."""
+    archive = folder / "cifar-10-binary.tar.gz"
+    if not archive.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            urllib.request.urlretrieve(CIFAR10_URL, f"{archive}.part")
+            os.replace(f"{archive}.part", archive)
+        except OSError as error:
+            fail(
+                f"could not download CIFAR-10 ({error}). Put {CIFAR10_URL} at {archive}, "
+                f"or its images at {folder}/cifar10/train/CLASS/*.png and val/CLASS/*.png"
+            )
+    data = archive.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != CIFAR10_SHA256:
+        fail(f"{archive} has sha256 {digest} instead of {CIFAR10_SHA256}: delete it and try again")
+    files = [f"data_batch_{i}.bin" for i in range(1, 6)] if name == "train" else ["test_batch.bin"]
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        raw = b"".join(tar.extractfile(f"cifar-10-batches-bin/{f}").read() for f in files)
+        classes = tar.extractfile("cifar-10-batches-bin/batches.meta.txt").read().decode().split()
+    rows = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, 3073)  # label, then red, green, blue planes
+    labels = rows[:, 0].long()
+    paths = [f"{name}/{classes[y]}/{i:05d}" for i, y in enumerate(labels)]
+    return in_memory(rows[:, 1:].reshape(-1, 3, 32, 32), labels, paths, classes)
+
+
+# Copied from ijepa.py
+def to_rgb(image):
+    """Any PIL image -> upright RGB: turned as EXIF says, 16 bits scaled to 8, palette, grey and CMYK converted."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+# Copied from ijepa.py
+def upright_size(image):
+    """(width, height) that an opened but not yet decoded image will have after `to_rgb`."""
+    return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
+
+
+# Copied from ijepa.py
+def decode(path, choose_box, size, bicubic=False):
+    """Read a file and resize a part of it in one go -> (uint8 [3, H, W], original (width, height)).
+
+    choose_box(width, height) -> (top, left, height, width) of the part; size: (width, height) of the result.
+    A JPEG is decoded at the smallest of the scales 1, 1/2, 1/4, 1/8 that still has the pixels this needs (`draft`).
+    """
+    with Image.open(path) as image:
+        width, height = original = upright_size(image)
+        top, left, h, w = choose_box(width, height)
+        scale = max(size[0] / w, size[1] / h)
+        if scale < 1:
+            image.draft("RGB", tuple(math.ceil(side * scale) for side in image.size))
+        rgb = to_rgb(image)
+        fx, fy = rgb.width / width, rgb.height / height
+        box = (left * fx, top * fy, min(rgb.width, (left + w) * fx), min(rgb.height, (top + h) * fy))
+        rgb = rgb.resize(size, Image.BICUBIC if bicubic else Image.BILINEAR, box=box)
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), original
+
+
+# Copied from ijepa.py
+def random_crops(sizes, scale, generator):
+    """`random_crop` for a batch at once: sizes [B, 2] (width, height) -> float32 [B, 4] (top, left, height, width)."""
+    u = torch.rand(len(sizes), 11, 2, generator=generator, dtype=torch.float64)
+    sizes = sizes.double()
+    area = sizes.prod(1, keepdim=True) * (scale[0] + (scale[1] - scale[0]) * u[:, :10, 0])
+    ratio = torch.exp((2 * u[:, :10, 1] - 1) * math.log(4 / 3))
+    tries = torch.stack([(area * ratio).sqrt().round(), (area / ratio).sqrt().round()], dim=2)  # [B, 10, 2]
+    fits = ((tries > 0) & (tries <= sizes[:, None])).all(2)
+    none, first = ~fits.any(1, keepdim=True), fits.int().argmax(1)  # where no try fits: the central fallback
+    part = torch.where(none, torch.minimum(sizes, (sizes.flip(1) * 4 / 3).round()), tries[range(len(sizes)), first])
+    corner = torch.where(none, (sizes - part) / 2, u[:, 10] * (sizes - part + 1)).floor()
+    return torch.cat([corner.flip(1), part.flip(1)], dim=1).float()
+
+
+# Copied from ijepa.py
+def centre_box(width, height, size):
+    """The part evaluation sees: shorter side to size*256/224, central square of `size`; size x size stays whole."""
+    side = size if (width, height) == (size, size) else min(width, height) * size / int(size * 256 / 224)
+    return (height - side) / 2, (width - side) / 2, side, side
+
+
+# Copied from ijepa.py
+def resampling_weights(start, length, size_in, size_out, bicubic=False):
+    """PIL's antialiased resampling of [start, start + length), tensors [B], as matrices [B, size_out, size_in]."""
+    start, end = start[:, None, None], (start + length)[:, None, None]
+    step = (end - start) / size_out
+    pixel = torch.arange(size_in, device=start.device) + 0.5
+    centre = start + (torch.arange(size_out, device=start.device)[:, None] + 0.5) * step
+    x = ((pixel - centre) / step.clamp(min=1)).abs()
+    weights = (1 - x).clamp(min=0)
+    if bicubic:  # a = -0.5
+        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2)
+    weights = weights * ((pixel > start) & (pixel < end))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+# Copied from ijepa.py
+def crop_resize(images, boxes, size, flip=None, bicubic=False):
+    """Crop and resize a batch as PIL does, in two matrix products: images [B, 3, H, W] -> float [B, 3, size, size].
+
+    boxes: [B, 4] (top, left, height, width), pixels; flip: bool [B], mirrored; bicubic overshoot is clipped to 0..255.
+    """
+    top, left, height, width = boxes.unbind(1)
+    rows = resampling_weights(top, height, images.shape[2], size, bicubic)
+    columns = resampling_weights(left, width, images.shape[3], size, bicubic)
+    if flip is not None:
+        columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    images = rows[:, None] @ images.float() @ columns.transpose(1, 2)[:, None]
+    return images.clamp(0, 255) if bicubic else images
+
+
+# Copied from ijepa.py
+def normalize(images):
+    """0..255 -> the networks' range, by ImageNet's mean and std: [B, 3, H, W]."""
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    return (images.float() - mean) / std
+
+
+# Copied from msn.py
+def decode_views(path, choose_boxes, sizes, bicubic=False):
+    """Read a file once, and cut and resize a list of parts -> list of uint8 [3, s, s], one for each of `sizes`.
+
+    choose_boxes(width, height) -> float [V, 4] (top, left, height, width). A JPEG is decoded at the smallest scale that
+    has the pixels which the finest part needs.
+    """
+    with Image.open(path) as image:
+        width, height = upright_size(image)
+        boxes = choose_boxes(width, height).tolist()
+        scale = max(size / min(h, w) for size, (_, _, h, w) in zip(sizes, boxes, strict=True))
+        if scale < 1:
+            image.draft("RGB", tuple(math.ceil(side * scale) for side in image.size))
+        rgb, views = to_rgb(image), []
+        fx, fy = rgb.width / width, rgb.height / height
+        for size, (top, left, h, w) in zip(sizes, boxes, strict=True):
+            part = (left * fx, top * fy, min(rgb.width, (left + w) * fx), min(rgb.height, (top + h) * fy))
+            view = rgb.resize((size, size), Image.BICUBIC if bicubic else Image.BILINEAR, box=part)
+            views.append(torch.from_numpy(np.array(view)).permute(2, 0, 1))
+        return views
+
+
+class MultiCrop(Dataset):
+    """Item t: this rank's share of the batch of step t, a function of (seed, t): workers and resuming change nothing.
+
+    kinds: (count, size, scale) of each kind of crop. A dict of `indices` int64 [b]; `bad`, unreadable files; `crops`,
+    for each kind the parameters of `draw_photometric` [count, b, ...] and either `pixels` uint8 [count, b, 3, s, s],
+    decoded and cropped, or `boxes` float [count, b, 4], to crop in-memory pixels on the device; in training `masks`
+    bool [2, b, N].
+    """
+
+    def __init__(self, split, config, world, batch, kinds, purpose="train"):
+        self.split, self.config, self.world, self.batch = replace(split, pixels=None), config, world, batch
+        self.kinds, self.purpose = kinds, purpose
+        self.canvas = None if split.pixels is None else torch.tensor(split.pixels.shape[2:]).repeat(2)  # H, W, H, W
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  lives as long as its loader
+    def order(self, epoch):
+        """The order of the images in an epoch."""
+        return torch.randperm(len(self.split), generator=generator(self.config.seed, self.purpose, "order", epoch))
+
+    def __getitem__(self, step):
+        key, n = (self.config.seed, self.purpose, step), len(self.split)
+        start, end = step * self.batch, (step + 1) * self.batch
+        order = torch.cat([self.order(epoch) for epoch in range(start // n, (end - 1) // n + 1)])
+        indices = order[start % n : start % n + self.batch]  # of the global batch
+        first, last = (r * self.batch // self.world.size for r in (self.world.rank, self.world.rank + 1))
+        item = {"indices": indices[first:last], "bad": []}
+        item["crops"] = []
+        for kind, (count, _, scale) in enumerate(self.kinds):
+            drawn = draw_photometric(kind, count, self.batch, self.config, generator(*key, "photometric", kind))
+            crop = {name: values[:, first:last] for name, values in drawn.items()}
+            if self.canvas is not None:
+                sizes = self.split.sizes[indices].repeat(count, 1)
+                boxes = random_crops(sizes, scale, generator(*key, "crop", kind))
+                boxes = boxes * self.canvas / sizes.flip(1).repeat(1, 2)
+                crop["boxes"] = boxes.view(count, self.batch, 4)[:, first:last]
+            item["crops"].append(crop)
+        if self.canvas is None:
+            read = [self.read(int(indices[i]), (*key, "crop", i), item["bad"]) for i in range(first, last)]
+            item["indices"] = torch.tensor([index for _, index in read])
+            for kind, crop in enumerate(item["crops"]):
+                crop["pixels"] = torch.stack([crops[kind] for crops, _ in read], dim=1)
+        if self.purpose == "train" and not self.config.teacher:
+            item["masks"] = sample_masks(self.config, step, first, last)
+        return item
+
+    def read(self, index, key, bad):
+        """Crops of image `index` -> ([[count, 3, s, s] a kind], index); where it is unreadable, of the next one."""
+        counts = [count for count, _, _ in self.kinds]
+        sizes = [size for count, size, _ in self.kinds for _ in range(count)]
+        for now in (i % len(self.split) for i in range(index, index + 100)):
+            path, random = self.split.root / self.split.paths[now], generator(*key)
+
+            def choose_boxes(width, height, random=random):
+                repeated = (torch.tensor([[width, height]]).repeat(count, 1) for count in counts)
+                scales = (scale for _, _, scale in self.kinds)
+                return torch.cat([random_crops(size, scale, random) for size, scale in zip(repeated, scales)])
+
+            try:
+                crops = decode_views(path, choose_boxes, sizes, bicubic=True)
+                ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+                return [torch.stack(crops[end - count : end]) for count, end in zip(counts, ends)], now
+            except UNREADABLE as error:
+                bad.append(f"{path}: {error}")
+        fail(f"100 images in a row could not be read, {path} the last of them")
+
+
+# Copied from ijepa.py
+class Files(Dataset):
+    """Item i: (pixels uint8 [3, H, W], size [width, height], error or '') of image i: the evaluation transform to
+    `size` pixels, or where `canvas` (width, height) is given, the whole image resized to that."""
+
+    def __init__(self, split, size, canvas=None):
+        self.split, self.size, self.canvas = replace(split, pixels=None), size, canvas
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, index):
+        path, canvas = self.split.root / self.split.paths[index], self.canvas or (self.size, self.size)
+        try:
+            if self.canvas:
+                pixels, size = decode(path, lambda w, h: (0, 0, h, w), canvas)
+            else:
+                pixels, size = decode(path, lambda w, h: centre_box(w, h, self.size), canvas, bicubic=True)
+            return pixels, torch.tensor(size), ""
+        except UNREADABLE as error:
+            return torch.zeros(3, canvas[1], canvas[0], dtype=torch.uint8), torch.ones(2).long(), f"{path}: {error}"
+
+
+# Copied from ijepa.py
+def worker_count(config, world, streaming):
+    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
+    and on the CPU, since a step's draws cost less than a process."""
+    if config.workers >= 0:
+        return config.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(12, cores // ranks)) if streaming else int(world.device.type == "cuda")
+
+
+# Copied from ijepa.py
+def cache_pixels(split, config, world, log):
+    """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
+
+    Crops are drawn in the files' coordinates, so the square changes no aspect ratio. Unreadable images are left out.
+    """
+    side = int(config.image_size * 256 / 224)
+    sizes = set()
+    for path in split.paths[:32] if split.pixels is None else []:
+        with contextlib.suppress(*UNREADABLE), Image.open(split.root / path) as image:
+            sizes.add(upright_size(image))
+    canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
+    if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
+        return split
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=worker_count(config, world, True))
+    pixels, sizes, errors = zip(*files, strict=True)
+    errors = [e for batch in errors for e in batch]
+    log.skip([e for e in errors if e], len(split), config.max_bad)
+    split = replace(split, pixels=torch.cat(pixels), sizes=torch.cat(sizes))
+    return split.subset(torch.tensor([not e for e in errors]).nonzero()[:, 0])
+
+
+# Copied from ijepa.py
+def make_loader(batches, steps, config, world):
+    """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
+    workers = worker_count(config, world, streaming=batches.canvas is None)
+    return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
+
+
+@torch.no_grad()
+def make_crops(item, pixels, kinds, device, photometric=True):
+    """A loader's item -> for each kind normalised crops float [count, b, 3, s, s] on the device."""
+    found = []
+    for crop, (count, size, _) in zip(item["crops"], kinds):
+        crop = {name: values.flatten(0, 1) for name, values in crop.items()}
+        flip = crop.pop("flip").to(device, non_blocking=True)
+        if "boxes" in crop:
+            rows = item["indices"].to(device, non_blocking=True).repeat(count)
+            boxes = crop.pop("boxes").to(device, non_blocking=True)
+            images = crop_resize(pixels[rows], boxes, size, flip, bicubic=True).round()
+        else:
+            images = crop.pop("pixels").to(device, non_blocking=True).float()
+            images = torch.where(flip[:, None, None, None], images.flip(3), images)
+        images = normalize(augment(images, **crop) if photometric else images)
+        found.append(images.view(count, -1, *images.shape[1:]))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Schedule:
+    """What changes from step to step."""
+
+    lr: float
+    last_layer_lr: float
+    weight_decay: float
+    momentum: float
+    teacher_temp: float
+
+
+def schedules(config, step, steps):
+    """The Schedule of step 0, 1, ... The first step has lr 0, and the last of the warmup the peak, as released."""
+    c = config
+    warmup, temp_warmup, frozen = (round(share * steps) for share in (c.warmup, c.temp_warmup, c.freeze_last))
+    peak = c.lr * math.sqrt(c.batch / 1024)
+    if step < warmup:
+        lr = common.linear_schedule(step, warmup - 1, 0.0, peak)
+    else:
+        lr = common.cosine_schedule(step - warmup, steps - warmup, peak, c.lr_final)
+    return Schedule(
+        lr=lr,
+        last_layer_lr=0.0 if step < frozen else lr,
+        weight_decay=common.cosine_schedule(step, steps, c.weight_decay, c.weight_decay_final),
+        momentum=common.cosine_schedule(step, steps, c.momentum, c.momentum_final),
+        teacher_temp=common.linear_schedule(min(step, temp_warmup - 1), temp_warmup - 1, *c.teacher_temp)
+        if temp_warmup > 1
+        else c.teacher_temp[1],
+    )
+
+
+def parameter_rule(name, depth, lr_decay, patch_lr):
+    """(lr multiplier, whether decayed, whether of the prototypes) of a parameter of the backbone or of a head.
+
+    Layer-wise: lr_decay^(depth + 1 - i), i = 0 for what makes the tokens, i = 1 ... depth for the blocks. Biases, norms
+    and LayerScale are not decayed; tokens, positions and the prototypes' gains are (utils/param_groups.py).
+    """
+    layer = depth + 1
+    if re.search("pos_embed|patch_embed|mask_token|cls_token|register_tokens", name):
+        layer = 0
+    elif block := re.search(r"blocks\.(?:\d+\.)?(\d+)\.", name):  # official checkpoints can hold the blocks in chunks
+        layer = 1 + int(block[1])
+    multiplier = lr_decay ** (depth + 1 - layer) * (patch_lr if "patch_embed" in name else 1.0)
+    return multiplier, not (name.endswith(".bias") or "norm" in name or "gamma" in name), "last_layer" in name
+
+
+def make_optimizer(model, config):
+    """AdamW, a group for each distinct `parameter_rule`, which the group carries; `set_rates` sets lr and decay."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            rule = parameter_rule(name, config.depth, config.lr_decay, config.patch_lr)
+            groups.setdefault(rule, []).append(p)
+    groups = [dict(params=params, rule=list(rule)) for rule, params in groups.items()]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def set_rates(optimizer, schedule):
+    """Put this step's learning rates and decays into the optimizer's groups."""
+    for group in optimizer.param_groups:
+        multiplier, decayed, last_layer = group["rule"]
+        group["lr"] = multiplier * (schedule.last_layer_lr if last_layer else schedule.lr)
+        group["weight_decay"] = schedule.weight_decay * decayed
+
+
+def clip_gradients(model, limit):
+    """Clip each part's gradients by its own norm; returns the norms before [parts], on the device."""
+    norms = [nn.utils.clip_grad_norm_(part.parameters(), limit) for part in model.modules_to_clip()]
+    return torch.stack([norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms])
+
+
+def teacher_targets(config, logits, patch_logits, centres, temperature):
+    """Targets of both losses from the teacher's logits [2b, K] and [n, K'] -> (targets, patch targets, next
+    centres)."""
+    if config.centering == "sinkhorn":
+        return sinkhorn(logits, temperature), sinkhorn(patch_logits, temperature), centres
+    targets, centre = softmax_centering(logits, centres[0], temperature)
+    patch_targets, patch_centre = softmax_centering(patch_logits, centres[1], temperature)
+    return targets, patch_targets, [centre, patch_centre]
+
+
+def distribute(model, world, shard):
+    """DDP, or FSDP2 block by block; backbone and heads are sharded apart, so that each can be called by itself."""
+    if not shard:
+        return common.distribute(model, world)
+    common.distribute(model.backbone, world, shard=True)
+    for head in model.modules_to_clip()[1:]:
+        fully_shard(head)
+    return fully_shard(model)
+
+
+def step_places(config, item, step, first, rows):
+    """(masks bool [2m, N] for the student, places int64 [n], weights [n]) of a micro-batch, on the CPU.
+
+    In distillation the student sees everything and all patches count, or a random share of them.
+    """
+    if not config.teacher:
+        masks = item["masks"][:, rows].flatten(0, 1)
+        return masks, *masked_tokens(masks)
+    tokens = (config.image_size // config.patch) ** 2
+    kept = max(1, round(config.distill_tokens * tokens))
+    chosen = torch.zeros(2, config.batch, tokens)
+    if kept < tokens:
+        chosen = torch.rand(2, config.batch, tokens, generator=generator(config.seed, "tokens", step))
+    chosen = chosen[:, first + rows.start : first + rows.stop].flatten(0, 1).argsort(-1, stable=True) < kept
+    return None, *masked_tokens(chosen)
+
+
+def train(config, world, out):
+    """Train -> (student, EMA teacher, training Split). Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
+    device, dtype = world.device, common.choose_precision(config.precision, world.device)
+    split = cache_pixels(open_data(config, "train"), config, world, Log(out, world))
+    steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
+    model, ema_model = build(config)
+    if config.init:
+        load_weights(model, ema_model, read_checkpoint(config.init), config.init)
+    frozen = load_teacher(config).to(device) if config.teacher else None
+    if frozen:
+        model.backbone.mask_token.requires_grad_(False)  # nothing is masked
+    model, ema_model = model.to(device), ema_model.to(device)
+    for network in filter(None, (model, ema_model, frozen)) if config.compile else ():
+        network.compile(dynamic=True)  # the number of masked patches changes from step to step
+    plain, model = model, distribute(model, world, config.shard)
+    ema_model = distribute(ema_model, world, config.shard)
+    teacher = ema_model if frozen is None else distribute(frozen, world, config.shard)
+    optimizer, ema = make_optimizer(plain, config), EMA(ema_model, plain)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    patch_prototypes = config.ibot_prototypes if config.separate_heads else config.prototypes
+    centres = [torch.zeros(1, k, device=device) for k in (config.prototypes, patch_prototypes)]
+
+    start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
+    if config.resume and (out / "last.pt").exists():
+        state = read_own_checkpoint(out / "last.pt", config)
+        common.load_full_state(model, state["model"], optimizer, state["optimizer"])
+        common.load_full_state(ema_model, state["teacher"])
+        scaler.load_state_dict(state["scaler"])
+        centres = [centre.to(device) for centre in state["centres"]]
+        start, streak = state["step"], state["streak"].to(device)
+
+    def save(step):
+        weights, moments = common.full_state(model, optimizer)
+        state = dict(script="dinov2", step=step, config=asdict(config), model=weights, optimizer=moments)
+        state |= dict(teacher=common.full_state(ema_model)[0], centres=[centre.cpu() for centre in centres])
+        state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
+        if world.rank == 0:
+            common.save_checkpoint(out / "last.pt", state)
+
+    if world.rank == 0:
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    kinds = crop_kinds(config)
+    batches = MultiCrop(split, config, world, config.batch, kinds)
+    loader = make_loader(batches, range(start, steps), config, world)
+    pixels = None if split.pixels is None else split.pixels.to(device)
+    share, micro = config.batch // world.size, micro_batch(config, world)
+    rates = drop_rates(config.drop_path, config.depth, config.drop_path_uniform)
+    log = Log(out, world, steps, start)
+    log.catch_signals()
+    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in plain.modules_to_clip()]
+    log.say(
+        f"{out}: {len(split)} images, steps {start} to {steps} of {config.batch} on {world.size} x {device.type} in "
+        f"{str(dtype)[6:]}; backbone {millions[0]:.2f} M, heads {sum(millions[1:]):.2f} M parameters"
+    )
+    waited, window, since = 0.0, start, time.monotonic()
+    for step in range(start, steps):
+        tick = time.monotonic()
+        item = next(loader)
+        crops = make_crops(item, pixels, kinds, device)  # [2, b, 3, S, S], [n, b, 3, s, s]
+        waited += time.monotonic() - tick
+        log.skip(item["bad"], len(split), config.max_bad)
+        now = schedules(config, step, steps)
+        set_rates(optimizer, now)
+        autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+
+        parts = []  # of each micro-batch: crops, masks, places, weights
+        for low in range(0, share, micro):
+            rows = slice(low, low + micro)
+            inputs = step_places(config, item, step, world.rank * share, rows)
+            inputs = [None if x is None else x.to(device, non_blocking=True) for x in inputs]
+            parts.append(([x[:, rows].flatten(0, 1) for x in crops], *inputs))
+        # the teacher first, on all micro-batches, since targets are normalised over the whole batch
+        with torch.no_grad(), autocast():
+            outputs = [teacher(views[:1], places=places) for views, _, places, _ in parts]
+            logits = torch.cat([o[1].view(2, micro, -1) for o in outputs], dim=1).flatten(0, 1)  # [2b, K]
+            patch_logits = torch.cat([o[3] for o in outputs])
+        targets, patch_targets, next_centres = teacher_targets(config, logits, patch_logits, centres, now.teacher_temp)
+        targets = targets.view(2, share, -1)
+        patch_targets = patch_targets.split([len(places) for _, _, places, _ in parts])
+
+        losses = torch.zeros(5, device=device)
+        for i, (views, masks, places, weights) in enumerate(parts):
+            kept = None
+            if config.drop_path:
+                chance = generator(config.seed, "drop", step, world.rank, i)
+                kept = drop_subsets(rates, [len(view) for view in views], chance, device)
+            with common.no_sync(model, last=i == len(parts) - 1), autocast():
+                student = model(views, masks, places, kept)
+                rows = slice(i * micro, (i + 1) * micro)
+                loss, terms = total_loss(student, targets[:, rows], patch_targets[i], weights, config)
+                scaler.scale(loss / len(parts)).backward()
+            losses += torch.cat([loss.detach()[None], terms]) / len(parts)
+
+        scaler.unscale_(optimizer)
+        losses, norms = common.mean_over_ranks(losses), clip_gradients(plain, config.clip)
+        applied = (losses[0] + norms.sum()).isfinite()  # a tensor on the device, the same on all ranks
+        # with fp16's loss scaling, gradients overflow now and then by design: there only the loss counts
+        bad = ~(losses[0].isfinite() if scaler.is_enabled() else applied)
+        streak = torch.where(streak >= 3, streak, (streak + 1) * bad)
+        if not scaler.is_enabled():
+            optimizer.found_inf = (~applied).float()  # the fused kernel then leaves weights and moments as they are
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        ema.update(now.momentum, applied)
+        centres = [torch.where(applied, new, old) for new, old in zip(next_centres, centres)]
+
+        done = step + 1
+        stopping = log.stop and world.size == 1
+        if done % config.log_every == 0 or done == steps or stopping:
+            cls = outputs[-1][0].float()
+            used = torch.special.entr(common.mean_over_ranks(targets.mean((0, 1)))).sum().exp()
+            numbers = torch.cat([losses, norms, torch.stack([streak, cls.std(0).mean(), effective_rank(cls), used])])
+            *numbers, bad_steps, std, rank, used = numbers.tolist()  # the only host-device sync
+            stopping = log.agree(log.stop)
+            clock = time.monotonic()
+            row = dict(loss=numbers[0], lr=now.lr, images_per_s=config.batch * (done - window) / (clock - since))
+            row["data_wait"] = waited / (clock - since)
+            waited, window, since = 0.0, done, clock
+            log.progress(done, **row)
+            row |= dict(zip(("dino_global", "dino_local", "ibot", "koleo"), numbers[1:5]))
+            row |= dict(zip(("gradient_norm", "dino_head_norm", "ibot_head_norm"), numbers[5:]))
+            row |= dict(weight_decay=now.weight_decay, momentum=now.momentum, teacher_temp=now.teacher_temp)
+            row |= dict(feature_std=std, feature_rank=rank, prototypes=used, memory_gib=common.memory_gib(device))
+            log.write(step=done, **row)
+            if bad_steps >= 3:
+                advice = f"{out}/last.pt holds the last good weights. Try a lower --lr, or --precision fp32."
+                fail(f"loss or gradients were not finite in three steps in a row before step {done}; {advice}", 3)
+        if done % config.save_every == 0 or done == steps or stopping:
+            save(done)
+        if stopping and done < steps:
+            log.close()
+            log.say(f"stopped after step {done}. To continue: {common.resume_command(out)}")
+            raise SystemExit(0)
+    log.close()
+    return plain, ema_model, split
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Features:
+    """Of N images: pooled [N, D] and concat4 [N, 5D] (see `encode`), tokens [N, T, D] or None, labels [N], paths."""
+
+    pooled: torch.Tensor
+    concat4: torch.Tensor
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    paths: list
+
+
+@torch.no_grad()
+def encode(backbone, images):
+    """Frozen float32 features of images [B, 3, H, W]: pooled [B, D], concat4 [B, 5D], patch tokens [B, N, D].
+
+    pooled: the class token after the final norm. concat4: the class tokens of the last four blocks, each after the
+    final norm, oldest first, then the mean of the last block's patch tokens: the widest input of the linear probe, of
+    which all others are slices (`probe_inputs`).
+    """
+    layers = backbone([images], layers=range(-min(4, len(backbone.blocks)), 0))
+    patches = layers[-1][:, 1 + backbone.registers :]
+    return layers[-1][:, 0], torch.cat([*(x[:, 0] for x in layers), patches.mean(1)], dim=1), patches
+
+
+# Copied from ijepa.py
+def eval_images(split, config, world, log):
+    """Iterate over a rank's share of a Split under the evaluation transform: (images [B, 3, S, S], indices [B], or -1).
+
+    All ranks get the same number of batches (the last images wrap around), since sharded encoders run in step.
+    """
+    n, size = len(split), config.image_size
+    mine = (torch.arange(math.ceil(n / world.size)) * world.size + world.rank) % n
+    if split.pixels is not None and (split.root is None or tuple(split.pixels.shape[2:]) == (size, size)):
+        for indices in mine.split(config.eval_batch):
+            boxes = torch.tensor([centre_box(w, h, size) for w, h in split.sizes[indices].tolist()]).float()
+            images = split.pixels[indices].to(world.device)
+            yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
+        return
+    workers = worker_count(config, world, streaming=True)
+    loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
+    for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
+        log.skip([e for e in errors if e], n, config.max_bad)
+        yield normalize(pixels.to(world.device)), indices.where(torch.tensor([not e for e in errors]), -1)
+
+
+# Copied from ijepa.py
+def extract(encoder, split, config, world, log, tokens=False):
+    """Features of a whole Split on all ranks, in its order; unreadable images are left out."""
+    rows = []
+    for images, indices in eval_images(split, config, world, log):
+        pooled, concat4, all_tokens = encode(encoder, images)
+        rows.append((indices.to(world.device), pooled, concat4, all_tokens if tokens else all_tokens[:, :0]))
+    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+    kept, order = np.unique(indices.cpu().numpy(), return_index=True)
+    kept, order = torch.from_numpy(kept[kept >= 0]), torch.from_numpy(order[kept >= 0]).to(world.device)
+    pooled, concat4, all_tokens = (column[order] for column in columns)
+    paths = [split.paths[i] for i in kept.tolist()]
+    return Features(pooled, concat4, all_tokens if tokens else None, split.labels[kept].to(world.device), paths)
+
+
+# Copied from ijepa.py
+def raw_pixels(split, config, world, log):
+    """Normalised pixels, averaged down to 32x32 where larger, for kNN without any network -> ([N, P], labels [N])."""
+    rows = []
+    for images, indices in eval_images(split, config, world, log):
+        small = F.adaptive_avg_pool2d(images, min(32, images.shape[-1])).flatten(1)
+        rows.append((small[indices >= 0], split.labels[indices[indices >= 0]].to(world.device)))
+    return (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+
+
+# Copied from ijepa.py
+def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
+    """Weighted kNN: cosine similarity, votes exp(similarity / temperature) summed per class -> {k: scores [N, C]}."""
+    bank, scores = F.normalize(bank, dim=1), {k: [] for k in ks}
+    for rows in F.normalize(queries, dim=1).split(1024):
+        similarity, nearest = (rows @ bank.T).topk(min(max(ks), len(bank)), dim=1)
+        votes, voters = (similarity / temperature).exp(), bank_labels[nearest]
+        for k in ks:
+            empty = votes.new_zeros(len(rows), int(bank_labels.max()) + 1)
+            scores[k].append(empty.scatter_add(1, voters[:, :k], votes[:, :k]))
+    return {k: torch.cat(parts) for k, parts in scores.items()}
+
+
+# Copied from ijepa.py
+def accuracy(scores, labels):
+    """Top-1 accuracy in percent of scores [..., N, C], labels [N]; ties go to the lower class."""
+    return 100 * (scores.argmax(-1) == labels).double().mean(-1)
+
+
+def top5(scores, labels):
+    """Share of rows [N, C] whose label [N] is among the five highest scores, percent."""
+    return 100 * (scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]).any(1).double().mean()
+
+
+def few_shot(labels, per_class, seed):
+    """Training images of the few-shot kNN: the first `per_class` of a random order of each class (eval/knn.py)."""
+    torch.manual_seed(seed)
+    members = ((labels == c).nonzero()[:, 0] for c in labels.unique())
+    return torch.cat([m[torch.randperm(len(m))[:per_class]] for m in members])
+
+
+def probe_inputs(concat4, width):
+    """The four inputs of the linear probe as slices of concat4 [..., (L+1)*D]: class tokens of the last 1 or 4 blocks,
+    without and with the mean patch token."""
+    layers = concat4.shape[-1] // width - 1
+    return {
+        "1 block": concat4[..., (layers - 1) * width : layers * width],
+        "1 block + patches": concat4[..., (layers - 1) * width :],
+        f"{layers} blocks": concat4[..., : layers * width],
+        f"{layers} blocks + patches": concat4,
+    }
+
+
+def linear_probe(batches, val, classes, config, total):
+    """The paper's grid: a linear classifier for each input and learning rate, all trained at once by SGD.
+
+    batches(epoch) yields (pooled, concat4, labels), `total` batches over all epochs; val: Features. Returns top-1 in
+    percent: {"linear": the best on val, "linear <input>": ..., "linear_head": which one was the best}.
+    """
+    width, device = val.pooled.shape[1], val.pooled.device
+    rates = torch.tensor(config.probe_lrs, device=device) * config.probe_batch / 256
+    weights, chance = {}, generator(config.seed, "probe")
+    for name, x in probe_inputs(val.concat4[:1], width).items():
+        weight = 0.01 * torch.randn(classes, x.shape[1], generator=chance)
+        weights[name] = [weight.repeat(len(rates), 1, 1).to(device), torch.zeros(len(rates), 1, classes, device=device)]
+    parameters = [p.requires_grad_() for pair in weights.values() for p in pair]
+    momenta = [torch.zeros_like(p) for p in parameters]
+    done = 0
+    for epoch in range(config.probe_epochs):
+        for _, concat4, labels in batches(epoch):
+            loss = 0.0
+            for name, x in probe_inputs(concat4, width).items():
+                weight, bias = weights[name]
+                scores = (x @ weight.mT + bias).flatten(0, 1)  # [H*B, C]
+                loss = loss + F.cross_entropy(scores, labels.repeat(len(rates)), reduction="sum") / len(labels)
+            gradients = torch.autograd.grad(loss, parameters)
+            factor = common.cosine_schedule(done, total, 1.0, 0.0)
+            with torch.no_grad():
+                for p, g, m in zip(parameters, gradients, momenta):
+                    p.sub_(rates[:, None, None] * factor * m.mul_(0.9).add_(g))
+            done += 1
+    result, best = {}, ("", 0.0, -1.0)
+    with torch.no_grad():
+        for name, x in probe_inputs(val.concat4, width).items():
+            weight, bias = weights[name]
+            top1 = torch.stack([accuracy(x @ w.T + b, val.labels) for w, b in zip(weight, bias)])
+            result[f"linear, {name}"] = top1.max().item()
+            if top1.max() > best[2]:
+                best = (name, config.probe_lrs[int(top1.argmax())], top1.max().item())
+    return {"linear": best[2]} | result | {"linear_head": f"{best[0]}, lr {best[1]:g}"}
+
+
+# Copied from ijepa.py
+def cached_batches(features, config):
+    """Batches for `linear_probe` from Features computed once, in a new order each epoch."""
+
+    def batches(epoch):
+        n, batch = len(features.labels), min(config.probe_batch, len(features.labels))
+        order = torch.randperm(n, generator=generator(config.seed, "probe", "order", epoch)).to(features.labels.device)
+        for rows in order[: n // batch * batch].split(batch):
+            yield features.pooled[rows], features.concat4[rows], features.labels[rows]
+
+    return batches
+
+
+def augmented_batches(backbone, split, config, world, log):
+    """Batches for `linear_probe` of random crops and flips, encoded anew each epoch; every rank encodes its share."""
+    batch = min(config.probe_batch, len(split)) // world.size * world.size
+    kinds = [(1, config.image_size, (0.08, 1.0))]
+    data = MultiCrop(split, replace(config, flip=True), world, batch, kinds, "probe")
+    pixels = None if split.pixels is None else split.pixels.to(world.device)
+
+    def batches(epoch):
+        steps = len(split) // batch
+        for item in make_loader(data, range(epoch * steps, (epoch + 1) * steps), config, world):
+            log.skip(item["bad"], len(split), config.max_bad)
+            images = make_crops(item, pixels, kinds, world.device, photometric=False)[0][0]
+            parts = [encode(backbone, x)[:2] for x in images.split(config.eval_batch)]
+            labels = split.labels[item["indices"]].to(world.device)
+            yield [common.gather_over_ranks(x) for x in (*map(torch.cat, zip(*parts)), labels)]
+
+    return batches
+
+
+def logistic_regression(train, val, classes, seed=0):
+    """Logistic regression on class tokens: C of a grid chosen on a tenth of the training images, then fitted on all.
+
+    train, val: Features -> (top-1 in percent, C). L2 penalty, L-BFGS in float64, at most 1,000 iterations each.
+    """
+    x, y = train.pooled.double(), train.labels
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
+    held, rest = order[: len(x) // 10], order[len(x) // 10 :]
+
+    def fit(x, y, c, start):
+        weight = start.clone().requires_grad_()
+        solver = torch.optim.LBFGS([weight], max_iter=1000, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+
+        def closure():
+            solver.zero_grad()
+            loss = F.cross_entropy(x @ weight[:-1] + weight[-1], y)
+            loss = loss + (weight[:-1] ** 2).sum() / (2 * c * len(x))
+            loss.backward()
+            return loss
+
+        solver.step(closure)
+        return weight.detach()
+
+    def top1(weight, x, y):
+        return accuracy(x @ weight[:-1] + weight[-1], y).item()
+
+    weight = torch.zeros(x.shape[1] + 1, classes, dtype=x.dtype, device=x.device)
+    found = []
+    for c in np.logspace(-6, 5, 45).tolist():  # each starts from the one before, which is nearly the solution
+        weight = fit(x[rest], y[rest], c, weight)
+        found.append((top1(weight, x[held], y[held]), -c, weight))
+    _, c, weight = max(found, key=lambda f: f[:2])
+    return top1(fit(x, y, -c, weight), val.pooled.double(), val.labels), -c
+
+
+def average_precision(relevant, junk=None, trapezoid=False):
+    """Average precision of ranked lists: relevant bool [..., N] in rank order -> [...], NaN where nothing is relevant.
+
+    junk bool [..., N]: taken out of the list first. trapezoid: the mean of the precisions before and after each hit, as
+    in the revisited Oxford and Paris protocol; else the precision after it.
+    """
+    place = torch.arange(relevant.shape[-1], device=relevant.device).expand_as(relevant)
+    if junk is not None:
+        place = place - junk.cumsum(-1)
+    hits = relevant.cumsum(-1).double()  # of the first ... places, this one included
+    after = hits / (place + 1)
+    before = torch.where(place > 0, (hits - 1) / place.clamp(min=1), 1.0)
+    precision = (after + before) / 2 if trapezoid else after
+    return (precision * relevant).sum(-1) / relevant.sum(-1)
+
+
+REVISITED = {"E": ((1,), (2, 3)), "M": ((1, 2), (3,)), "H": ((2,), (1, 3))}  # protocol: relevant labels, junk labels
+
+
+def retrieval(queries, database, labels, query_labels):
+    """Instance retrieval: mean over queries of the average precision of a ranking by cosine, in percent."""
+    database, found = F.normalize(database, dim=1), []
+    for rows, y in zip(F.normalize(queries, dim=1).split(256), query_labels.split(256)):
+        ranking = (rows @ database.T).argsort(dim=1, descending=True)
+        found.append(average_precision(labels[ranking] == y[:, None]))
+    return 100 * torch.cat(found).nanmean().item()
+
+
+def scenes(split, count, size):
+    """Made-up scenes for dense probes: two toy textures on the sides of a random line -> (uint8 [n, 3, size, size],
+    label of each pixel int64 [n, size, size])."""
+    pixels, labels = common.toy_images(split, min(size, 48))
+    chance = generator("scenes", split)
+    first, second = (torch.randperm(len(pixels), generator=chance)[:count] for _ in range(2))
+    line = torch.linspace(-1, 1, pixels.shape[2])
+    turn = 2 * math.pi * torch.rand(count, 1, 1, generator=chance)
+    side = turn.cos() * line + turn.sin() * line[:, None] > 0.6 * torch.rand(count, 1, 1, generator=chance) - 0.3
+    images = torch.where(side[:, None], pixels[first], pixels[second])
+    places = torch.where(side, labels[first][:, None, None], labels[second][:, None, None])
+    images = F.interpolate(images.float(), (size, size), mode="bilinear").byte()
+    return images, F.interpolate(places[:, None].float(), (size, size)).long()[:, 0]
+
+
+def segmentation_probe(backbone, config, device, steps=300, batch=64):
+    """Mean IoU in percent of a linear head (batch norm, 1x1 convolution) on the patch tokens of `scenes`.
+
+    Logits are resized to the image's pixels (bilinear), there compared and scored, as for the linear results on ADE20k.
+    """
+    patch, size = backbone.patch_embed.kernel[0], config.image_size
+    maps = {}
+    for split, count in (("train", 2000), ("val", 500)):
+        images, labels = scenes(split, count, size)
+        tokens = [encode(backbone, normalize(x.to(device)))[2] for x in images.split(config.eval_batch)]
+        maps[split] = torch.cat(tokens).mT.unflatten(2, (size // patch, -1)), labels.to(device)
+    classes, width = len(common.TOY_CLASSES), maps["val"][0].shape[1]
+    torch.manual_seed(config.seed)
+    head = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, classes, 1)).to(device)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-4)
+
+    def logits(x):
+        return F.interpolate(head(x), (size, size), mode="bilinear", align_corners=False)
+
+    x, y = maps["train"]
+    for step in range(steps):
+        rows = torch.randint(len(x), (batch,), generator=generator(config.seed, "segment", step)).to(device)
+        optimizer.param_groups[0]["lr"] = common.cosine_schedule(step, steps, 1e-2, 0.0)
+        optimizer.zero_grad()
+        F.cross_entropy(logits(x[rows]), y[rows]).backward()
+        optimizer.step()
+    head.eval()
+    x, y = maps["val"]
+    with torch.no_grad():
+        found = torch.cat([logits(part).argmax(1) for part in x.split(config.eval_batch)])
+    table = torch.bincount((y * classes + found).flatten(), minlength=classes**2).view(classes, classes).double()
+    both = table.diag()
+    return (100 * both / (table.sum(0) + table.sum(1) - both).clamp(min=1)).mean().item()
+
+
+def depth_from_logits(logits, low=0.001, high=80.0, dim=1):
+    """Depth in metres from logits over 256 bins: the mean of the bins, weighted by relu(logit) + 0.1 (the released
+    depth heads). logits [B, bins, H, W] -> [B, H, W]."""
+    weights = logits.relu() + 0.1
+    bins = torch.linspace(low, high, logits.shape[dim], device=logits.device, dtype=logits.dtype)
+    return (weights.movedim(dim, -1) @ bins) / weights.sum(dim)
+
+
+def dense_features(backbone, images, layers):
+    """Input of the depth heads: for each of `layers` the patch tokens before the final norm, and the class token
+    repeated beside them, as maps: images [B, 3, H, W] -> [B, 2 * D * layers, H / patch, W / patch]."""
+    patch = backbone.patch_embed.kernel[0]
+    maps = []
+    for x in backbone([images], layers=layers, norm=False):
+        patches = x[:, 1 + backbone.registers :]
+        maps.append(torch.cat([patches, x[:, :1].expand_as(patches)], dim=2).mT)
+    return torch.cat(maps, dim=1).unflatten(2, (images.shape[2] // patch, -1))
+
+
+def evaluate(backbone, config, world, log, train_split=None):
+    """Run --eval on a Backbone, beside it on a randomly initialised one, and for kNN on raw pixels.
+
+    Prints a table, appends it to log.jsonl and returns it in percent: {"trained": {...}, "random": ..., "pixels": ...}.
+    """
+    config = replace(config, image_size=config.eval_size or config.image_size)
+    wanted = [name for name in config.eval.split(",") if name != "none"]
+    if not wanted:
+        return {}
+    backbone.eval()
+    needs_data = [name for name in wanted if name != "segment"]
+    train, val = (train_split or open_data(config, "train"), open_data(config, "val")) if needs_data else (None, None)
+    if "features" in wanted:
+        write_features(backbone, train if config.features_split == "train" or val is None else val, config, world, log)
+    if world.rank == 0:
+        for name, draw in (("pca", draw_pca), ("match", draw_matches)):
+            if name in wanted:
+                draw(backbone, val or train, config, world, log)
+    wanted = [name for name in wanted if name not in ("features", "pca", "match")]
+    labelled = [name for name in wanted if name != "segment"]
+    if labelled and (val is None or not train.classes):
+        log.say(f"{', '.join(labelled)}: skipped, since {config.data} has no {'labels' if val else 'val split'}")
+        wanted = [name for name in wanted if name == "segment"]
+    elif labelled and val.classes != train.classes:
+        differing = sorted({*val.classes} ^ {*train.classes})[:5]
+        fail(f"train/ and val/ of {config.data} differ in their classes: {differing}")
+    if not wanted:
+        return {}
+    if train and 0 < config.eval_limit < len(train):
+        train = train.subset(torch.randperm(len(train), generator=generator(config.seed, "limit"))[: config.eval_limit])
+    networks, results = {"trained": backbone}, {}
+    if config.baselines:
+        networks["random"] = random_backbone(backbone, config).to(world.device)
+    for name, network in networks.items():
+        result = results.setdefault(name, {})
+        if "segment" in wanted:
+            result["segment, mIoU"] = segmentation_probe(network, config, world.device)
+        if {*wanted} <= {"segment"}:
+            continue
+        test = extract(network, val, config, world, log)
+        if {"knn", "logistic", "retrieval"} & {*wanted} or ("linear" in wanted and not config.probe_augment):
+            bank = extract(network, train, config, world, log)
+        if "knn" in wanted:
+            scores = knn(bank.pooled, bank.labels, test.pooled, ks=(10, 20, 100, 200))
+            top1 = {k: accuracy(s, test.labels).item() for k, s in scores.items()}
+            best = max(top1, key=top1.get)
+            result |= {"knn": top1[best], "knn, top-5": top5(scores[best], test.labels).item(), "knn_best_head": best}
+            result |= {f"knn{k}": value for k, value in top1.items()}
+        if "linear" in wanted:
+            augment = config.probe_augment
+            batches = augmented_batches(network, train, config, world, log) if augment else cached_batches(bank, config)
+            total = config.probe_epochs * max(1, len(train) // min(config.probe_batch, len(train)))
+            result |= linear_probe(batches, test, len(train.classes), config, total)
+        if "logistic" in wanted:
+            result["logistic"], result["logistic_head"] = logistic_regression(bank, test, len(train.classes))
+        if "retrieval" in wanted:
+            result["retrieval, mAP"] = retrieval(test.pooled, bank.pooled, bank.labels, test.labels)
+        if "head" in wanted and name == "trained":
+            result["official head"] = accuracy(official_head_scores(config.linear_head, test), test.labels).item()
+    if config.baselines and "knn" in wanted:
+        (bank, bank_labels), (test, labels) = (raw_pixels(split, config, world, log) for split in (train, val))
+        results["pixels"] = {f"knn{k}": accuracy(s, labels).item() for k, s in knn(bank, bank_labels, test).items()}
+    log.say(f"{'top-1, %':<30}" + "".join(f"{name:>10}" for name in results))
+    for key in (k for k in results["trained"] if not k.endswith("_head")):
+        log.say(f"{key:<30}" + "".join(f"{r[key]:>10.1f}" if key in r else f"{'':>10}" for r in results.values()))
+    log.write(eval=results, images={"train": len(train), "val": len(val)} if train and val else {})
+    return results
+
+
+# Copied from ijepa.py
+def write_features(encoder, split, config, world, log):
+    """--eval features: .npz of features float32 [N, D], labels int64 [N], paths, and with --tokens tokens [N, T, D]."""
+    found = extract(encoder.eval(), split, config, world, log, config.tokens)
+    arrays = dict(features=found.pooled, labels=found.labels) | (dict(tokens=found.tokens) if config.tokens else {})
+    path = Path(config.features_out or log.path.parent / "features.npz")
+    if world.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, paths=np.array(found.paths), **{k: v.cpu().numpy() for k, v in arrays.items()})
+        log.say(f"{path}: " + ", ".join(f"{k} {list(v.shape)}" for k, v in arrays.items()))
+
+
+def random_backbone(backbone, config):
+    """A freshly initialised Backbone of the same shape, by this config's initialisation."""
+    width, patch = backbone.cls_token.shape[2], backbone.patch_embed.kernel[0]
+    shape = dict(patch=patch, width=width, depth=len(backbone.blocks), heads=backbone.blocks[0].attn.heads,
+                 registers=backbone.registers, swiglu=isinstance(backbone.blocks[0].mlp, common.SwiGLU),
+                 image_size=patch * math.isqrt(backbone.pos_embed.shape[1] - 1))  # fmt: skip
+    return build(replace(config, **shape))[0].backbone.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def view_ratio(teacher, images, config):
+    """How much the prototypes tell about an image: DINO's cross entropy between two views of the same image, over that
+    between views of different images (1 or more: nothing, the smaller the better), and the mutual information in nats
+    between image and prototype. images: two views [2, n, 3, S, S] of n images, normalised."""
+    n = images.shape[1]
+    logits = teacher([images.flatten(0, 1)], places=torch.zeros(1, dtype=torch.long, device=images.device))[1].float()
+    targets = (logits / config.teacher_temp[1]).softmax(-1).view(2, n, -1)
+    right = dino_loss(logits[None, :n], targets[1:])
+    wrong = torch.stack([dino_loss(logits[None, :n], targets[1:].roll(k, 1)) for k in range(1, min(9, n))]).mean()
+    entropy = torch.special.entr(targets).sum(-1).mean()
+    return (right / wrong).item(), (torch.special.entr(targets.mean((0, 1))).sum() - entropy).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def principal_components(x, count):
+    """The first principal components of rows x [N, D] -> (components [count, D], scores [N, count], singular values).
+
+    Their sign is arbitrary; here the entry of largest magnitude is positive."""
+    centred = x - x.mean(0)
+    _, values, components = torch.linalg.svd(centred, full_matrices=False)
+    components = components[:count]
+    components = components * components.gather(1, components.abs().argmax(1, keepdim=True)).sign()
+    return components, centred @ components.T, values[:count]
+
+
+def pca_colours(features, flip=False):
+    """The colouring of the paper's figure 1: features [M, N, D] of M images -> (rgb [M, N, 3] in 0..1, foreground).
+
+    Patches with a positive first component (negative with `flip`) are foreground, bool [M, N]; their own first three
+    components become red, green and blue, each stretched from its least to its largest value; the rest is black.
+    """
+    flat = features.flatten(0, 1)
+    first = principal_components(flat, 1)[1][:, 0]
+    foreground = (first < 0) if flip else (first > 0)
+    scores = principal_components(flat[foreground], 3)[1]
+    low, high = scores.amin(0), scores.amax(0)
+    rgb = torch.zeros(len(flat), 3, dtype=flat.dtype, device=flat.device)
+    rgb[foreground] = (scores - low) / (high - low).clamp(min=1e-12)
+    return rgb.view(*features.shape[:2], 3), foreground.view(features.shape[:2])
+
+
+def central_side(features, grid):
+    """Whether to flip the sign of the first component: what lies at the images' borders is taken for background."""
+    first = principal_components(features.flatten(0, 1), 1)[1].view(-1, *grid)
+    border = torch.cat([first[:, 0], first[:, -1], first[:, :, 0], first[:, :, -1]], dim=1)
+    return bool((border > 0).double().mean() > (first > 0).double().mean())
+
+
+def picture_inputs(backbone, split, config, world, log, count):
+    """The first `count` images, and their patch tokens [count, N, D]; large inputs (40 patches a side) look best."""
+    patch = backbone.patch_embed.kernel[0]
+    size = config.eval_size or (config.image_size if config.image_size < 224 else 40 * patch)
+    small = split.subset(torch.arange(min(count, len(split))))
+    if small.pixels is not None and small.root is not None:
+        small = replace(small, pixels=None, sizes=None)  # from the files, larger than in the cache
+    setting = replace(config, image_size=size, eval_batch=count)
+    images = next(eval_images(small, setting, World(0, 1, world.device), log))[0]
+    return images, encode(backbone, images)[2], (size // patch, size // patch)
+
+
+def to_picture(images):
+    """Normalised images [n, 3, H, W] -> uint8 array [n, H, W, 3]."""
+    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    return ((images * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def draw_pca(backbone, split, config, world, log, count=8, tile=224, gap=4):
+    """--eval pca: pca.png, the first images and the principal components of their patches, taken jointly."""
+    images, tokens, grid = picture_inputs(backbone, split, config, world, log, count)
+    rgb, _ = pca_colours(tokens, flip=central_side(tokens, grid) != config.pca_flip)
+    rgb = (rgb.view(-1, *grid, 3) * 255).byte().cpu().numpy()
+    canvas = Image.new("RGB", (gap + len(images) * (tile + gap), gap + 2 * (tile + gap)), "white")
+    for i, pair in enumerate(zip(to_picture(images), rgb)):
+        for row, pixels in enumerate(pair):
+            place = (gap + i * (tile + gap), gap + row * (tile + gap))
+            canvas.paste(Image.fromarray(pixels).resize((tile, tile), (Image.BICUBIC, Image.NEAREST)[row]), place)
+    canvas.save(log.path.parent / "pca.png")
+    log.say(f"{log.path.parent / 'pca.png'}: first components of the patch features (--pca-flip: the other side)")
+
+
+def match_patches(first, second, places_first, places_second, radius=2.0):
+    """Matches of two sets of patches, at most one a patch: features [n, D], [m, D], places [n, 2], [m, 2] in patches.
+
+    Closest pairs first (Euclidean distance); a pair that starts within `radius` of a better one is suppressed.
+    Returns int64 [k, 2], indices into both.
+    """
+    distance = torch.cdist(first, second)
+    chosen = []
+    for pair in distance.flatten().argsort().tolist():
+        i, j = divmod(pair, len(second))
+        free = all(j != b and (places_first[i] - places_first[a]).norm() > radius for a, b in chosen)
+        if free:
+            chosen.append((i, j))
+        if len(chosen) >= 30 or (not free and len(chosen) >= min(len(first), len(second))):
+            break
+    return torch.tensor(chosen, dtype=torch.long).view(-1, 2)
+
+
+def draw_matches(backbone, split, config, world, log, tile=448):
+    """--eval match: match.png, lines between matching foreground patches of the first two images."""
+    images, tokens, grid = picture_inputs(backbone, split, config, world, log, 2)
+    if len(images) < 2:
+        fail(f"--eval match needs two images, {config.data} has one")
+    _, foreground = pca_colours(tokens, flip=central_side(tokens, grid) != config.pca_flip)
+    places = torch.stack(torch.meshgrid(*(torch.arange(g) for g in grid), indexing="ij"), dim=-1).view(-1, 2).float()
+    sets = [(tokens[i][foreground[i]].cpu(), places[foreground[i].cpu()]) for i in (0, 1)]
+    pairs = match_patches(sets[0][0], sets[1][0], sets[0][1], sets[1][1])
+    canvas = Image.new("RGB", (2 * tile, tile))
+    for i, pixels in enumerate(to_picture(images)):
+        canvas.paste(Image.fromarray(pixels).resize((tile, tile), Image.BICUBIC), (i * tile, 0))
+    draw, step = ImageDraw.Draw(canvas), tile / grid[0]
+    for n, (i, j) in enumerate(pairs.tolist()):
+        (y1, x1), (y2, x2) = (((p + 0.5) * step).tolist() for p in (sets[0][1][i], sets[1][1][j]))
+        colour = f"hsl({int(360 * n / len(pairs))}, 100%, 55%)"
+        draw.line((x1, y1, tile + x2, y2), fill=colour, width=2)
+    canvas.save(log.path.parent / "match.png")
+    log.say(f"{log.path.parent / 'match.png'}: {len(pairs)} matches between the first two images")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Official checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+ARCHITECTURE = ("image_size", "patch", "width", "depth", "heads", "registers", "swiglu", "interpolate_offset")
+ARCHITECTURE += ("interpolate_antialias", "prototypes", "head_hidden", "bottleneck", "separate_heads")
+ARCHITECTURE += ("ibot_prototypes", "ibot_hidden", "ibot_bottleneck", "layer_scale")
+
+
+def read_own_checkpoint(path, config=None):
+    """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
+    state = common.load_checkpoint(path)
+    if not isinstance(state, dict) or state.get("script") != "dinov2":
+        by = state["script"] if isinstance(state, dict) and "script" in state else "something else"
+        fail(f"{path} was not written by dinov2.py, but by {by}")
+    theirs = state["config"]
+    differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
+    if differ:
+        differences = (f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ)
+        fail(f"{path} was trained with {', '.join(differences)}")
+    return state
+
+
+def read_checkpoint(path, heads=0):
+    """Weights of our or official checkpoints: {"model", "teacher": state dicts of a DINOv2, "architecture": fields}.
+
+    Official are: a backbone alone (dinov2_vits14_pretrain.pth; its dict is flat), or a training snapshot {"teacher":
+    ...} with prefixes `module.`, `backbone.` and heads; blocks may be in chunks (`blocks.<chunk>.<i>`). What shapes do
+    not tell: heads are 64 wide (else --heads); with registers, positions are interpolated as for the released models.
+    """
+    state = common.load_checkpoint(path)
+    if isinstance(state, dict) and "script" in state:
+        state = read_own_checkpoint(path)
+        architecture = {k: state["config"][k] for k in ARCHITECTURE}
+        return dict(model=state["model"], teacher=state["teacher"], architecture=architecture, config=state["config"])
+    flat = state.get("teacher", state) if isinstance(state, dict) else {}
+    flat = flat if isinstance(flat, dict) else {}
+    flat = {k.removeprefix("module."): v for k, v in flat.items()}
+    prefixed = any(k.startswith("backbone.") for k in flat)
+    flat = {k if prefixed else f"backbone.{k}": v for k, v in flat.items()}
+    flat = {re.sub(r"blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in flat.items()}
+    own = {k.removeprefix("backbone."): v for k, v in flat.items() if k.startswith("backbone.")}
+    if not {"pos_embed", "cls_token", "mask_token", "patch_embed.proj.weight"} <= own.keys():
+        found = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
+        fail(f"{path} is no DINOv2 checkpoint: expected cls_token, mask_token, pos_embed and more, found {found}")
+    width, _, patch, _ = own["patch_embed.proj.weight"].shape
+    if not heads and width % 64 or heads and width % heads:
+        fail(f"{path} cannot say how many attention heads share its width of {width}: add --heads")
+    registers = own["register_tokens"].shape[1] if "register_tokens" in own else 0
+    architecture = dict(
+        image_size=patch * math.isqrt(own["pos_embed"].shape[1] - 1), patch=patch, width=width,
+        depth=1 + max(int(k.split(".")[1]) for k in own if k.startswith("blocks.")), heads=heads or width // 64,
+        registers=registers, swiglu="blocks.0.mlp.w12.weight" in own, interpolate_antialias=registers > 0,
+        interpolate_offset=0.0 if registers else 0.1, layer_scale=1.0 if "blocks.0.ls1.gamma" in own else 0.0,
+    )  # fmt: skip
+    return dict(model=flat, teacher=flat, architecture=architecture, config={})
+
+
+def load_weights(model, teacher, weights, path):
+    """Put what `read_checkpoint` found into (student, teacher): with its heads where it has them that fit."""
+    for module, name in ((model, "model"), (teacher, "teacher")):
+        state, own = dict(weights[name]), module.state_dict()
+        table, grid = state["backbone.pos_embed"], math.isqrt(own["backbone.pos_embed"].shape[1] - 1)
+        if table.shape[1] != 1 + grid**2:
+            old = math.isqrt(table.shape[1] - 1)
+            print(f"{path}, {name}: positions interpolated from {old}x{old} to {grid}x{grid} patches", flush=True)
+            state["backbone.pos_embed"] = position_table(table, (grid, grid), offset=0.0)
+        if not any(k.startswith("dino_head.") for k in state):
+            print(f"{path}, {name}: has no heads, they start afresh; expect features to get worse at first", flush=True)
+            state |= {k: v for k, v in own.items() if not k.startswith("backbone.")}
+        common.load_state(module, state, f"{path}, {name}")
+
+
+def load_backbone(path, heads=0):
+    """A frozen Backbone from any checkpoint that this script reads; of our own it is the teacher's.
+
+    backbone([images])[0] -> tokens [B, 1+R+N, D] of images [B, 3, H, W], H and W multiples of the patch; the first is
+    the class token. heads: where an official file's width is not a multiple of 64.
+    """
+    weights = read_checkpoint(path, heads)
+    a = weights["architecture"]
+    backbone = Backbone(
+        a["image_size"], a["patch"], a["width"], a["depth"], a["heads"], a["registers"], a["swiglu"], a["layer_scale"],
+        a["interpolate_offset"], a["interpolate_antialias"],
+    )  # fmt: skip
+    state = {k.removeprefix("backbone."): v for k, v in weights["teacher"].items() if k.startswith("backbone.")}
+    common.load_state(backbone, state, f"{path}, backbone")
+    return backbone.requires_grad_(False).eval()
+
+
+def load_teacher(config):
+    """The frozen teacher, with its heads, that --teacher names."""
+    weights = read_checkpoint(config.teacher)
+    teacher = DINOv2(replace(config, drop_path=0.0, **weights["architecture"]))
+    common.load_state(teacher, weights["teacher"], f"{config.teacher}, teacher")
+    return teacher.requires_grad_(False).eval()
+
+
+def official_head_scores(path, features):
+    """Scores [N, C] of a released linear head: weight [C, 2D] (class token and mean patch) or [C, 5D] (four blocks)."""
+    head = common.load_checkpoint(path)
+    if not isinstance(head, dict) or not {"weight", "bias"} <= head.keys():
+        fail(f"{path} is no linear head: expected `weight` and `bias`")
+    for x in probe_inputs(features.concat4, features.pooled.shape[1]).values():
+        if x.shape[1] == head["weight"].shape[1]:
+            found = x
+            return found @ head["weight"].to(x).T + head["bias"].to(x)
+    fail(f"{path} takes {head['weight'].shape[1]} features, not what a width of {features.pooled.shape[1]} gives")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def report(teacher, train_split, config, world, log):
+    """After training: do two views of an image meet at the same prototypes, and those of two images not?"""
+    split = open_data(config, "val") or train_split
+    some = split.subset(torch.randperm(len(split), generator=generator(config.seed, "report"))[:256])
+    some = cache_pixels(some, replace(config, cache=64.0), World(0, 1, world.device), log)
+    kinds = crop_kinds(config)[:1]
+    item = MultiCrop(some, config, World(0, 1, world.device), len(some), kinds, "report")[0]
+    views = make_crops(item, some.pixels.to(world.device), kinds, world.device)[0]
+    ratio, information = view_ratio(teacher, views, config)
+    log.say(f"cross entropy of two views of an image over that of two images: {ratio:.3f} (1: nothing was learned)")
+    log.say(f"mutual information of image and prototype: {information:.2f} nats")
+    log.write(view_ratio=ratio, information=information)
+
+
+def adopt(config, given):
+    """Take over what the checkpoints of --init, --high-res and --teacher decide, except for flags that were typed."""
+    if config.init:
+        weights = read_checkpoint(config.init, config.heads if "heads" in given else 0)
+        taken = weights["architecture"] | (weights["config"] if config.high_res else {})
+        training = {"steps", "epochs"} & given or config.high_res
+        if not training and not weights["config"] and not config.eval_size:
+            taken["eval_size"] = 224 // taken["patch"] * taken["patch"]
+        if config.high_res:
+            run = ("preset", "data", "init", "out", "resume", "device", "compile", "high_res", "eval", "teacher")
+            scale = 518 / taken["image_size"]
+            taken |= dict(
+                steps=10000, lr=0.1 * taken["lr"], epochs=0,
+                image_size=int(scale * taken["image_size"]) // taken["patch"] * taken["patch"],
+                local_size=int(scale * taken["local_size"]) // taken["patch"] * taken["patch"],
+            )  # fmt: skip
+            given = given | {*run}
+        elif training and "image_size" not in given and not weights["config"]:
+            taken.pop("image_size")  # the preset's; positions are interpolated
+        config = replace(config, **{k: v for k, v in taken.items() if k not in given and hasattr(config, k)})
+    if config.teacher:
+        theirs = read_own_checkpoint(config.teacher)["config"]
+        names = ("prototypes", "ibot_prototypes", "separate_heads", "patch", "image_size", "local_size")
+        config = replace(config, **{k: theirs[k] for k in names})
+    return config
+
+
+def run(config, given):
+    """Train and evaluate; with --init and no length given, only evaluate. given: names of the flags that were typed."""
+    world = common.start_world(config.device)
+    config = adopt(config, given)
+    training = not config.init or config.high_res or bool({"steps", "epochs"} & given)
+    check(config, world, training)
+    out = common.choose_out(config.out, "dinov2", config.resume, world)
+    if not training:
+        backbone = load_backbone(config.init, config.heads).to(world.device)
+        evaluate(backbone, config, world, Log(out, world))
+        return
+    _, teacher, split = train(config, world, out)
+    log = Log(out, world)
+    report(teacher, split, config, world, log)
+    evaluate(teacher.backbone, config, world, log, split)
+
+
+def main(argv=None):
+    """The command line; see --help."""
+    argv = sys.argv[1:] if argv is None else argv
+    config = common.parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
+    try:
+        run(config, common.given_flags(argv))
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        advice = "try --accumulate 2 (4, 8), --checkpointing, --precision bf16, --shard, or a smaller --batch"
+        fail(f"out of GPU memory ({reason}): {advice}", 4)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
