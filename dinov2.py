@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """DOCSTRING"""
 
+import argparse
 import contextlib
 import copy
 import functools
@@ -188,8 +189,8 @@ PRESETS = {
     "cifar10": dict(
         data="cifar10", image_size=32, local_size=16, width=192, depth=9, heads=3, blur=(0.0, 0.0, 0.0), solarize=0.0,
         head_hidden=512, bottleneck=128, prototypes=2048, ibot_hidden=512, ibot_bottleneck=128, ibot_prototypes=2048,
-        layer_scale=0.1, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4), koleo_group=64, batch=512, epochs=200, lr=1e-3,
-        weight_decay_final=0.2, momentum=0.99, log_every=50,
+        layer_scale=0.1, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4), koleo_group=64, batch=512, epochs=200,
+        lr=1e-3, weight_decay_final=0.2, momentum=0.99, log_every=50,
     ),
     "folder": FOLDER,
     "folder_b": FOLDER | BASE | dict(batch=64),
@@ -442,7 +443,7 @@ def drop_rates(rate, depth, uniform=True):
 
 
 def drop_subsets(rates, batches, chance, device="cpu"):
-    """The samples that each residual branch sees in stochastic depth: [sizes of crop][depth][2] of None or int64 [kept].
+    """The samples that each branch sees in stochastic depth: [sizes of crop][depth][2] of None or int64 [kept].
 
     rates: one a block; batches: samples of each size of crop. A branch keeps max(1, int(batch * (1 - rate))) samples.
     Drawn from `chance` block by block, in a block branch by branch, then size by size, as in the released code.
@@ -1920,6 +1921,300 @@ def draw_matches(backbone, split, config, world, log, tile=448):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Curate (section 3 and appendix A of the paper): embed, drop near-duplicates and what is in an evaluation set, retrieve
+#
+# Embeddings lie on disk as float16 [N, D] and are compared in pieces: a million images at D 384 take 0.8 GB of disk, up
+# to twice that of memory (the part that is left after dedup), and 0.5 GB for a piece. Finished pieces are kept, so an
+# interrupted run goes on.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pieces(x, size, device="cpu"):
+    """Yields (first row, rows normalised to length 1, as float32 or float64) of an array or tensor [N, D]."""
+    for low in range(0, len(x), size):
+        rows = torch.as_tensor(np.asarray(x[low : low + size]) if isinstance(x, np.ndarray) else x[low : low + size])
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        yield low, F.normalize(rows.to(device), dim=1)
+
+
+def nearest(queries, bank, k, first=None, piece=32768):
+    """The k most similar rows of `bank` [N, D] for unit rows `queries` [Q, D] -> (cosines, indices) [Q, k].
+
+    first: the queries are rows first, first + 1, ... of the bank itself, and are not their own neighbours (by index:
+    an exact duplicate is one). The bank is read in pieces, of which the best k so far are kept.
+    """
+    best = None
+    for low, rows in pieces(bank, piece, queries.device):
+        similarity = queries @ rows.T
+        if first is not None:
+            own = torch.arange(len(queries), device=queries.device) + first - low
+            inside = (own >= 0) & (own < len(rows))
+            similarity[inside.nonzero()[:, 0], own[inside]] = -2
+        found = similarity.topk(min(k, len(rows)), dim=1)
+        merged = (found.values, found.indices + low)
+        if best is not None:
+            merged = tuple(torch.cat(pair, dim=1) for pair in zip(best, merged))
+            top = merged[0].topk(min(k, merged[0].shape[1]), dim=1)
+            merged = top.values, merged[1].gather(1, top.indices)
+        best = merged
+    return best
+
+
+def similar_pairs(x, k, threshold, block=2048, device="cpu", cache=None):
+    """Edges of the graph of near-duplicates: (i, j), j among the k nearest neighbours of i, cosine above `threshold`.
+
+    x [N, D] -> int64 [E, 2] on the CPU. cache: a path without ending; each block of rows is kept in a file of its own.
+    """
+    edges = []
+    for low, rows in pieces(x, block, device):
+        file = cache and Path(f"{cache}-{low}.npy")
+        if file and file.exists():
+            edges.append(torch.from_numpy(np.load(file)))
+            continue
+        similarity, neighbours = nearest(rows, x, min(k, len(x) - 1), first=low)
+        row, column = (similarity > threshold).nonzero().unbind(1)
+        edges.append(torch.stack([row + low, neighbours[row, column]], dim=1).cpu())
+        if file:
+            save_array(file, edges[-1].numpy())
+    return torch.cat(edges) if edges else torch.zeros(0, 2, dtype=torch.long)
+
+
+def components(count, edges):
+    """Connected components: edges int64 [E, 2] -> for each of `count` nodes the smallest index of its component."""
+    label = torch.arange(count)
+    while True:
+        lower = label[edges].amin(1)
+        hooked = label.clone()
+        for end in range(2):  # each component takes the smaller label of what it touches
+            hooked.scatter_reduce_(0, label[edges[:, end]], lower, "amin")
+        hooked = hooked[hooked[hooked]]  # and its members follow, two steps at a time
+        if torch.equal(hooked, label):
+            return label
+        label = hooked
+
+
+def self_dedup(x, k=64, threshold=0.6, **options):
+    """Near-duplicates in x [N, D] -> (component of each [N], indices kept: the first of each component)."""
+    label = components(len(x), similar_pairs(x, k, threshold, **options))
+    return label, (label == torch.arange(len(x))).nonzero()[:, 0]
+
+
+def relative_dedup(pool, refs, k=64, threshold=0.45, direct=False, **options):
+    """Indices of `pool` [N, D] that resemble none of `refs` [R, D], images that must not be trained on.
+
+    A component of the graph of both that holds a reference is dropped whole. direct: only images that resemble a
+    reference themselves; embeddings that are not made for copy detection chain nearly everything together.
+    """
+    if direct:
+        device = options.get("device", "cpu")
+        parts = [nearest(rows, refs, 1)[0][:, 0] <= threshold for _, rows in pieces(pool, 4096, device)]
+        return torch.cat(parts).nonzero()[:, 0].cpu()
+    union = np.concatenate([np.asarray(pool), np.asarray(refs)])
+    label = components(len(union), similar_pairs(union, k, threshold, **options))
+    spoilt = torch.zeros(len(union), dtype=torch.bool).index_fill(0, label[len(pool) :], True)
+    return (~spoilt[label[: len(pool)]]).nonzero()[:, 0]
+
+
+def retrieve_by_sample(queries, pool, k, device="cpu"):
+    """The k nearest pool images of each query -> (indices [Q, k], cosines [Q, k])."""
+    found = [nearest(rows, pool, k) for _, rows in pieces(queries, 4096, device)]
+    return torch.cat([i for _, i in found]).cpu(), torch.cat([s for s, _ in found]).cpu()
+
+
+def assign(x, centroids):
+    """The centroid with the largest cosine for each row of x [N, D] -> int64 [N]."""
+    device = centroids.device
+    return torch.cat([(rows.to(centroids.dtype) @ centroids.T).argmax(1) for _, rows in pieces(x, 16384, device)])
+
+
+def spherical_kmeans(x, centroids, iterations=10):
+    """k-means by cosine: x [N, D], initial centroids [C, D] -> centroids, unit rows. An empty cluster stays put."""
+    centroids = F.normalize(centroids, dim=1)
+    for _ in range(iterations):
+        sums = torch.zeros_like(centroids)
+        for _, rows in pieces(x, 16384, centroids.device):
+            rows = rows.to(centroids.dtype)
+            sums.index_add_(0, (rows @ centroids.T).argmax(1), rows)
+        centroids = torch.where(sums.any(1, keepdim=True), F.normalize(sums, dim=1), centroids)
+    return centroids
+
+
+def retrieve_by_cluster(query_clusters, pool_clusters, clusters, more_than=3, take=10_000, cap=1_000_000, seed=0):
+    """Pool images of the clusters that hold more than `more_than` queries: up to `take` of each, drawn at random, and
+    `cap` in all. Cluster numbers int64 [Q], [N] -> indices of the pool, ascending."""
+    chosen = (torch.bincount(query_clusters, minlength=clusters) > more_than).nonzero()[:, 0]
+    order = torch.randperm(len(pool_clusters), generator=generator(seed, "clusters"))
+    found = [order[pool_clusters[order] == c][:take] for c in chosen.tolist()]
+    found = torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+    kept = torch.randperm(len(found), generator=generator(seed, "cap"))[:cap]
+    return found[kept].sort().values
+
+
+def pixel_descriptor(images, side=8):
+    """A descriptor for copies that needs no network: the image on 8 x 8 pixels, without each channel's mean and
+    contrast, so that a re-encoded, slightly cropped or recoloured copy stays close: [B, 3, H, W] -> [B, 192]."""
+    small = F.adaptive_avg_pool2d(images, side).flatten(2)
+    small = small - small.mean(2, keepdim=True)
+    return F.normalize(F.normalize(small, dim=2).flatten(1), dim=1)
+
+
+def save_array(path, array):
+    """Write a .npy file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+    os.replace(temporary, path)
+
+
+def embed_folder(folder, model, size, work, options, log):
+    """Embeddings of all images below a folder, or of a list -> (paths, float16 array [N, D] on disk); an unreadable
+    image has a row of zeros. Goes on where an earlier call was interrupted."""
+    setting = Config(data=str(folder), image_size=size, workers=options.workers, max_bad=options.max_bad)
+    folder_split = open_data(setting, "train")
+    folders = [folder_split] + [open_data(setting, "val")] * bool(folder_split.classes)
+    root, paths = folder_split.root, [p for split in folders if split for p in split.paths]
+    key = repr((str(folder), model, size, hashlib.sha256("\n".join(paths).encode()).hexdigest()))
+    base = work / hashlib.sha256(key.encode()).hexdigest()[:16]
+    split, device = Split(root, paths, torch.full((len(paths),), -1), []), torch.device(options.device)
+    backbone = None if model == "pixels" else load_backbone(model, options.heads).to(device)
+    width = 192 if backbone is None else backbone.cls_token.shape[2]
+    file, progress = Path(f"{base}.npy"), Path(f"{base}.done")
+    done = int(progress.read_text()) if progress.exists() else 0
+    mode = dict(mode="r+") if done else dict(mode="w+", dtype=np.float16, shape=(len(paths), width))
+    x = np.lib.format.open_memmap(file, **mode)
+    files = DataLoader(
+        Files(split, size), options.batch, sampler=range(done, len(paths)),
+        num_workers=worker_count(setting, World(0, 1, device), streaming=True),
+    )  # fmt: skip
+    for pixels, _, errors in files if done < len(paths) else ():
+        images = normalize(pixels.to(device))
+        with torch.no_grad():
+            rows = pixel_descriptor(images) if backbone is None else backbone([images])[0][:, 0]
+        good = torch.tensor([not error for error in errors], device=device)
+        x[done : done + len(rows)] = (F.normalize(rows.float(), dim=1) * good[:, None]).cpu().numpy()
+        log.skip([e for e in errors if e], len(paths), options.max_bad)
+        done += len(rows)
+        x.flush()
+        progress.write_text(str(done))
+    log.say(f"{folder}: {len(paths)} images embedded by {model}, {width} numbers each")
+    return [str((root / p).absolute()) for p in paths], x
+
+
+def contact_sheet(paths, label, file, rows=12, columns=6, tile=96):
+    """A picture of found duplicates: in each row the members of a component, of one size after another."""
+    counts = torch.bincount(label)
+    several = (counts > 1).nonzero()[:, 0]
+    several = several[counts[several].argsort(descending=True, stable=True)]
+    shown = several[:: max(1, len(several) // rows)][:rows].tolist()
+    canvas = Image.new("RGB", (columns * (tile + 4) + 4, max(1, len(shown)) * (tile + 4) + 4), "white")
+    for row, component in enumerate(shown):
+        for column, member in enumerate((label == component).nonzero()[:columns, 0].tolist()):
+            with Image.open(paths[member]) as image:
+                canvas.paste(to_rgb(image).resize((tile, tile)), (4 + column * (tile + 4), 4 + row * (tile + 4)))
+    canvas.save(file)
+
+
+def size_histogram(label):
+    """How many components have 1, 2, 3-4, 5-8, ... members, as text."""
+    counts = torch.bincount(label)
+    sizes = counts[counts > 0]
+    parts, low, high = [], 1, 1
+    while low <= sizes.max():
+        parts.append(f"{low if low == high else f'{low}-{high}'}: {((sizes >= low) & (sizes <= high)).sum()}")
+        low, high = high + 1, 2 * high
+    return ", ".join(parts)
+
+
+def curate(options, log):
+    """The pipeline: embed, self-dedup, relative dedup, retrieval; writes the list and returns its paths."""
+    work = Path(options.work or f"{options.out}.work")
+    work.mkdir(parents=True, exist_ok=True)
+    descriptor, device = options.descriptor or options.init, torch.device(options.device)
+    size = options.size or (32 if descriptor == "pixels" == options.init else 224)
+    embed = functools.partial(embed_folder, size=size, work=work, options=options, log=log)
+
+    paths, x = embed(options.pool, descriptor)
+    readable = np.abs(np.asarray(x)).max(1) > 0
+    key = repr((paths, descriptor, size, options.k, options.self_threshold))
+    cache = work / f"pairs-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    label, kept = self_dedup(x, options.k, options.self_threshold, device=device, cache=cache)
+    log.say(f"self-dedup: components by size {size_histogram(label)}")
+    kept = kept[torch.from_numpy(readable)[kept]]
+    log.say(f"self-dedup at {options.self_threshold:g}: {len(kept)} of {len(paths)} kept")
+    contact_sheet(paths, label, f"{options.out}.duplicates.png")
+    if options.refs:
+        refs = np.concatenate([np.asarray(embed(folder, descriptor)[1]) for folder in options.refs])
+        direct = options.relative == "direct"
+        rest = relative_dedup(x[kept.numpy()], refs, options.k, options.relative_threshold, direct, device=device)
+        log.say(f"relative dedup at {options.relative_threshold:g}: {len(rest)} of {len(kept)} kept")
+        kept = kept[rest]
+    if options.queries:
+        pool = x if descriptor == options.init else embed(options.pool, options.init)[1]
+        pool, found = pool[kept.numpy()], []
+        clusters = min(options.clusters, len(pool))
+        pool_clusters = None
+        for folder in options.queries:
+            _, queries = embed(folder, options.init)
+            if options.retrieval == "sample" or (options.retrieval == "auto" and len(queries) > 1_000_000):
+                indices, _ = retrieve_by_sample(queries, pool, options.per_query, device)
+                how = f"{indices.numel()} hits"
+                indices = indices.unique()
+            else:
+                if pool_clusters is None:
+                    start = torch.randperm(len(pool), generator=generator(options.seed, "centroids"))[:clusters]
+                    start = torch.from_numpy(np.asarray(pool[start.numpy()])).float().to(device)
+                    centroids = spherical_kmeans(pool, start)
+                    pool_clusters = assign(pool, centroids).cpu()
+                limits = dict(more_than=options.more_than, take=options.per_cluster, cap=options.cap, seed=options.seed)
+                indices = retrieve_by_cluster(assign(queries, centroids).cpu(), pool_clusters, clusters, **limits)
+                how = f"{clusters} clusters"
+            log.say(f"retrieval for {folder}: {len(indices)} images ({how})")
+            found.append(indices)
+        kept = kept[torch.cat(found).unique()]
+    chosen = [paths[i] for i in kept.tolist()]
+    temporary = Path(f"{options.out}.tmp")
+    temporary.write_text("".join(path + "\n" for path in chosen))
+    os.replace(temporary, options.out)
+    log.say(f"{options.out}: {len(chosen)} images; train on them with --data {options.out}")
+    return chosen
+
+
+def curate_main(argv):
+    """The command line of `python dinov2.py curate`."""
+    parser = argparse.ArgumentParser(prog="dinov2.py curate", description=curate.__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--pool", required=True, help="folder (or list) of images to choose from")
+    add("--refs", nargs="+", default=[], help="folders whose images, and near-duplicates of them, must not be chosen")
+    add("--queries", nargs="+", default=[], help="folders of images like which more are wanted; none: keep all")
+    add("--out", default="curated.txt", help="the list that is written [curated.txt]")
+    add("--init", default="pixels", help="checkpoint whose class tokens are embeddings, or pixels [pixels]")
+    add("--descriptor", default="", help="checkpoint for finding duplicates, or pixels [as --init]")
+    add("--heads", type=int, default=0, help="attention heads, where the checkpoint's width does not tell")
+    add("--size", type=int, default=0, help="side of the embedded images, pixels [224; 32 for pixels]")
+    add("--k", type=int, default=64, help="neighbours looked at for duplicates [64]")
+    add("--self-threshold", type=float, default=0.95, help="cosine above which two are duplicates [0.95; paper 0.6]")
+    add("--relative-threshold", type=float, default=0.95, help="the same for references [0.95; paper 0.45, with SSCD]")
+    add("--relative", choices=("component", "direct"), default="component", help="drop whole components, or hits only")
+    add("--retrieval", choices=("auto", "sample", "cluster"), default="auto", help="auto: sample above 1M queries")
+    add("--per-query", type=int, default=4, help="sample: images a query [4]")
+    add("--clusters", type=int, default=1000, help="cluster: of the pool [1000; paper 100,000]")
+    add("--more-than", type=int, default=3, help="cluster: used if it holds more queries than this [3]")
+    add("--per-cluster", type=int, default=100, help="cluster: images taken of each [100; paper 10,000]")
+    add("--cap", type=int, default=1_000_000, help="cluster: images taken for a query folder [1,000,000]")
+    add("--work", default="", help="folder of embeddings and other state for going on after an interruption [OUT.work]")
+    add("--batch", type=int, default=256, help="images a forward pass [256]")
+    add("--workers", type=int, default=-1, help="loading processes [as fits the machine]")
+    add("--max-bad", type=float, default=0.01, help="share of unreadable images above which it stops [0.01]")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
+    add("--seed", type=int, default=0, help="of centroids and draws [0]")
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        fail(f"unknown argument {unknown[0]}{common.nearest(unknown[0].split('=')[0], flags)} --help lists all.")
+    return curate(options, Log(Path(f"{options.out}.work"), World(0, 1, torch.device(options.device))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Official checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2095,6 +2390,9 @@ def run(config, given):
 def main(argv=None):
     """The command line; see --help."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["curate"]:
+        curate_main(argv[1:])
+        return
     config = common.parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
     try:
         run(config, common.given_flags(argv))

@@ -1,6 +1,6 @@
 """dinov2.py against the reference implementation's numbers (tests/golden/dinov2) and against its own promises."""
 
-import copy
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from reference_dinov2 import eval_transform_pil, infinite_order, sharded_order, views_pil
 
 import common
 import dinov2
 from dinov2 import Config, World
+from ijepa import random_crop
 
 GOLDEN = Path(__file__).parent / "golden" / "dinov2"
 ALONE = World(0, 1, torch.device("cpu"))
@@ -47,7 +49,7 @@ KINDS = ["mlp", "reg4_swiglu"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward(kind):
-    """Tokens, with and without masks, at other resolutions, of several layers, and of global and local crops at once."""
+    """Tokens with and without masks, at other resolutions, of several layers, and of two sizes of crops at once."""
     backbone, g = pretrained(kind)
     first = 1 + backbone.registers
     x, masks = tensor(g["x"]), tensor(g["masks"], torch.bool)
@@ -377,3 +379,135 @@ def test_pca():
     rgb, foreground = dinov2.pca_colours(x.view(3, 16, 6))
     close(rgb, g["rgb"], atol=1e-9)
     np.testing.assert_array_equal(foreground.flatten(), g["fg"])
+
+
+def test_curation():
+    g = golden("curation")
+    pool, refs, queries, few = (tensor(g[k], torch.float64) for k in ("pool", "refs", "queries", "queries2"))
+    k, threshold = int(g["k"]), float(g["rel_thr"])
+    for block in (7, 4096):  # in pieces, the same
+        label, kept = dinov2.self_dedup(pool, k, float(g["self_thr"]), block=block)
+        np.testing.assert_array_equal(label, g["self_component"])
+        np.testing.assert_array_equal(kept, g["self_keep"])
+    pool = pool[kept]
+    np.testing.assert_array_equal(dinov2.relative_dedup(pool, refs, k, threshold, True), g["rel_keep_direct"])
+    rest = dinov2.relative_dedup(pool, refs, k, threshold)
+    np.testing.assert_array_equal(rest, g["rel_keep_component"])
+    pool = pool[rest]
+    indices, similarity = dinov2.retrieve_by_sample(queries, pool, int(g["retr_k"]))
+    np.testing.assert_array_equal(indices, g["retr_idx"])
+    close(similarity, g["retr_sim"], atol=1e-9)
+    np.testing.assert_array_equal(indices.unique(), g["retr_unique"])
+    clusters = int(g["km_C"])
+    centroids = dinov2.spherical_kmeans(pool, pool[:clusters], int(g["km_iters"]))
+    close(centroids, g["km_centroids"], atol=1e-9)
+    ours, theirs = (dinov2.assign(x, centroids) for x in (pool, few))
+    np.testing.assert_array_equal(ours, g["km_assign"])
+    np.testing.assert_array_equal(theirs, g["q2_assign"])
+    np.testing.assert_array_equal(torch.bincount(theirs, minlength=clusters), g["q2_counts"])
+    found = dinov2.retrieve_by_cluster(theirs, ours, clusters, more_than=int(g["min_count"]))
+    np.testing.assert_array_equal(found, g["candidate_pool_idx"])
+    assert set(ours[found].tolist()) == set(g["selected_clusters"].tolist())
+    few_each = dinov2.retrieve_by_cluster(theirs, ours, clusters, int(g["min_count"]), take=2)
+    assert len(few_each) == 4 and set(few_each.tolist()) <= set(found.tolist())
+    assert len(dinov2.retrieve_by_cluster(theirs, ours, clusters, int(g["min_count"]), cap=3)) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------- views
+
+
+def test_reference_pipeline_gives_the_golden_crops():
+    """The image-by-image pipeline of tests/reference_dinov2.py is the reference of the batched one, compared below."""
+    g = golden("augment")
+    image = Image.fromarray(g["image"])
+    for i in range(2):
+        torch.manual_seed(int(g[f"aug{i}_seed"]))
+        for kind, crops in zip(("global", "local"), views_pil(image, (24, 12), 2)):
+            found = np.stack([np.asarray(crop).transpose(2, 0, 1) for crop in crops]).astype(int)
+            assert abs(found - g[f"aug{i}_{kind}_crops_uint8"]).max() <= 1
+            if i == 0 and kind == "local":
+                ours = dinov2.normalize(torch.from_numpy(found[:1]))[0]
+                close(ours, g["aug0_local0_normalized"], atol=0.02)  # a grey level
+    torch.manual_seed(int(g["rrc_seed"]))
+    for kind, scale in (("global", (0.32, 1.0)), ("local", (0.05, 0.32))):
+        boxes = [random_crop(45, 37, scale) for _ in range(6)]
+        np.testing.assert_array_equal(boxes, g[f"rrc_params_{kind}"])
+    evaluated = dinov2.normalize(tensor(eval_transform_pil(image, 32, 28)).permute(2, 0, 1))
+    close(evaluated, g["eval_resize32_crop28"], atol=0.02)
+
+
+def test_batched_operations_are_the_golden_operations():
+    g = golden("augment")
+    image = tensor(g["op_in"]).permute(2, 0, 1)[None]
+    neutral = dict(factors=torch.tensor([[1.0, 1.0, 1.0, 0.0]]), order=torch.tensor([[0, 1, 2, 3]]))
+    neutral |= {name: torch.zeros(1) > 0 for name in ("grey", "solarize")} | dict(sigma=torch.zeros(1))
+    assert torch.equal(dinov2.augment(image, **neutral), image)
+    cases = {"brightness_1.3": (0, 1.3), "contrast_0.7": (1, 0.7), "saturation_1.2": (2, 1.2), "hue_0.08": (3, 0.08),
+             "hue_m0.1": (3, -0.1)}  # fmt: skip
+    cases = {name: dict(factors=neutral["factors"].clone().index_fill_(1, torch.tensor([i]), v))
+             for name, (i, v) in cases.items()}  # fmt: skip
+    cases |= {"gray": dict(grey=torch.ones(1) > 0), "solarize128": dict(solarize=torch.ones(1) > 0)}
+    cases |= {f"blur9_sigma{s}": dict(sigma=torch.tensor([s])) for s in (0.5, 1.7)}
+    for name, changed in cases.items():
+        difference = dinov2.augment(image, **neutral | changed)[0].permute(1, 2, 0) - tensor(g[f"op_{name}"])
+        limit = 7 if "hue" in name else 1  # PIL goes through HSV of 8 bits, so a hue that is off by one shows
+        assert difference.abs().max() <= limit, (name, difference.abs().max())
+        assert difference.abs().mean() < 0.1, (name, difference.abs().mean())
+    images = tensor(g["image"]).permute(2, 0, 1)[None]
+    crop = dinov2.crop_resize(images, torch.tensor([[3.0, 7.0, 20.0, 15.0]]), 12, bicubic=True).round()
+    assert (crop[0].permute(1, 2, 0) - tensor(g["op_rrc_top3_left7_h20_w15_to12"])).abs().max() <= 1
+
+
+def test_batched_views_have_the_reference_distribution():
+    """Blur as often as in the released code, solarize on the second global crop only, and the rest alike."""
+    g = golden("augment")
+    config = Config()
+    drawn = [dinov2.draw_photometric(kind, count, 3000, config, torch.Generator().manual_seed(kind))
+             for kind, count in ((0, 2), (1, 2))]  # fmt: skip
+    blurred = [(d["sigma"] > 0).double().mean(1) for d in drawn]
+    np.testing.assert_allclose([*blurred[0], blurred[1][0]], g["blur_actual_fraction"], atol=0.03)
+    np.testing.assert_allclose(1 - np.array(config.blur), g["blur_requested_p"], atol=1e-9)
+    asked = replace(config, blur=(1.0, 0.1, 0.5))
+    wanted = dinov2.draw_photometric(0, 2, 3000, asked, torch.Generator().manual_seed(0))["sigma"] > 0
+    np.testing.assert_allclose(wanted.double().mean(1), [1.0, 0.1], atol=0.03)
+    assert not drawn[0]["solarize"][0].any() and not drawn[1]["solarize"].any()
+    assert abs(drawn[0]["solarize"][1].double().mean() - 0.2) < 0.03
+    for d in drawn:
+        for name, share in (("flip", 0.5), ("grey", 0.2)):
+            assert abs(d[name].double().mean() - share) < 0.03
+        jittered = (d["factors"] != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(-1)
+        assert abs(jittered.double().mean() - 0.8) < 0.03
+        factors = d["factors"][jittered]
+        low, high = torch.tensor([0.6, 0.6, 0.8, -0.1]), torch.tensor([1.4, 1.4, 1.2, 0.1])
+        assert (factors >= low).all() and (factors <= high).all()
+        close(factors.mean(0), (low + high) / 2, atol=0.02)
+        assert (d["order"].sort(-1).values == torch.arange(4)).all()
+        assert abs((d["order"][..., 0] == 3).double().mean() - 0.25) < 0.03
+    # and the pixels: the mean and spread of many views of one image, both ways
+    image = Image.fromarray(g["image"])
+    torch.manual_seed(0)
+    theirs = [views_pil(image, (24, 12), 1) for _ in range(400)]
+    pixels = torch.from_numpy(g["image"]).permute(2, 0, 1)[None]
+    split = dinov2.in_memory(pixels.repeat(400, 1, 1, 1), torch.zeros(400).long(), [str(i) for i in range(400)], [])
+    kinds = [(2, 24, (0.32, 1.0)), (1, 12, (0.05, 0.32))]
+    item = dinov2.MultiCrop(split, replace(config, batch=400), ALONE, 400, kinds)[0]
+    ours = dinov2.make_crops(item, split.pixels, kinds, ALONE.device)
+    for kind in range(2):
+        for k in range(kinds[kind][0]):
+            reference = torch.stack([tensor(np.array(t[kind][k])).permute(2, 0, 1) for t in theirs])
+            batched = ours[kind][k]
+            for statistic in (torch.mean, torch.std, lambda x, axes: x.diff(dim=3).abs().mean(axes)):
+                a, b = (statistic(x, (1, 2, 3)) for x in (dinov2.normalize(reference), batched))
+                error = (a.var() / 400 + b.var() / 400).sqrt()
+                assert abs(a.mean() - b.mean()) < 4.5 * error, (kind, k)
+                assert 0.7 < a.std() / b.std() < 1.4, (kind, k)
+
+
+def test_reference_samplers():
+    """The released order of the data (the script itself orders by seed and epoch): rank by rank, pass by pass."""
+    g = golden("samplers")
+    for rank in range(2):
+        for name, order in (("sharded", sharded_order(11, rank, 2, int(g["seed"]))),
+                            ("sharded_new", sharded_order(11, rank, 2, int(g["seed"]), new=True)),
+                            ("infinite", infinite_order(11, rank, 2, int(g["seed"])))):  # fmt: skip
+            assert list(itertools.islice(order, 15)) == g[f"{name}_r{rank}of2_n11"].tolist(), name
