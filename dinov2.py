@@ -233,6 +233,8 @@ def check(config, world, training=True):
         fail("--high-res continues a trained model: add --init RUN/last.pt")
     if c.high_res and c.teacher:
         fail("--high-res and --teacher exclude each other: distil first, then --high-res --init the result")
+    if not 0 <= c.mask_ratio[0] <= c.mask_ratio[1] < 1:
+        fail(f"--mask-ratio {c.mask_ratio[0]:g} {c.mask_ratio[1]:g} must be two rising shares below 1")
     if not 0 < c.distill_tokens <= 1:
         fail(f"--distill-tokens {c.distill_tokens:g} is no share of the patches: more than 0, at most 1")
     if c.shard and c.precision == "fp16":

@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import os
 import random
+import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT, log_rows
+from helpers import run as launch
 from PIL import Image
 from reference_dinov2 import eval_transform_pil, infinite_order, sharded_order, views_pil
 
@@ -511,3 +516,495 @@ def test_reference_samplers():
                             ("sharded_new", sharded_order(11, rank, 2, int(g["seed"]), new=True)),
                             ("infinite", infinite_order(11, rank, 2, int(g["seed"])))):  # fmt: skip
             assert list(itertools.islice(order, 15)) == g[f"{name}_r{rank}of2_n11"].tolist(), name
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+# a model so small that a step takes milliseconds
+SMALL = "--width 16 --depth 2 --heads 2 --head-hidden 16 --bottleneck 8 --prototypes 16 --ibot-hidden 16".split()
+SMALL += "--ibot-bottleneck 8 --ibot-prototypes 12 --batch 16 --local-crops 2 --eval none --log-every 1".split()
+SMALL += "--device cpu --no-compile --precision fp32 --workers 0".split()
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A run catches SIGTERM and SIGINT; tests that train in this process give them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run(*flags):
+    """The command line, in this process."""
+    dinov2.main(list(map(str, flags)))
+
+
+def refused(capsys, *flags, code=2):
+    """Expect the command line to leave with `code`, and return the one line it printed."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*flags)
+    printed = capsys.readouterr().err
+    assert stop.value.code == code and printed.startswith("error: ") and printed.count("\n") == 1, printed
+    return printed
+
+
+def weights(out):
+    state = torch.load(Path(out) / "last.pt", weights_only=True)
+    return state["step"], {**state["model"], **{f"teacher.{k}": v for k, v in state["teacher"].items()}}
+
+
+def assert_same(a, b, tolerance=0.0):
+    (step_a, a), (step_b, b) = weights(a), weights(b)
+    assert step_a == step_b and a.keys() == b.keys()
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=tolerance, rtol=0), f"{name}: {(a[name] - b[name]).abs().max()}"
+
+
+def photographs(folder, count=12, size=(48, 40), classes=("cat", "dog"), splits=("train", "val"), suffix="jpg"):
+    """A labelled folder of random images."""
+    chance = np.random.default_rng(0)
+    for split in splits:
+        for i in range(count):
+            path = folder / split / classes[i % len(classes)] / f"{i}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(chance.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def interrupt(monkeypatch, name, after, action):
+    """Let `action` happen in the `after`-th call of a function of the script."""
+    function, calls = getattr(dinov2, name), []
+
+    def wrapped(*args):
+        calls.append(1)
+        return action(function(*args)) if len(calls) == after else function(*args)
+
+    monkeypatch.setattr(dinov2, name, wrapped)
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
+def test_resume_is_bitwise(monkeypatch, centering):
+    """A run that dies in the middle, and one that is told to stop, end like one that was left alone."""
+    flags = [*SMALL, "--steps", 9, "--save-every", 3, "--drop-path", 0.3, "--centering", centering]
+    run(*flags, "--out", "whole")
+    with monkeypatch.context() as patch:
+
+        def die(_):
+            raise ConnectionError
+
+        interrupt(patch, "total_loss", 5, die)
+        with pytest.raises(ConnectionError):
+            run(*flags, "--out", "died")
+    assert weights("died")[0] == 3
+    run(*flags, "--out", "died", "--resume")
+    with monkeypatch.context() as patch:
+        interrupt(patch, "total_loss", 5, lambda result: os.kill(os.getpid(), signal.SIGTERM) or result)
+        with pytest.raises(SystemExit) as stop:
+            run(*flags, "--out", "stopped")
+    assert stop.value.code == 0 and weights("stopped")[0] == 5
+    run(*flags, "--out", "stopped", "--resume")
+    for other in ("died", "stopped"):
+        assert_same("whole", other)
+        assert [row["step"] for row in log_rows(other) if "step" in row] == list(range(1, 10))
+
+
+def test_two_ranks_are_one_process(tmp_path):
+    """Sinkhorn, counts of masked patches and centres over all ranks; accumulation; FSDP2; and a sharded evaluation."""
+    base = [*SMALL, "--steps", "4", "--lr", "1e-5", "--koleo-group", "4", "--warmup", "0", "--freeze-last", "0"]
+    softmax = [*base, "--centering", "softmax", "--no-separate-heads"]
+    knn = ["--eval", "knn", "--no-baselines", "--eval-limit", "300"]
+    runs = {"two": [*base, *knn], "shard": [*base, *knn, "--shard"], "two-softmax": softmax}
+    lines = [f"dinov2.main({[*flags, '--out', out]!r})" for out, flags in runs.items()]
+    Path("several.py").write_text(
+        "\n".join(["import sys", f"sys.path.insert(0, {str(ROOT)!r})", "import dinov2", *lines])
+    )
+    launch(Path("several.py").resolve(), ranks=2)
+    run(*base, *knn, "--out", "one")
+    run(*base, "--out", "parts", "--accumulate", 4)
+    run(*base, "--out", "apart", "--no-together", "--checkpointing")
+    run(*softmax, "--out", "one-softmax")
+    for one, other in (
+        ("one", "two"),
+        ("one", "shard"),
+        ("one", "parts"),
+        ("one", "apart"),
+        ("one-softmax", "two-softmax"),
+    ):
+        assert_same(one, other, tolerance=1e-5)
+        steps = ([row for row in log_rows(out) if "loss" in row] for out in (one, other))
+        for a, b in zip(*steps, strict=True):
+            for key in ("loss", "dino_global", "dino_local", "ibot", "koleo", "gradient_norm", "dino_head_norm"):
+                assert b[key] == pytest.approx(a[key], rel=2e-5), (other, key)
+    found = [log_rows(out)[-1]["eval"]["trained"]["knn20"] for out in ("one", "two", "shard")]
+    assert max(found) - min(found) < 0.2
+    assert all(type(v) is torch.Tensor for v in torch.load("shard/last.pt", weights_only=True)["model"].values())
+
+
+def test_small_folder_with_duplicates_trains(tmp_path, capsys):
+    """40 images, half of them twice, a batch of 8, 200 steps: finite, and features do not collapse."""
+    photographs(tmp_path / "few", count=20, splits=(".",), classes=(".",), suffix="png")
+    for i in range(20):
+        (tmp_path / "few" / f"copy{i}.png").write_bytes((tmp_path / "few" / f"{i}.png").read_bytes())
+    flags = [
+        *SMALL,
+        "--data",
+        tmp_path / "few",
+        "--preset",
+        "toy",
+        "--batch",
+        8,
+        "--image-size",
+        32,
+        "--local-size",
+        16,
+    ]
+    run(*flags, "--patch", 8, "--steps", 200, "--lr", 2e-2, "--eval", "knn,linear", "--out", "few")
+    rows = [row for row in log_rows("few") if "loss" in row]
+    assert len(rows) == 200 and all(math.isfinite(value) for row in rows for value in row.values())
+    assert rows[-1]["feature_std"] > 0.02 and rows[-1]["feature_rank"] > 2
+    assert "knn, linear: skipped" in capsys.readouterr().out
+
+
+def test_files_read_by_workers_or_not_are_the_same(tmp_path):
+    data = photographs(tmp_path / "photos")
+    for name, workers in (("w0", 0), ("w2", 2)):
+        run(*SMALL, "--data", data, "--preset", "toy", "--cache", 0, "--steps", 2, "--workers", workers, "--out", name)
+    assert_same("w0", "w2")
+    split = dinov2.open_data(Config(data=str(data)), "train")
+    kinds = [(2, 24, (0.3, 1.0)), (3, 12, (0.1, 0.3))]
+    item = dinov2.MultiCrop(split, Config(batch=6), ALONE, 6, kinds)[4]
+    crops = dinov2.make_crops(item, None, kinds, ALONE.device)
+    assert [list(c.shape) for c in crops] == [[2, 6, 3, 24, 24], [3, 6, 3, 12, 12]]
+    half = [dinov2.MultiCrop(split, Config(batch=6), World(r, 2, ALONE.device), 6, kinds)[4] for r in range(2)]
+    for key in ("pixels", "factors", "sigma"):
+        both = torch.cat([h["crops"][1][key] for h in half], dim=1)
+        assert torch.equal(both, item["crops"][1][key])
+    assert torch.equal(torch.cat([h["masks"] for h in half], dim=1), item["masks"])
+
+
+def test_masks_of_a_step():
+    config = Config(batch=32, image_size=48, patch=4)
+    masks = dinov2.sample_masks(config, 3)
+    shares = masks.float().mean(2).flatten().sort().values
+    assert masks.shape == (2, 32, 144) and (shares[:32] == 0).all()
+    expected = 0.1 + 0.4 * (torch.arange(32) + 0.5) / 32
+    assert (shares[32:] - expected).abs().max() < 0.06, "not stratified over the ratios"
+    assert not torch.equal(masks, dinov2.sample_masks(config, 4))
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_official_checkpoints(tmp_path, capsys):
+    """The released layouts, training snapshots with chunked blocks and heads, and how positions are interpolated."""
+    flat = torch.load(GOLDEN / "vit_reg4_swiglu_pretrain.pth", weights_only=True)
+    backbone, g = pretrained("reg4_swiglu")
+    assert (backbone.offset, backbone.antialias, backbone.registers) == (0.0, True, 4)
+    chunked = {re.sub(r"^blocks\.(\d+)", r"blocks.\1.\1", k): v for k, v in flat.items()}
+    snapshot = {f"module.backbone.{k}": v for k, v in chunked.items()}
+    snapshot |= {f"dino_head.{k}": v for k, v in torch.load(GOLDEN / "dino_head.pth", weights_only=True).items()}
+    torch.save({"teacher": snapshot}, "teacher_checkpoint.pth")
+    again = dinov2.load_backbone("teacher_checkpoint.pth", 2)
+    assert all(torch.equal(a, b) for a, b in zip(backbone.parameters(), again.parameters(), strict=True))
+    assert "add --heads" in refused(capsys, "--init", "teacher_checkpoint.pth", "--eval", "features")
+    # trained on, at another resolution: positions are interpolated and heads start afresh, and both is said
+    flags = ["--init", GOLDEN / "vit_mlp_pretrain.pth", "--heads", 3, "--image-size", 16, "--local-size", 8, "--lr", 0]
+    given = [f for f in SMALL if f not in ("--width", "--depth", "--heads")]
+    run(*given[given.index("--head-hidden") :], *flags, "--steps", 1, "--out", "tuned")
+    printed = capsys.readouterr().out
+    assert "interpolated from 6x6 to 4x4" in printed and "no heads" in printed
+    theirs = torch.load(GOLDEN / "vit_mlp_pretrain.pth", weights_only=True)
+    for name, value in weights("tuned")[1].items():
+        name = name.removeprefix("teacher.").removeprefix("backbone.")
+        if name in theirs and name != "pos_embed":
+            torch.testing.assert_close(value, theirs[name], atol=1e-6, rtol=0)
+
+
+def test_official_checkpoint_in_features_and_pictures_out(tmp_path, capsys):
+    g = golden("vit_forward_mlp")
+    data = photographs(tmp_path / "data", size=(24, 24), suffix="png")
+    init = ["--init", GOLDEN / "vit_mlp_pretrain.pth", "--heads", 3, "--data", data, "--eval-size", 24]
+    torch.manual_seed(0)
+    torch.save({"weight": torch.randn(2, 24), "bias": torch.zeros(2)}, "linear_head.pth")
+    torch.save({"weight": torch.randn(2, 60), "bias": torch.zeros(2)}, "linear4_head.pth")
+    evaluations = "features,pca,match,knn,linear,logistic,retrieval,segment,head"
+    run(*init, "--tokens", "--eval", evaluations, "--linear-head", "linear_head.pth", "--out", "all",
+        "--probe-epochs", 2, "--probe-batch", 8)  # fmt: skip
+    found = np.load("all/features.npz")
+    assert found["features"].dtype == np.float32 and found["features"].shape == (12, 12)
+    assert found["tokens"].shape == (12, 36, 12) and found["labels"].dtype == np.int64
+    assert list(found["paths"]) == sorted(f"val/{'cat' if i % 2 == 0 else 'dog'}/{i}.png" for i in range(12))
+    pixels = np.stack([np.asarray(Image.open(data / p)) for p in found["paths"]])
+    backbone = dinov2.load_backbone(GOLDEN / "vit_mlp_pretrain.pth", 3)
+    tokens = backbone([dinov2.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2))])[0]
+    np.testing.assert_allclose(found["features"], tokens[:, 0], atol=1e-5)
+    np.testing.assert_allclose(found["tokens"], tokens[:, 1:], atol=1e-5)
+    results = log_rows("all")[-1]["eval"]
+    expected = {"knn", "knn, top-5", "knn20", "linear", "linear, 4 blocks + patches", "logistic", "retrieval, mAP"}
+    for network in ("trained", "random"):
+        assert expected | {"segment, mIoU"} <= results[network].keys()
+        assert all(0 <= v <= 100 for k, v in results[network].items() if not k.endswith("_head"))
+    assert "official head" in results["trained"] and "knn20" in results["pixels"]
+    assert Image.open("all/pca.png").size == (8 * 228 + 4, 2 * 228 + 4) and Image.open("all/match.png").size == (
+        896,
+        448,
+    )
+    run(*init, "--eval", "head,linear", "--linear-head", "linear4_head.pth", "--out", "four", "--probe-augment",
+        "--probe-epochs", 1, "--probe-batch", 6, "--no-baselines")  # fmt: skip
+    assert {"official head", "linear"} <= log_rows("four")[-1]["eval"]["trained"].keys()
+    assert g["default_forward"].shape[1] == 12
+
+
+def test_linear_probe_learns_what_is_linear():
+    """On separable features all inputs reach 100 %; on labels without features chance."""
+    torch.manual_seed(0)
+    labels = torch.arange(400) % 4
+    cls = F.one_hot(labels, 8).float() + 0.1 * torch.randn(400, 8)
+    features = dinov2.Features(cls, cls.repeat(1, 5), None, labels, [])
+    config = Config(probe_epochs=5, probe_batch=40, probe_lrs=(0.1, 1.0))
+    batches = dinov2.cached_batches(features, config)
+    found = dinov2.linear_probe(batches, features, 4, config, 50)
+    assert all(v == 100 for k, v in found.items() if k != "linear_head"), found
+    noise = replace(features, pooled=torch.randn(400, 8), concat4=torch.randn(400, 40))
+    assert dinov2.linear_probe(dinov2.cached_batches(noise, config), noise, 4, config, 50)["linear"] < 60
+    top1, c = dinov2.logistic_regression(features, features, 4)
+    assert top1 == 100 and 1e-6 <= c <= 1e5
+
+
+def test_depth_and_matches():
+    """Equal logits give the mean of the bins; one bin alone its own depth. Patches match their own copies."""
+    assert dinov2.depth_from_logits(torch.zeros(1, 256, 2, 2), 0.0, 10.0).allclose(torch.tensor(5.0))
+    logits = torch.full((1, 11, 1, 1), -1.0)
+    logits[0, 7] = 1e6
+    assert dinov2.depth_from_logits(logits, 0.0, 10.0).item() == pytest.approx(7.0, abs=1e-3)
+    places = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij"), dim=-1).view(-1, 2).float()
+    features, order = torch.randn(36, 8), torch.randperm(36)
+    pairs = dinov2.match_patches(features, features[order], places, places)
+    assert len(pairs) >= 4 and all(order[j] == i for i, j in pairs.tolist())
+    starts = places[pairs[:, 0]]
+    assert torch.cdist(starts, starts).fill_diagonal_(9).min() > 2.0
+
+
+# ----------------------------------------------------------------------------------- distillation and high resolution
+
+
+def test_distillation_and_high_resolution(tmp_path, capsys):
+    run(*SMALL, "--steps", 3, "--out", "teacher")
+    flags = [*SMALL, "--width", 8, "--depth", 1, "--steps", 3, "--teacher", "teacher/last.pt"]
+    run(*flags, "--prototypes", 99, "--out", "student")  # the teacher decides how many prototypes there are
+    state = torch.load("student/last.pt", weights_only=True)
+    assert state["model"]["dino_head.last_layer.weight_g"].shape[0] == 16
+    before, after = dinov2.build(Config(**state["config"]))[0].state_dict(), state["model"]
+    changed = {k for k in after if not torch.equal(before[k], after[k])}
+    assert (
+        "backbone.mask_token" not in changed and "backbone.cls_token" in changed and "dino_head.mlp.0.weight" in changed
+    )
+    assert not torch.equal(state["teacher"]["backbone.cls_token"], after["backbone.cls_token"]), "the spare average"
+    run(*flags, "--out", "student", "--resume")
+    run(*flags, "--distill-tokens", 0.3, "--out", "fewer")
+    assert "exclude each other" in refused(capsys, *flags, "--high-res", "--init", "teacher/last.pt", "--out", "x")
+    run(*SMALL[-7:], "--high-res", "--init", "teacher/last.pt", "--steps", 2, "--eval", "none", "--out", "high")
+    state = torch.load("high/last.pt", weights_only=True)
+    assert state["config"]["image_size"] == 518 // 224 * 24 or state["config"]["image_size"] == 52
+    assert state["config"]["prototypes"] == 16 and state["config"]["lr"] == pytest.approx(4e-4)
+    assert state["model"]["backbone.pos_embed"].shape[1] == 1 + (state["config"]["image_size"] // 4) ** 2
+    assert "positions interpolated" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------- curation
+
+
+def test_curate_command(tmp_path, capsys, monkeypatch):
+    """Planted duplicates and leaks go, the list is trained on, and an interrupted call goes on where it was."""
+    pixels = common.toy_images("val", 32)[0][:60].permute(0, 2, 3, 1).numpy()
+    for i in range(60):
+        for folder, image in (("pool", pixels[i]), ("refs", pixels[i]), ("queries", 255 - pixels[i])):
+            wanted = dict(pool=i < 40, refs=30 <= i < 50, queries=i < 8)[folder]
+            if wanted:
+                (tmp_path / folder).mkdir(exist_ok=True)
+                Image.fromarray(image).save(tmp_path / folder / f"{i:02d}.png")
+        if i < 10:
+            Image.fromarray(pixels[i]).save(tmp_path / "pool" / f"{i:02d}copy.jpg", quality=80)
+    (tmp_path / "pool" / "broken.png").write_bytes(b"no image")
+    flags = ["curate", "--pool", tmp_path / "pool", "--refs", tmp_path / "refs", "--out", "list.txt", "--workers", 0,
+             "--self-threshold", 0.99, "--relative-threshold", 0.99, "--max-bad", 0.1, "--device", "cpu"]  # fmt: skip
+    with monkeypatch.context() as patch:
+
+        def die(_):
+            raise ConnectionError
+
+        interrupt(patch, "pixel_descriptor", 2, die)
+        with pytest.raises(ConnectionError):
+            run(*flags, "--batch", 16)
+    with monkeypatch.context() as patch:
+        seen = []
+        patch.setattr(dinov2, "pixel_descriptor", lambda x, f=dinov2.pixel_descriptor: seen.append(len(x)) or f(x))
+        run(*flags, "--batch", 16)
+        assert sum(seen) == 51 - 16 + 20, "the first 16 images were embedded before"
+        run(*flags, "--batch", 16)
+        assert sum(seen) == 55, "all embeddings are there"
+    lines = Path("list.txt").read_text().splitlines()
+    assert [Path(p).name for p in lines] == [f"{i:02d}.png" for i in range(30)]
+    printed = capsys.readouterr().out
+    assert "components by size 1: 31, 2: 10" in printed and Image.open("list.txt.duplicates.png").size[1] > 900
+    run(*flags, "--queries", tmp_path / "queries", "--retrieval", "sample", "--per-query", 2, "--out", "near.txt")
+    near = Path("near.txt").read_text().splitlines()
+    assert 2 <= len(near) <= 16 and set(near) <= set(lines)
+    run(
+        *flags,
+        "--queries",
+        tmp_path / "queries",
+        "--clusters",
+        3,
+        "--more-than",
+        1,
+        "--per-cluster",
+        5,
+        "--out",
+        "c.txt",
+    )
+    clusters = Path("c.txt").read_text().splitlines()
+    assert 1 <= len(clusters) <= 15 and set(clusters) <= set(lines)
+    run(*SMALL, "--data", "list.txt", "--preset", "toy", "--steps", 2, "--out", "trained")
+    assert "30 images" in capsys.readouterr().out
+    run(*flags, "--init", "trained/last.pt", "--size", 24, "--out", "own.txt")  # any checkpoint gives embeddings
+    assert Path("own.txt").exists()
+    assert "--queries" in refused(capsys, "curate", "--pool", "pool", "--querys", "x")
+    assert "no data at nowhere" in refused(capsys, "curate", "--pool", "nowhere", "--out", "n.txt")
+    Path("text.txt").write_text("hello\n")
+    assert "no list of images" in refused(capsys, *SMALL, "--data", "text.txt", "--out", "text")
+
+
+# ------------------------------------------------------------------------------------------------------ the error table
+
+
+def test_bad_data(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for data, words in {"nowhere": "data/nowhere", tmp_path / "empty": ".jpg"}.items():
+        assert words in refused(capsys, "--data", data, "--out", "out")
+    data = photographs(tmp_path / "photos", count=150, size=(32, 32))
+    broken = data / "train" / "cat" / "0.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    for cache in (0, 2):
+        run(*SMALL, "--data", data, "--preset", "toy", "--steps", 10, "--cache", cache, "--out", f"c{cache}")
+        assert f"skipped an unreadable file: {broken}" in capsys.readouterr().out
+    for i in range(1, 7):
+        (data / "train" / ("cat", "dog")[i % 2] / f"{i}.jpg").write_bytes(b"")
+    for cache in (0, 2):
+        flags = ["--data", data, "--preset", "toy", "--steps", 40, "--cache", cache, "--out", f"bad{cache}"]
+        with pytest.raises(SystemExit) as stop:
+            run(*SMALL, *flags)
+        assert stop.value.code == 2 and "--max-bad" in capsys.readouterr().err
+
+
+def test_steps_that_are_not_finite(monkeypatch, capsys):
+    """One is not applied, to weights or to centres; three in a row end the run with the last good weights."""
+    flags = [*SMALL, "--centering", "softmax", "--save-every", 1]
+    monkeypatch.setattr(dinov2, "schedules", lambda config, step, steps: dinov2.Schedule(1e-3, 1e-3, 0.04, 0.9, 0.05))
+
+    def poison(result):
+        return result[0] * float("nan"), result[1]
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, "total_loss", 3, poison)
+        run(*flags, "--steps", 3, "--out", "three")
+    run(*flags, "--steps", 2, "--out", "two")
+    (_, a), (_, b) = weights("two"), weights("three")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    centres = [torch.load(f"{out}/last.pt", weights_only=True)["centres"] for out in ("two", "three")]
+    assert all(torch.equal(x, y) for x, y in zip(*centres, strict=True))
+    total, calls = dinov2.total_loss, []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            dinov2, "total_loss", lambda *args: calls.append(1) or (poison if len(calls) > 4 else tuple)(total(*args))
+        )
+        assert "last good" in refused(capsys, *flags, "--steps", 30, "--out", "bad", code=3)
+    assert all(v.isfinite().all() for v in weights("bad")[1].values())
+
+
+def test_checkpoints_that_are_none(tmp_path, capsys):
+    run(*SMALL, "--steps", 1, "--out", "good")
+    assert "already holds a run" in refused(capsys, *SMALL, "--steps", 2, "--out", "good")
+    good, whole = torch.load("good/last.pt", weights_only=True), Path("good/last.pt").read_bytes()
+    Path("cut.pt").write_bytes(whole[: len(whole) // 2])
+    Path("text.pt").write_text("hello")
+    torch.save({"script": "msn", "model": {}}, "other.pt")
+    torch.save({"weights": torch.zeros(3)}, "strange.pt")
+    torch.save([1, 2], "list.pt")
+    torch.save(os.system, "code.pt")
+    good["teacher"].pop("backbone.norm.weight")
+    torch.save(good, "gap.pt")
+    errors = dict(cut="truncated", text="not a checkpoint", other="msn", strange="found weights", code="read safely",
+                  list="found list", gap="missing: norm.weight", absent="no checkpoint at")  # fmt: skip
+    for name, words in errors.items():
+        assert words in refused(capsys, "--init", f"{name}.pt", "--eval", "features", "--out", name)
+    assert "no linear head" in refused(
+        capsys,
+        "--init",
+        "good/last.pt",
+        "--eval",
+        "head",
+        "--linear-head",
+        "strange.pt",
+        "--eval-limit",
+        50,
+        "--out",
+        "h",
+    )
+    Path("good/last.pt").write_bytes(whole[:1000])
+    assert "truncated" in refused(capsys, *SMALL, "--steps", 2, "--out", "good", "--resume")
+    Path("good/last.pt").write_bytes(whole)
+    assert "--width 16" in refused(capsys, *SMALL, "--steps", 2, "--out", "good", "--resume", "--width", 32)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(os, "fsync", full)
+        message = refused(capsys, *SMALL, "--steps", 2, "--out", "good", "--resume", code=1)
+    assert "could not write" in message and "the previous last.pt is intact" in message
+    assert Path("good/last.pt").read_bytes() == whole
+
+
+def test_settings_that_cannot_work(capsys, monkeypatch):
+    for flags, words in (
+        ("--batch 10 --accumulate 3", "--batch"),
+        ("--image-size 30", "--patch"),
+        ("--local-size 10", "--local-size"),
+        ("--width 66", "heads"),
+        ("--koleo-group 48", "--koleo-group"),
+        ("--wdith 32", "--width"),
+        ("--preset cifra10", "cifar10"),
+        ("--eval knnn", "knn"),
+        ("--eval head", "--linear-head"),
+        ("--centering funny", "sinkhorn"),
+        ("--high-res", "--init"),
+        ("--shard --precision fp16", "fp16"),
+        ("--distill-tokens 0", "--distill-tokens"),
+        ("--mask-ratio 0.9 0.1", "--mask-ratio"),
+    ):
+        assert words in refused(capsys, *flags.split())
+        assert not Path("runs").exists(), "refused before any work"
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(dinov2, "train", full)
+    printed = refused(capsys, "--out", "memory", "--device", "cpu", code=4)
+    assert all(flag in printed for flag in ("--accumulate", "--checkpointing", "--precision", "--shard", "--batch"))
+
+
+def test_presets_build():
+    """Each preset passes its own checks on the ranks it is meant for, and gives the published numbers of parameters."""
+    millions = {"folder": 22, "folder_b": 86, "vitl16_short": 304, "vitl14": 304, "vitg14": 1136}
+    for name in dinov2.PRESETS:
+        ranks = {"vitl16_short": 32, "vitl14": 96, "vitg14": 96}.get(name, 1)
+        config = Config(**dinov2.PRESETS[name] | dict(preset=name))
+        dinov2.check(config, World(0, ranks, ALONE.device))
+        with torch.device("meta"):
+            backbone = dinov2.DINOv2(config).backbone
+        found = sum(p.numel() for p in backbone.parameters()) / 1e6
+        assert name not in millions or abs(found / millions[name] - 1) < 0.02, (name, found)
+        assert all(hasattr(config, k) for k in dinov2.PRESETS[name])
