@@ -16,6 +16,7 @@ import sys
 import tarfile
 import time
 import urllib.request
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -117,7 +118,7 @@ class Config:
     momentum: float = 0.992  # EMA momentum of the teacher at the start
     momentum_final: float = 1.0  # EMA momentum at the end (half a cosine)
     clip: float = 3.0  # largest gradient norm, of the backbone and of each head
-    high_res: bool = False  # the high-resolution phase of --init: 10,000 steps at 518 pixels
+    high_res: bool = False  # the high-resolution phase of --init: 10,000 steps at 518 / 224 times its size
 
     # run
     seed: int = 0  # seed of everything random
@@ -180,7 +181,10 @@ FOLDER = IN1K | SMALL | dict(
 GREY = dict(jitter=(0.4, 0.4, 0.0, 0.0), grey=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0)
 
 PRESETS = {
-    "toy": GREY | dict(steps=1000, probe_epochs=15),
+    "toy": GREY | dict(
+        init_std=0.09, patch_std=0.15, prototypes=64, ibot_prototypes=64, global_scale=(0.4, 1.0),
+        local_scale=(0.2, 0.5), local_crops=2, momentum=0.99, weight_decay_final=0.1, steps=800, probe_epochs=15,
+    ),
     "cifar10-cpu": dict(
         data="cifar10", image_size=32, local_size=16, width=96, depth=4, heads=3, blur=(0.0, 0.0, 0.0), solarize=0.0,
         prototypes=256, ibot_prototypes=256, global_scale=(0.4, 1.0), local_scale=(0.15, 0.4), local_crops=2,
@@ -1226,6 +1230,8 @@ def distribute(model, world, shard):
     """DDP, or FSDP2 block by block; backbone and heads are sharded apart, so that each can be called by itself."""
     if not shard:
         return common.distribute(model, world)
+    # FSDP2 warns that outputs are views, which in-place operations would spoil; there are none
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     common.distribute(model.backbone, world, shard=True)
     for head in model.modules_to_clip()[1:]:
         fully_shard(head)
@@ -1245,7 +1251,7 @@ def step_places(config, item, step, first, rows):
     chosen = torch.zeros(2, config.batch, tokens)
     if kept < tokens:
         chosen = torch.rand(2, config.batch, tokens, generator=generator(config.seed, "tokens", step))
-    chosen = chosen[:, first + rows.start : first + rows.stop].flatten(0, 1).argsort(-1, stable=True) < kept
+    chosen = chosen[:, first + rows.start : first + rows.stop].flatten(0, 1).argsort(dim=-1, stable=True) < kept
     return None, *masked_tokens(chosen)
 
 
@@ -1256,7 +1262,7 @@ def train(config, world, out):
     steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
     model, ema_model = build(config)
     if config.init:
-        load_weights(model, ema_model, read_checkpoint(config.init), config.init)
+        load_weights(model, ema_model, read_checkpoint(config.init, config.heads), config.init)
     frozen = load_teacher(config).to(device) if config.teacher else None
     if frozen:
         model.backbone.mask_token.requires_grad_(False)  # nothing is masked
@@ -2355,7 +2361,7 @@ def adopt(config, given):
             taken["eval_size"] = 224 // taken["patch"] * taken["patch"]
         if config.high_res:
             run = ("preset", "data", "init", "out", "resume", "device", "compile", "high_res", "eval", "teacher")
-            scale = 518 / taken["image_size"]
+            scale = 518 / 224
             taken |= dict(
                 steps=10000, lr=0.1 * taken["lr"], epochs=0,
                 image_size=int(scale * taken["image_size"]) // taken["patch"] * taken["patch"],
