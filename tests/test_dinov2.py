@@ -418,6 +418,17 @@ def test_curation():
     assert len(dinov2.retrieve_by_cluster(theirs, ours, clusters, int(g["min_count"]), cap=3)) == 3
 
 
+def test_whitening_makes_components_vary_alike():
+    """What all rows share, and what varies most, no longer decides cosines."""
+    torch.manual_seed(0)
+    rows = torch.randn(4000, 8) * torch.tensor([9.0, 3, 1, 1, 1, 1, 1, 1]) + 20
+    (white, few) = dinov2.whiten([rows.numpy(), torch.cat([rows[:2], torch.zeros(1, 8)]).numpy()], 6)
+    white = torch.from_numpy(white).float()
+    assert white.mean(0).abs().max() < 0.05 and white.std(0).max() / white.std(0).min() < 1.3
+    np.testing.assert_array_equal(few[:2], white[:2].half())
+    assert not few[2].any()
+
+
 # ------------------------------------------------------------------------------------------------------------- views
 
 
@@ -666,6 +677,7 @@ def test_small_folder_with_duplicates_trains(tmp_path, capsys):
     assert len(rows) == 200 and all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[-1]["feature_std"] > 0.02 and rows[-1]["feature_rank"] > 2
     assert "knn, linear: skipped" in capsys.readouterr().out
+    assert Image.open("few/picture.png").size == (4 + 10 * 88, 20 + 6 * 88)
 
 
 def test_files_read_by_workers_or_not_are_the_same(tmp_path):
