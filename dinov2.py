@@ -93,7 +93,7 @@ class Config:
     # loss
     ibot_weight: float = 1.0  # weight of the iBOT loss (DINO's is 1)
     koleo_weight: float = 0.1  # weight of the KoLeo loss
-    koleo_group: int = 0  # consecutive images among which KoLeo looks for neighbours, 0 = a forward pass
+    koleo_group: int = 32  # consecutive images among which KoLeo looks for neighbours, at most the batch
     centering: str = "sinkhorn"  # sinkhorn or softmax (with a moving centre)
     teacher_temp: tuple[float, float] = (0.04, 0.07)  # teacher temperature at the start, and after temp_warmup
     temp_warmup: float = 0.3  # share of the run in which the teacher temperature rises
@@ -228,10 +228,11 @@ def check(config, world, training=True):
         return
     if c.batch % (world.size * c.accumulate):
         fail(f"--batch {c.batch} does not divide into {world.size} ranks x {c.accumulate} accumulations")
-    if c.koleo_group and micro_batch(c, world) % c.koleo_group:
+    micro, group = micro_batch(c, world), min(c.koleo_group, c.batch)
+    if group < 1 or micro % group:
         fail(
-            f"a forward pass has {micro_batch(c, world)} images, no multiple of --koleo-group {c.koleo_group}: change "
-            f"--batch, --accumulate, or --koleo-group (0 = all images of a forward pass)"
+            f"a forward pass has {micro} images, no multiple of --koleo-group {group}: change --batch, --accumulate, "
+            f"or the group, to {math.gcd(micro, max(1, group))} for example"
         )
     if c.high_res and not c.init:
         fail("--high-res continues a trained model: add --init RUN/last.pt")
@@ -759,7 +760,7 @@ def total_loss(student, targets, patch_targets, weights, config):
     dino_global = 2 * dino_loss(global_logits[None], across) / pairs
     dino_local = dino_loss(locals_, targets) / pairs
     ibot = ibot_loss(patch_logits, patch_targets, weights, 2 * m)
-    koleo = sum(koleo_loss(crop, config.koleo_group) for crop in cls.view(2, m, -1))
+    koleo = sum(koleo_loss(crop, min(config.koleo_group, config.batch)) for crop in cls.view(2, m, -1))
     loss = dino_global + dino_local + config.ibot_weight * ibot + config.koleo_weight * koleo
     return loss, torch.stack([dino_global, dino_local, ibot, koleo]).detach()
 
@@ -1805,17 +1806,22 @@ def random_backbone(backbone, config):
 
 
 @torch.no_grad()
-def view_ratio(teacher, images, config):
-    """How much the prototypes tell about an image: DINO's cross entropy between two views of the same image, over that
-    between views of different images (1 or more: nothing, the smaller the better), and the mutual information in nats
-    between image and prototype. images: two views [2, n, 3, S, S] of n images, normalised."""
-    n = images.shape[1]
-    logits = teacher([images.flatten(0, 1)], places=torch.zeros(1, dtype=torch.long, device=images.device))[1].float()
-    targets = (logits / config.teacher_temp[1]).softmax(-1).view(2, n, -1)
-    right = dino_loss(logits[None, :n], targets[1:])
-    wrong = torch.stack([dino_loss(logits[None, :n], targets[1:].roll(k, 1)) for k in range(1, min(9, n))]).mean()
-    entropy = torch.special.entr(targets).sum(-1).mean()
-    return (right / wrong).item(), (torch.special.entr(targets.mean((0, 1))).sum() - entropy).item()
+def view_information(teacher, crops, config):
+    """What the method learns, apart from any label: the mutual information, in nats, between the prototypes of two
+    views of an image, and, as what chance and few images would give, between those of two images.
+
+    crops [2, n, 3, S, S], normalised: two views of n images. With targets as in training (Sinkhorn, final temperature).
+    """
+    n = crops.shape[1]
+    logits = teacher([crops.flatten(0, 1)], places=torch.zeros(1, dtype=torch.long, device=crops.device))[1]
+    first, second = sinkhorn(logits, config.teacher_temp[1]).view(2, n, -1)
+
+    def information(second):
+        joint = first.T @ second / n  # [K, K]
+        return sum(torch.special.entr(joint.sum(axis)).sum() for axis in (0, 1)) - torch.special.entr(joint).sum()
+
+    others = torch.stack([information(second.roll(k, 0)) for k in range(1, max(2, min(9, n)))])
+    return information(second).item(), others.mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2402,7 +2408,7 @@ def official_head_scores(path, features):
 
 
 def report(teacher, train_split, config, world, log):
-    """After training: do two views of an image meet at the same prototypes, and those of two images not? A picture."""
+    """After training: do the prototypes of a view tell about another view of the image? And the picture."""
     split = open_data(config, "val") or train_split
     some = split.subset(torch.randperm(len(split), generator=generator(config.seed, "report"))[:256])
     alone = World(0, 1, world.device)  # all ranks look at the same images, since a sharded model runs on all
@@ -2410,10 +2416,9 @@ def report(teacher, train_split, config, world, log):
     kinds = crop_kinds(config)
     item = MultiCrop(some, config, alone, len(some), kinds, "report")[0]
     crops = make_crops(item, some.pixels.to(world.device), kinds, world.device)
-    ratio, information = view_ratio(teacher, crops[0], config)
-    log.say(f"cross entropy of two views of an image over that of two images: {ratio:.3f} (1: nothing was learned)")
-    log.say(f"mutual information of image and prototype: {information:.2f} nats")
-    log.write(view_ratio=ratio, information=information)
+    shared, chance = view_information(teacher, crops[0], config)
+    log.say(f"prototypes of two views of an image share {shared:.3f} nats of information, of two images {chance:.3f}")
+    log.write(view_information=shared, chance_information=chance)
     images = next(eval_images(some, replace(config, eval_batch=256), alone, log))[0][item["indices"]]
     masks = sample_masks(replace(config, batch=len(some)), 0)
     picture = draw_picture(teacher, crops, masks, images, config)
