@@ -1,5 +1,6 @@
 """dinov2.py against the reference implementation's numbers (tests/golden/dinov2) and against its own promises."""
 
+import functools
 import itertools
 import math
 import os
@@ -537,6 +538,14 @@ SMALL += "--ibot-bottleneck 8 --ibot-prototypes 12 --batch 16 --local-crops 2 --
 SMALL += "--device cpu --no-compile --precision fp32 --workers 0".split()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def toy_images_once():
+    """The toy images are always the same: draw each size once."""
+    draw, common.toy_images = common.toy_images, functools.lru_cache(common.toy_images)
+    yield
+    common.toy_images = draw
+
+
 @pytest.fixture(autouse=True)
 def signals_as_before():
     """A run catches SIGTERM and SIGINT; tests that train in this process give them back."""
@@ -1022,3 +1031,31 @@ def test_presets_build():
         found = sum(p.numel() for p in backbone.parameters()) / 1e6
         assert name not in millions or abs(found / millions[name] - 1) < 0.02, (name, found)
         assert all(hasattr(config, k) for k in dinov2.PRESETS[name])
+
+
+# ---------------------------------------------------------------------------------------------------------- learning
+
+
+def test_it_learns():
+    """In half a minute, on the toy images: two views of an image agree on prototypes, and kNN beats a random backbone."""
+    flags = (
+        "--steps 100 --local-crops 1 --eval knn --eval-limit 2000 --device cpu --no-compile --precision fp32".split()
+    )
+    run(*flags, "--out", "learnt")
+    *steps, own, evaluation = log_rows("learnt")
+    assert own["view_information"] > 3 * own["chance_information"]
+    results = evaluation["eval"]
+    assert results["trained"]["knn20"] > results["random"]["knn20"] + 7
+    assert steps[-1]["feature_std"] > 0.1 and steps[-1]["feature_rank"] > 5, "collapsed"
+    assert steps[-1]["prototypes"] > 32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_run_matches_cpu_run():
+    flags = [f for f in SMALL if f not in ("--device", "cpu")]
+    run(*SMALL, "--steps", 3, "--out", "cpu")
+    run(*flags, "--device", "cuda", "--steps", 3, "--out", "gpu")
+    run(*[f for f in flags if f != "--no-compile"], "--device", "cuda", "--steps", 3, "--out", "compiled", "--compile")
+    for other in ("gpu", "compiled"):
+        for a, b in zip(log_rows("cpu")[:3], log_rows(other)[:3], strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
