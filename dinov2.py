@@ -2,8 +2,8 @@
 """DINOv2: self-distillation of a class token and of masked patches, at scale; distillation; curation of the data.
 
 "DINOv2: Learning Robust Visual Features without Supervision", Oquab, Darcet, Moutakanni, Vo, Szafraniec, Khalidov,
-Fernandez, Haziza, Massa, El-Nouby, Assran, Ballas, Galuba, Howes, Huang, Li, Misra, Rabbat, Sharma, Synnaeve, Xu, Jegou,
-Mairal, Labatut, Joulin, Bojanowski, TMLR 2024, arXiv 2304.07193. Registers: arXiv 2309.16588.
+Fernandez, Haziza, Massa, El-Nouby, Assran, Ballas, Galuba, Howes, Huang, Li, Misra, Rabbat, Sharma, Synnaeve, Xu,
+Jegou, Mairal, Labatut, Joulin, Bojanowski, TMLR 2024, arXiv 2304.07193. Registers: arXiv 2309.16588.
 
 The idea. A teacher, the moving average of the student, describes a view of an image by its share in each of many
 prototypes. The student, which sees another view, often a small part, must give the same description (DINO). From a view
@@ -26,8 +26,8 @@ they are, without fine-tuning. Small models are distilled from the largest one.
     python dinov2.py --init dinov2_vits14_pretrain.pth --data DIR --eval pca,match,knn,linear
     python dinov2.py curate --pool DIR --refs DIR --queries DIR --out list.txt && python dinov2.py --data list.txt
 
-More: `--preset cifar10-cpu`; `--teacher runs/dinov2/last.pt` distils; `--high-res --init runs/dinov2/last.pt` is the last
-phase; `--preset vitg14` with `--shard`; `dinov2.py curate --help`.
+More: `--preset cifar10-cpu`; `--teacher runs/dinov2/last.pt` distils; `--high-res --init runs/dinov2/last.pt` is the
+last phase; `--preset vitg14` with `--shard`; `dinov2.py curate --help`.
 
 The paper reports (ImageNet-1k, kNN / linear): ViT-S/14 79.0 / 81.1, B 82.1 / 84.5, L 83.5 / 86.3 (distilled), g 83.5 /
 86.5; the released code, from scratch: ViT-L/16 on ImageNet-1k 81.6 / 82.9, ViT-L/14 on ImageNet-22k 82.0 / 84.5.
@@ -40,12 +40,13 @@ stayed at ln K for 800 steps, though features got better all the same. (5) No bl
 
 Where paper and released code differ, this follows the code: KoLeo on both global crops, ViT-B with 12 blocks, the blur
 that its wrapper applies in the inverse proportion (`draw_photometric`), stochastic depth scaled by B / kept, positions
-interpolated with an offset, decayed tokens, a first step of lr 0, clipping by module. Departures: KoLeo's neighbours are
-sought in groups of --koleo-group images, and masks are stratified over the global batch, so that the number of GPUs
-changes nothing, and pairs of duplicates do not enter KoLeo; logits are normalised over all micro-batches; augmentation
-is batched and agrees with PIL to a grey level (hue: a few); colours of a crop are drawn by step and sample; the order
-of the data is by seed and epoch. Distillation and the high-resolution phase follow the paper's text, as no code was
-released; what it leaves open is said beside the flags. So are the choices of the curation, below.
+interpolated with an offset, decayed tokens, a first step of lr 0, clipping by module. Departures: KoLeo's neighbours
+are sought in groups of --koleo-group images, and masks are stratified over the global batch, so that the number of GPUs
+changes nothing; pairs of duplicates do not enter KoLeo; targets are normalised over all micro-batches; augmentation is
+batched and agrees with PIL to a grey level (hue: a few); the order of the data is by seed and epoch. Distillation and
+the high-resolution phase follow the paper's text, as no code was released: distilled are all patches of both global
+crops, unmasked, with Sinkhorn and KoLeo as ever, into an average that is what is kept; the last phase has a tenth of
+the learning rate. Curation was not released either: `curate` says what it chose.
 """
 
 import argparse

@@ -1037,7 +1037,7 @@ def test_presets_build():
 
 
 def test_it_learns():
-    """In half a minute, on the toy images: two views of an image agree on prototypes, and kNN beats a random backbone."""
+    """In half a minute, on the toy images: two views agree on prototypes, and kNN beats a random backbone."""
     flags = (
         "--steps 100 --local-crops 1 --eval knn --eval-limit 2000 --device cpu --no-compile --precision fp32".split()
     )
