@@ -186,7 +186,9 @@ class Config:
     max_bad: float = 0.01  # share of unreadable images above which a run stops
 
     # evaluation
-    eval: str = "knn,linear"  # any of knn, linear, logistic, segment, retrieval, head, features, pca, match; or none
+    eval: str = (
+        "knn,linear"  # any of knn, fewshot, linear, logistic, segment, retrieval, head, features, pca, match; or none
+    )
     baselines: bool = True  # evaluate a randomly initialised backbone and raw pixels beside it
     eval_size: int = 0  # side of evaluated images, pixels; 0 = image_size, or 224 for official checkpoints
     eval_limit: int = 0  # use at most this many training images, 0 = all
@@ -267,7 +269,7 @@ def check(config, world, training=True):
     for name, known in choices.items():
         if getattr(c, name) not in known:
             fail(f"--{name.replace('_', '-')} {getattr(c, name)!r} is not one of {', '.join(k for k in known if k)}")
-    known = ("knn", "linear", "logistic", "segment", "retrieval", "head", "features", "pca", "match", "none")
+    known = ("knn", "fewshot", "linear", "logistic", "segment", "retrieval", "head", "features", "pca", "match", "none")
     for name in c.eval.split(","):
         if name not in known:
             fail(f"--eval {name!r} is not one of {', '.join(known)}")
@@ -1384,6 +1386,8 @@ def train(config, world, out):
         targets, patch_targets, next_centres = teacher_targets(config, logits, patch_logits, centres, now.teacher_temp)
         targets = targets.view(2, share, -1)
         patch_targets = patch_targets.split([len(places) for _, _, places, _ in parts])
+        cls = outputs[-1][0]
+        del outputs, logits, patch_logits  # with many prototypes, most of the memory of a step
 
         losses = torch.zeros(5, device=device)
         for i, (views, masks, places, weights) in enumerate(parts):
@@ -1415,7 +1419,7 @@ def train(config, world, out):
         done = step + 1
         stopping = log.stop and world.size == 1
         if done % config.log_every == 0 or done == steps or stopping:
-            cls = outputs[-1][0].float()
+            cls = cls.float()
             used = torch.special.entr(common.mean_over_ranks(targets.mean((0, 1)))).sum().exp()
             numbers = torch.cat([losses, norms, torch.stack([streak, cls.std(0).mean(), effective_rank(cls), used])])
             *numbers, bad_steps, std, rank, used = numbers.tolist()  # the only host-device sync
@@ -1804,7 +1808,7 @@ def evaluate(backbone, config, world, log, train_split=None):
         if {*wanted} <= {"segment"}:
             continue
         test = extract(network, val, config, world, log)
-        if {"knn", "logistic", "retrieval"} & {*wanted} or ("linear" in wanted and not config.probe_augment):
+        if {"knn", "fewshot", "logistic", "retrieval"} & {*wanted} or ("linear" in wanted and not config.probe_augment):
             bank = extract(network, train, config, world, log)
         if "knn" in wanted:
             scores = knn(bank.pooled, bank.labels, test.pooled, ks=(10, 20, 100, 200))
@@ -1817,6 +1821,10 @@ def evaluate(backbone, config, world, log, train_split=None):
             batches = augmented_batches(network, train, config, world, log) if augment else cached_batches(bank, config)
             total = config.probe_epochs * max(1, len(train) // min(config.probe_batch, len(train)))
             result |= linear_probe(batches, test, len(train.classes), config, total)
+        for shots in (1, 2, 5) if "fewshot" in wanted else ():
+            draws = [few_shot(bank.labels, shots, seed) for seed in range(5)]
+            scores = [knn(bank.pooled[d], bank.labels[d], test.pooled, ks=(shots,))[shots] for d in draws]
+            result[f"{shots} a class, knn"] = sum(accuracy(s, test.labels).item() for s in scores) / len(draws)
         if "logistic" in wanted:
             result["logistic"], result["logistic_head"] = logistic_regression(bank, test, len(train.classes))
         if "retrieval" in wanted:

@@ -751,7 +751,7 @@ def test_official_checkpoint_in_features_and_pictures_out(tmp_path, capsys):
     torch.manual_seed(0)
     torch.save({"weight": torch.randn(2, 24), "bias": torch.zeros(2)}, "linear_head.pth")
     torch.save({"weight": torch.randn(2, 60), "bias": torch.zeros(2)}, "linear4_head.pth")
-    evaluations = "features,pca,match,knn,linear,logistic,retrieval,segment,head"
+    evaluations = "features,pca,match,knn,fewshot,linear,logistic,retrieval,segment,head"
     run(*init, "--tokens", "--eval", evaluations, "--linear-head", "linear_head.pth", "--out", "all",
         "--probe-epochs", 2, "--probe-batch", 8)  # fmt: skip
     found = np.load("all/features.npz")
@@ -764,7 +764,16 @@ def test_official_checkpoint_in_features_and_pictures_out(tmp_path, capsys):
     np.testing.assert_allclose(found["features"], tokens[:, 0], atol=1e-5)
     np.testing.assert_allclose(found["tokens"], tokens[:, 1:], atol=1e-5)
     results = log_rows("all")[-1]["eval"]
-    expected = {"knn", "knn, top-5", "knn20", "linear", "linear, 4 blocks + patches", "logistic", "retrieval, mAP"}
+    expected = {
+        "knn",
+        "knn, top-5",
+        "knn20",
+        "5 a class, knn",
+        "linear",
+        "linear, 4 blocks + patches",
+        "logistic",
+        "retrieval, mAP",
+    }
     for network in ("trained", "random"):
         assert expected | {"segment, mIoU"} <= results[network].keys()
         assert all(0 <= v <= 100 for k, v in results[network].items() if not k.endswith("_head"))
