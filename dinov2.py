@@ -208,12 +208,16 @@ SMALL = dict(width=384, depth=12, heads=6)
 BASE = dict(width=768, depth=12, heads=12)
 LARGE = dict(width=1024, depth=24, heads=16)
 GIANT = dict(width=1536, depth=40, heads=24)
-IN1K = dict(image_size=224, local_size=96, patch=16, layer_scale=1e-5, local_crops=8, log_every=50, save_every=1250)
+IN1K = dict(
+    image_size=224, local_size=96, patch=16, layer_scale=1e-5, local_crops=8, log_every=50, save_every=1250,
+    probe_augment=True, probe_batch=1024,
+    probe_lrs=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1),
+)  # fmt: skip
 # The released configurations: lengths are in "epochs" of 1,250 steps whatever the data.
 SHORT = IN1K | dict(
     data="imagenet", drop_path=0.3, centering="softmax", separate_heads=False, prototypes=65536, head_hidden=2048,
     bottleneck=256, koleo_group=64, batch=2048, steps=125_000, warmup=10 / 100, temp_warmup=30 / 100,
-    freeze_last=1 / 100, lr=4e-3, lr_decay=0.9, weight_decay_final=0.4, momentum=0.992, probe_augment=True,
+    freeze_last=1 / 100, lr=4e-3, lr_decay=0.9, weight_decay_final=0.4, momentum=0.992,
 )  # fmt: skip
 LONG = SHORT | dict(
     data="imagenet22k", local_size=98, patch=14, swiglu=True, drop_path=0.4, centering="sinkhorn", separate_heads=True,
@@ -226,7 +230,7 @@ LONG = SHORT | dict(
 FOLDER = IN1K | SMALL | dict(
     data="folder", init_std=0.03, prototypes=8192, head_hidden=2048, bottleneck=256, ibot_prototypes=8192,
     ibot_hidden=2048, ibot_bottleneck=256, batch=128, epochs=100, lr=2e-3, weight_decay_final=0.2, momentum=0.994,
-    layer_scale=0.1, probe_augment=True,
+    layer_scale=0.1,
 )  # fmt: skip
 GREY = dict(jitter=(0.4, 0.4, 0.0, 0.0), grey=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0)
 
@@ -239,7 +243,7 @@ PRESETS = {
     "cifar10-cpu": dict(
         data="cifar10", image_size=32, local_size=16, width=96, depth=4, heads=3, blur=(0.0, 0.0, 0.0), solarize=0.0,
         init_std=0.07, patch_std=0.15, global_scale=(0.4, 1.0), local_scale=(0.15, 0.4), local_crops=2,
-        teacher_temp=(0.04, 0.05), lr=8e-3, momentum=0.99, weight_decay_final=0.1, steps=5000, log_every=50,
+        teacher_temp=(0.04, 0.05), lr=8e-3, momentum=0.99, weight_decay_final=0.1, steps=3200, log_every=50,
     ),
     "cifar10": dict(
         data="cifar10", image_size=32, local_size=16, width=192, depth=9, heads=3, blur=(0.0, 0.0, 0.0), solarize=0.0,
@@ -2194,26 +2198,31 @@ def save_array(path, array):
     os.replace(temporary, path)
 
 
-def embed_folder(folder, model, size, work, options, log):
+def embed_folder(folder, model, work, options, log):
     """Embeddings of all images below a folder, or of a list -> (paths, float16 array [N, D] on disk); an unreadable
-    image has a row of zeros. Goes on where an earlier call was interrupted."""
+    image has a row of zeros. Goes on where an earlier call was interrupted.
+
+    model: "pixels" (at 32 pixels) or a checkpoint: at the size that it was trained at, but at most 224 (or --size).
+    """
+    device, backbone, size, width = torch.device(options.device), None, options.size or 32, 108
+    if model != "pixels":
+        backbone = load_backbone(model, options.heads).to(device)
+        patch, width = backbone.patch_embed.kernel[0], backbone.cls_token.shape[2]
+        trained = patch * math.isqrt(backbone.pos_embed.shape[1] - 1)
+        size = options.size or min(224, trained) // patch * patch
     setting = Config(data=str(folder), image_size=size, workers=options.workers, max_bad=options.max_bad)
-    folder_split = open_data(setting, "train")
-    folders = [folder_split] + [open_data(setting, "val")] * bool(folder_split.classes)
-    root, paths = folder_split.root, [p for split in folders if split for p in split.paths]
-    key = repr((str(folder), model, size, hashlib.sha256("\n".join(paths).encode()).hexdigest()))
-    base = work / hashlib.sha256(key.encode()).hexdigest()[:16]
-    split, device = Split(root, paths, torch.full((len(paths),), -1), []), torch.device(options.device)
-    backbone = None if model == "pixels" else load_backbone(model, options.heads).to(device)
-    width = 108 if backbone is None else backbone.cls_token.shape[2]
-    file, progress = Path(f"{base}.npy"), Path(f"{base}.done")
-    done = int(progress.read_text()) if progress.exists() else 0
+    first = open_data(setting, "train")
+    splits = [first] + [open_data(setting, "val")] * bool(first.classes)
+    root, paths = first.root, [path for split in splits if split for path in split.paths]
+    split = Split(root, paths, torch.full((len(paths),), -1), [])
+    version = model if backbone is None else (str(Path(model).absolute()), Path(model).stat().st_mtime_ns)
+    key = hashlib.sha256(repr((str(root.absolute()), version, size, paths)).encode()).hexdigest()
+    file, progress = work / f"{key[:16]}.npy", work / f"{key[:16]}.done.npy"
+    done = int(np.load(progress)) if progress.exists() else 0
     mode = dict(mode="r+") if done else dict(mode="w+", dtype=np.float16, shape=(len(paths), width))
     x = np.lib.format.open_memmap(file, **mode)
-    files = DataLoader(
-        Files(split, size), options.batch, sampler=range(done, len(paths)),
-        num_workers=worker_count(setting, World(0, 1, device), streaming=True),
-    )  # fmt: skip
+    workers = worker_count(setting, World(0, 1, device), streaming=True)
+    files = DataLoader(Files(split, size), options.batch, sampler=range(done, len(paths)), num_workers=workers)
     for pixels, _, errors in files if done < len(paths) else ():
         images = normalize(pixels.to(device))
         with torch.no_grad():
@@ -2223,9 +2232,9 @@ def embed_folder(folder, model, size, work, options, log):
         log.skip([e for e in errors if e], len(paths), options.max_bad)
         done += len(rows)
         x.flush()
-        progress.write_text(str(done))
-    log.say(f"{folder}: {len(paths)} images embedded by {model}, {width} numbers each")
-    return [str((root / p).absolute()) for p in paths], x
+        save_array(progress, np.array(done))
+    log.say(f"{folder}: {len(paths)} images embedded by {model} at {size} pixels, {width} numbers each")
+    return [str((root / path).absolute()) for path in paths], x
 
 
 def contact_sheet(paths, label, file, rows=12, columns=6, tile=96):
@@ -2255,22 +2264,21 @@ def size_histogram(label):
 
 def curate(options, log):
     """The pipeline: embed, self-dedup, relative dedup, retrieval; writes the list and returns its paths."""
+    if not Path(options.out).absolute().parent.is_dir():
+        fail(f"cannot write {options.out}: its folder does not exist")
     work = Path(options.work or f"{options.out}.work")
     work.mkdir(parents=True, exist_ok=True)
     descriptor, device = options.descriptor or options.init, torch.device(options.device)
-    size = options.size or (32 if descriptor == "pixels" == options.init else 224)
-    embed = functools.partial(embed_folder, size=size, work=work, options=options, log=log)
+    embed = functools.partial(embed_folder, work=work, options=options, log=log)
 
     paths, x = embed(options.pool, descriptor)
-    readable = torch.from_numpy(np.abs(np.asarray(x)).max(1) > 0)
+    readable = torch.cat([rows.any(1) for _, rows in pieces(x, 16384)])
     arrays = [x] + [embed(folder, descriptor)[1] for folder in options.refs]
     if 0 < options.whiten < x.shape[1] and len(x) >= 20 * options.whiten:
         arrays = whiten(arrays, options.whiten)
     elif options.whiten:
-        log.say(
-            f"not whitened: {options.whiten} components need more numbers an image and {20 * options.whiten} images"
-        )
-    key = repr((paths, descriptor, size, options.whiten, options.k, options.self_threshold))
+        log.say(f"not whitened: it takes {20 * options.whiten} images with more than {options.whiten} numbers each")
+    key = repr((paths, descriptor, options.size, options.whiten, options.k, options.self_threshold))
     cache = work / f"pairs-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     label, kept = self_dedup(arrays[0], options.k, options.self_threshold, device=device, cache=cache)
     log.say(f"self-dedup: components by size {size_histogram(label)}")
@@ -2324,7 +2332,7 @@ def curate_main(argv):
     add("--init", default="pixels", help="checkpoint whose class tokens are embeddings, or pixels [pixels]")
     add("--descriptor", default="", help="checkpoint for finding duplicates, or pixels [as --init]")
     add("--heads", type=int, default=0, help="attention heads, where the checkpoint's width does not tell")
-    add("--size", type=int, default=0, help="side of the embedded images, pixels [224; 32 for pixels]")
+    add("--size", type=int, default=0, help="side of embedded images, pixels [as trained, at most 224; 32 for pixels]")
     add("--k", type=int, default=64, help="neighbours looked at for duplicates [64]")
     add("--whiten", type=int, default=64, help="principal components that descriptors are whitened to, 0: not [64]")
     add("--self-threshold", type=float, default=0.85, help="cosine above which two are duplicates [0.85; paper 0.6]")
@@ -2346,7 +2354,7 @@ def curate_main(argv):
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         fail(f"unknown argument {unknown[0]}{common.nearest(unknown[0].split('=')[0], flags)} --help lists all.")
-    return curate(options, Log(Path(f"{options.out}.work"), World(0, 1, torch.device(options.device))))
+    return curate(options, Log(Path(options.work or f"{options.out}.work"), World(0, 1, torch.device(options.device))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

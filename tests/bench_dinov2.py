@@ -238,7 +238,7 @@ def main():
         what, rows = bench_dinov2(flags, args.steps)
         print(f"\ndinov2.py: {what}\n\n| step | images/s | peak memory, GiB |\n|---|---|---|")
         for name, speed, memory in rows:
-            print(f"| {name} | {speed:.0f} | {memory:.2f} |")
+            print(f"| {name} | {speed:.1f} | {memory:.2f} |")
         print(f"\n{rows[0][1] / rows[2][1]:.2f} times the plain step", flush=True)
 
 
