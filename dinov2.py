@@ -31,7 +31,11 @@ last phase; `--preset vitg14` with `--shard`; `dinov2.py curate --help`.
 
 The paper reports (ImageNet-1k, kNN / linear): ViT-S/14 79.0 / 81.1, B 82.1 / 84.5, L 83.5 / 86.3 (distilled), g 83.5 /
 86.5; the released code, from scratch: ViT-L/16 on ImageNet-1k 81.6 / 82.9, ViT-L/14 on ImageNet-22k 82.0 / 84.5.
-@@MEASURED@@
+Measured here so far, on one busy CPU core: toy, seeds 0 and 1, kNN 94.3 and 95.9 % against 66.0 and 67.5 of a random
+backbone and 78.3 of raw pixels, linear 98.1 and 98.6 against 79.3 and 80.0. Curation of 10,000 CIFAR-10 images, 2,000
+planted near-duplicates and 500 leaks of the test set by pixels at the default threshold: of the duplicates 96 % found
+with precision 97, of the leaks 96 with 85, not counting that CIFAR-10 has duplicates of its own; 60,000 images take 140
+seconds and 0.9 GiB. Nothing was measured on a GPU yet.
 
 What mattered on small data. (1) Initial weights: std 0.09 at width 64, where the paper has 0.02 at 1024. (2) Few
 prototypes and small heads, LayerScale from 1. (3) Local crops that still show what the classes differ in: 0.2 to 0.5 of
