@@ -246,7 +246,7 @@ def check(config, world, training=True):
 def grey_levels(images):
     """PIL's grey: [B, 3, H, W] in 0..255 -> [B, 1, H, W], rounded to integers."""
     red, green, blue = images.split(1, dim=1)
-    return (0.299 * red + 0.587 * green + 0.114 * blue + 0.5).floor()
+    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).add_(0.5).floor_()
 
 
 def shift_hue(images, turns):
@@ -262,7 +262,7 @@ def shift_hue(images, turns):
     places = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
     k = (places + hue[:, None]) % 6  # each channel falls and rises once in a turn
     depth = torch.minimum(k, 4 - k).clamp(0, 1)
-    return (value[:, None] * (1 - saturation[:, None] * depth)).round()
+    return (value[:, None] * (1 - saturation[:, None] * depth)).round_()
 
 
 def colour_jitter(images, factors, order):
@@ -280,9 +280,9 @@ def colour_jitter(images, factors, order):
         mean = (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor()
         base = torch.where(operation == 2, grey, torch.where(operation == 1, mean, 0.0))
         # lerp is exact at factor 1; the 1e-3 is for values that rounding puts just below an integer
-        images = (torch.lerp(base, images, blends[:, place]).clamp(0, 255) + 1e-3).floor()
+        images = torch.lerp(base, images, blends[:, place]).clamp_(0, 255).add_(1e-3).floor_()
         rows = ((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0].to(device)
-        images = images.index_copy(0, rows, shift_hue(images[rows], turns[rows]))
+        images.index_copy_(0, rows, shift_hue(images[rows], turns[rows]))
     return images
 
 
@@ -311,7 +311,7 @@ def blur_matrix(sigma, size):
 def blur(images, sigma):
     """PIL's GaussianBlur: images [B, 3, H, W] in 0..255, sigma [B] in pixels (0 changes nothing) -> the same shape."""
     rows, columns = (blur_matrix(sigma, size)[:, None] for size in images.shape[2:])
-    return (rows @ images @ columns.mT).round()
+    return (rows @ images @ columns.mT).round_()
 
 
 def draw_photometric(count, config, random):
