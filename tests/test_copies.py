@@ -29,16 +29,17 @@ def definitions(source):
 
 def copies(root):
     """(script, name, lines of the copy, source script, lines there or None) of every marked copy below root."""
-    for path in sorted(root.glob("*.py")):
-        lines = path.read_text().splitlines()
-        starts = {first: (name, end) for name, (first, end) in definitions(path.read_text()).items()}
-        for number, line in enumerate(lines):
+    texts = {path: path.read_text() for path in sorted(root.glob("*.py"))}
+    found = {path: definitions(text) for path, text in texts.items()}
+    for path, text in texts.items():
+        starts = {first: (name, end) for name, (first, end) in found[path].items()}
+        for number, line in enumerate(text.splitlines()):
             mark = MARK.match(line)
             if mark:
                 name, end = starts.get(number + 1, ("?", number + 1))
                 original = root / mark[1]
-                place = definitions(original.read_text()).get(name) if original.exists() else None
-                theirs = original.read_text().splitlines()[slice(*place)] if place else None
+                place = found.get(original, {}).get(name)
+                theirs = texts[original].splitlines()[slice(*place)] if place else None
                 yield path, name, (number + 1, end), mark[1], theirs
 
 
@@ -57,15 +58,14 @@ def differences(root):
 
 def fix(root):
     """Replace every copy that differs by its source; returns how many."""
-    changed = 0
-    for path in sorted(root.glob("*.py")):
-        for _, name, _, _, _ in list(copies(root)):
-            for where, found, (first, end), _, theirs in list(copies(root)):
-                lines = where.read_text().splitlines()
-                if where == path and found == name and theirs is not None and lines[first:end] != theirs:
-                    where.write_text("\n".join(lines[:first] + theirs + lines[end:]) + "\n")
-                    changed += 1
-    return changed
+    stale = []
+    for path, _, (first, end), _, theirs in copies(root):
+        if theirs is not None and path.read_text().splitlines()[first:end] != theirs:
+            stale.append((path, first, end, theirs))
+    for path, first, end, theirs in reversed(stale):  # from the bottom, so that line numbers above stay true
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join(lines[:first] + theirs + lines[end:]) + "\n")
+    return len(stale)
 
 
 def test_copies_equal_their_sources():
