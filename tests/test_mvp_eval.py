@@ -1,0 +1,340 @@
+"""mvp_eval.py: parity with the official code, the toy set, a server that misbehaves, and users' files."""
+
+import csv
+import io
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mvp_eval
+from mvp_eval import CONFIGS, Config
+
+GOLDEN = Path(__file__).parent / "golden" / "mvp_eval"
+
+
+def golden(name):
+    return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
+
+
+def golden_questions():
+    return mvp_eval.read_annotations(GOLDEN / "annotations", "mini")
+
+
+# ------------------------------------------------------------------------------------- parity with the official code
+
+
+def test_prompts_and_answers_of_annotations():
+    questions = {(q.subset, q.video_id): q for q in golden_questions()}
+    assert len(questions) == 50
+    for case in golden("prompts.json"):
+        q = questions[case["subset"], case["video_id"]]
+        prompt = mvp_eval.make_prompt(q.question, q.candidates)
+        assert prompt == case["prompt"] and prompt.startswith(case["prompt_without_kwargs"])
+        assert list(q.candidates) == case["candidates"]
+        assert (q.answer_idx, q.answer) == (case["answer_idx"], case["target"])
+        assert not q.video_path.startswith("/")
+
+
+def test_both_parsers_on_recorded_replies():
+    for case in golden("answers.json"):
+        assert mvp_eval.parse_official(case["reply"]) == case["official"], case
+        assert mvp_eval.parse_strict(case["reply"], case["candidates"]) == case["strict"], case
+    questions = {(q.subset, q.video_id): q for q in golden_questions()}
+    for line in (GOLDEN / "predictions.jsonl").read_text(encoding="utf-8").split("\n"):
+        if line:
+            case = json.loads(line)
+            q = questions[case["subset"], case["video_id"]]
+            for parser in ("official", "strict"):
+                parse = mvp_eval.parse_official if parser == "official" else mvp_eval.parse_strict
+                found = parse(case["reply"]) if parser == "official" else parse(case["reply"], q.candidates)
+                assert found == case[f"{parser}_idx"] and q.answer_idx == case["answer_idx"]
+                assert int(found == q.answer_idx) == case[f"{parser}_rating"]
+
+
+def golden_predictions():
+    """questions, pairs, {"official", "strict": int [N]} from predictions.jsonl."""
+    questions = golden_questions()
+    lines = (GOLDEN / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = {(r["subset"], r["video_id"]): r for r in (json.loads(line) for line in lines if line)}
+    rows = [rows[q.subset, q.video_id] for q in questions]
+    values = {p: [-1 if r[f"{p}_idx"] is None else r[f"{p}_idx"] for r in rows] for p in ("official", "strict")}
+    return questions, list(mvp_eval.pair_up(questions).values()), {k: np.array(v) for k, v in values.items()}
+
+
+def test_accuracies_and_intervals():
+    questions, pairs, predictions = golden_predictions()
+    expected, ok = golden("aggregate.json"), np.ones(50, bool)
+    found = mvp_eval.score(questions, pairs, predictions, ok, Config())
+    assert expected["bootstrap"]["order"] == list(CONFIGS)
+
+    def same(ours, theirs):
+        for key in ("pair", "single"):
+            assert ours[key] == pytest.approx(theirs[f"{key}_accuracy"], abs=1e-9)
+
+    for config in CONFIGS:
+        task, ours = expected["tasks"][f"mvp_mini_{config}"], found["configs"][config]
+        same(ours, task)
+        same(ours["strict"], expected["strict"]["tasks"][f"mvp_mini_{config}"])
+        assert (ours["pairs"], ours["unparsed"]) == (task["n_pairs"], task["n_unparsed"])
+    for source, theirs in expected["sources"].items():
+        same(found["sources"][source], theirs)
+        same(found["sources"][source]["strict"], expected["strict"]["sources"][source])
+        assert found["sources"][source]["pairs"] == theirs["n_pairs"]
+    assert found["sources"].keys() == expected["sources"].keys()
+    same(found["macro"], expected["group"])
+    same(found["macro"]["strict"], expected["strict"]["group"])
+    for config, interval in expected["bootstrap"]["official"].items():
+        ours = found["macro"] if config == "group" else found["configs"][config]
+        np.testing.assert_allclose(ours["pair_ci"], interval, atol=1e-9)
+        np.testing.assert_allclose(ours["strict"]["pair_ci"], expected["bootstrap"]["strict"][config], atol=1e-9)
+    strict = mvp_eval.score(questions, pairs, predictions, ok, Config(parser="strict"))
+    assert strict["macro"]["pair"] == found["macro"]["strict"]["pair"]
+    assert strict["macro"]["official"]["pair_ci"] == found["macro"]["pair_ci"]
+
+
+def test_submissions(tmp_path):
+    questions, _, predictions = golden_predictions()
+    mvp_eval.write_submissions(tmp_path / "s", questions, predictions["official"], np.ones(50, bool), "mini")
+    files = sorted((GOLDEN / "submissions").iterdir())
+    assert [f.name for f in sorted((tmp_path / "s").iterdir())] == [f.name for f in files]
+    for file in files:
+        ours = (tmp_path / "s" / file.name).read_text(encoding="utf-8").splitlines()
+        theirs = file.read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in ours] == [json.loads(line) for line in theirs]
+
+
+def test_frame_indices():
+    cases = np.load(GOLDEN / "frame_indices.npz")
+    for key in cases.files:
+        settings, rule = key.split("/")
+        total, rate, n = (part.lstrip("Tfpsn") for part in settings.split("_"))
+        rule, _, fps = rule.partition("_fps")
+        found = mvp_eval.frame_indices(rule, int(total), float(Fraction(rate)), int(n), float(fps or 0))
+        assert found.dtype == np.int64
+        np.testing.assert_array_equal(found, cases[key], err_msg=key)
+    assert len(cases.files) > 80
+    with pytest.raises(ValueError):
+        mvp_eval.frame_indices("qwen2vl", 1, 24.0, 16)
+
+
+def test_option_scores():
+    for case in golden("logprobs.json"):
+        index, margin = mvp_eval.option_scores(case["content"])
+        assert index == case["idx"]
+        assert margin == (None if case["margin"] is None else pytest.approx(case["margin"], abs=1e-9))
+    assert mvp_eval.option_scores(None) == (None, None)
+
+
+def test_request_bodies():
+    cases = golden("payloads.json")
+    question = next(q for q in golden_questions() if q.video_id == cases["video_id"])
+    prompt = mvp_eval.make_prompt(question.question, question.candidates)
+    images = [f"<FRAME {i}>" for i in range(cases["n_frames"])]
+    configs = {"default": Config(), "text_first": Config(order="text-first"), "logprobs": Config(score="logprobs")}
+    for name, config in configs.items():
+        assert mvp_eval.make_payload(config, "some-model", prompt, images) == cases[name], name
+    blind = mvp_eval.make_payload(Config(), "some-model", prompt)
+    content = [{"type": "text", "text": prompt}]
+    assert blind == cases["default"] | {"messages": [{"role": "user", "content": content}]}
+    extra = Config(extra='{"top_k": 1, "temperature": 0.5}', request_seed=False, token_field="max_completion_tokens")
+    body = mvp_eval.make_payload(replace_config(extra, frame_labels=True), "m", prompt, images[:2])
+    assert body["top_k"] == 1 and body["temperature"] == 0.5 and body["max_completion_tokens"] == 1024
+    assert "seed" not in body and "max_tokens" not in body
+    parts = body["messages"][0]["content"]
+    assert [p.get("text", "image") for p in parts] == ["Frame 1:", "image", "Frame 2:", "image", prompt]
+
+
+def replace_config(config, **changes):
+    return Config(**{**vars(config), **changes})
+
+
+@pytest.mark.parametrize("name", ["h264_bframes.mp4", "vp9.webm", "mpeg4.avi"])
+def test_decoding_gives_the_frames_that_were_asked_for(name):
+    clip = golden("clips/clips.json")[name]
+    for n, expected in clip["expect"].items():
+        seen = []
+
+        def choose(total, rate):
+            seen.append((total, rate))
+            return mvp_eval.frame_indices("uniform", total, rate, int(n))
+
+        images, indices = mvp_eval.decode(GOLDEN / "clips" / name, choose)
+        assert list(indices) == expected and len(images) == len(expected)
+        assert seen[-1] == (clip["frames"], pytest.approx(float(Fraction(clip["rate"]))))
+        for image, i in zip(images, indices):
+            grey = clip["gray_first"] + clip["gray_step"] * i
+            assert abs(np.asarray(image, float) - grey).max() <= 2
+
+
+def test_parquet_is_read_without_pyarrow(tmp_path):
+    table = mvp_eval.read_table(GOLDEN / "parquet" / "intuitive_physics" / "mini-00000-of-00001.parquet")
+    rows = mvp_eval.read_table(GOLDEN / "annotations" / "intuitive_physics" / "mini.jsonl")
+    assert table == rows
+    # snappy: literals with long lengths, copies of all kinds, overlapping ones
+    assert mvp_eval.unsnappy(b"\x0a\x08abc\x0d\x03") == b"abcabcabca"
+    assert mvp_eval.unsnappy(b"\x08\x00a\x1a\x01\x00") == b"a" * 8
+    long = bytes(range(256)) * 2
+    assert mvp_eval.unsnappy(b"\x80\x04\xf4\xff\x01" + long) == long
+    with pytest.raises(ValueError):
+        mvp_eval.unsnappy(b"\x08\x00a\x1a\x09\x00")
+
+
+def test_annotations_in_every_layout(tmp_path):
+    """jsonl, json (list, or object of a list), csv, parquet, one file with a column `subset`: all give the same rows."""
+    expected = golden_questions()
+    sources = {name: mvp_eval.read_table(GOLDEN / "annotations" / name / "mini.jsonl") for name in CONFIGS}
+
+    def check(path):
+        assert mvp_eval.read_annotations(path, "mini") == expected
+
+    (tmp_path / "csv").mkdir()
+    for name, rows in sources.items():
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        (tmp_path / "csv" / f"{name}_mini.csv").write_text(text.getvalue(), encoding="utf-8")
+    check(tmp_path / "csv")
+    for name, rows in sources.items():
+        folder = tmp_path / "json" / f"{name}_mini"
+        folder.mkdir(parents=True)
+        rows = [row | {"candidates": list(mvp_eval.parse_candidates(row["candidates"]))} for row in rows]
+        (folder / f"{name}_mini.json").write_text(json.dumps({"data": rows} if "robot" in name else rows))
+    check(tmp_path / "json")
+    lines = [json.dumps(row | {"subset": name}) for name, rows in reversed(sources.items()) for row in rows]
+    (tmp_path / "mvp_mini.jsonl").write_text("\n".join(lines))
+    check(tmp_path)
+    check(tmp_path / "mvp_mini.jsonl")
+    parquet = mvp_eval.read_annotations(GOLDEN / "parquet", "mini")
+    assert parquet == [q for q in expected if q.subset == "intuitive_physics"]
+    sourceless = mvp_eval.make_question({"video_id": "a_1", "video_path": "/star/x.mp4"}, "temporal_reasoning")
+    assert sourceless.source == "star" and sourceless.broken == "question, answer, candidates missing"
+
+
+# ------------------------------------------------------------------------------------------------------- the toy pairs
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A folder of toy pairs: 3 scenes, 48 pairs."""
+    folder = tmp_path_factory.mktemp("toy")
+    mvp_eval.write_toy(folder, 3, 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distinct(toy, tmp_path_factory):
+    """Those toy pairs that share no clip, so that no two questions are the same request: 30 pairs, annotations only."""
+    folder = tmp_path_factory.mktemp("distinct")
+    for name in CONFIGS:
+        lines = (toy / name / "mini.jsonl").read_text().splitlines()
+        lines = [line for line in lines if "toy_ring" in line or "_p0_" in line or "_p3_" in line]
+        (folder / name).mkdir()
+        (folder / name / "mini.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def report_of(out):
+    return json.loads((Path(out) / "report.json").read_text())
+
+
+def call(*flags, code=0):
+    """The command line, in this process."""
+    assert mvp_eval.main(list(map(str, flags))) == code
+
+
+def refused(capsys, *flags, code=2):
+    """Expect the command line to leave with `code`, and return the one line it printed."""
+    with pytest.raises(SystemExit) as stop:
+        mvp_eval.main(list(map(str, flags)))
+    printed = capsys.readouterr().err
+    assert stop.value.code == code and printed.startswith("error: ") and printed.count("\n") == 1, printed
+    return printed
+
+
+def test_toy_pairs_are_minimal_and_no_shortcut_works(capsys):
+    """The default run: each baseline as the paper's argument says, the random one within four sigma, and the files."""
+    call("--scenes", 2, "--seed", 3)
+    report, printed = report_of("runs/mvp_eval"), capsys.readouterr().out
+    for name in ("first", "last", "longest", "text", "frame"):
+        for values in (report["systems"][name]["macro"], *report["systems"][name]["configs"].values()):
+            assert (values["pair"], values["single"], values["stuck"]) == (0.0, 50.0, 100.0), name
+            assert values["pair_ci"][1] <= 25
+    oracle, coin = (report["systems"][name]["macro"] for name in ("oracle", "random"))
+    assert (oracle["pair"], oracle["single"]) == (100.0, 100.0)
+    pairs = coin["pairs"]
+    assert pairs == 32 and abs(coin["pair"] / 100 - 0.25) < 4 * (0.25 * 0.75 / pairs) ** 0.5
+    assert abs(coin["single"] / 100 - 0.5) < 4 * (0.25 / 2 / pairs) ** 0.5
+    assert "oracle" in printed and "paper: human" in printed and "32 pairs (64 questions)" in printed
+    assert len(Path("runs/mvp_eval/failures.jsonl").read_text().splitlines()) == 32
+    assert Image.open("runs/mvp_eval/picture.png").size[0] > 1000
+    assert "| frame" in Path("runs/mvp_eval/report.md").read_text()
+    # the seed makes other clips, the same seed the same ones
+    clips = mvp_eval.toy_clips("toy_turn", 0, 3)
+    np.testing.assert_array_equal(clips[0, 1], mvp_eval.toy_clips("toy_turn", 0, 3)[0, 1])
+    assert (clips[0, 1] != mvp_eval.toy_clips("toy_turn", 0, 4)[0, 1]).any()
+
+
+def test_toy_set_is_balanced_and_its_centre_frames_say_nothing(toy):
+    questions = mvp_eval.read_annotations(toy, "mini")
+    pairs = [[questions[i] for i in rows] for rows in mvp_eval.pair_up(questions).values()]
+    assert not mvp_eval.validate(questions) and len(pairs) == 48
+    for source, (config, _, candidates) in mvp_eval.TOY.items():
+        mine = [pair for pair in pairs if pair[0].source == source]
+        assert {q.subset for pair in mine for q in pair} == {config} and len(mine) == 12
+        assert sum(pair[0].candidates == candidates for pair in mine) == 6
+        assert sum(pair[0].answer == candidates[0] for pair in mine) == 6
+    videos = {q.video_path: toy / "videos" / q.video_path for q in questions}
+    everything = {path: mvp_eval.decode(file, lambda total, rate: np.arange(total))[0] for path, file in videos.items()}
+    for a, b in pairs:
+        first, second = (np.stack([np.asarray(f) for f in everything[q.video_path]]) for q in (a, b))
+        assert first.shape == (25, 64, 64, 3)
+        np.testing.assert_array_equal(first[12], second[12])
+        assert (first != second).any()
+
+
+def test_a_function_that_looks_is_perfect_and_one_that_sees_half_gets_nothing(toy, monkeypatch):
+    """A solver through --fn: 100 %. Right on one row of each pair: 0 % of pairs, 50 % of rows. Batches; wrong types."""
+    module = Path("plug_in.py")
+    module.write_text(
+        "from stand_in import solve\n"
+        "def answer(frames, prompt, row):\n"
+        "    assert 'answer' not in row and len(row['candidates']) == 2\n"
+        "    return solve(frames, prompt) if len(frames) == 16 else 'Answer: A'\n"
+        "def batched(frames, prompts, rows):\n"
+        "    assert 1 <= len(frames) <= 7\n"
+        "    return ['AB'.index(solve(f, p)[-1]) for f, p in zip(frames, prompts)]\n"
+        "batched.batch_size = 7\n"
+        "def half(frames, prompt, row):\n"
+        "    right = 'AB'.index(solve(frames, prompt)[-1])\n"
+        "    return right if row['video_id'].endswith('_1') else 1 - right\n"
+        "def broken(frames, prompt, row):\n"
+        "    raise RuntimeError('no such layer')\n"
+        "def strange(frames, prompt, row):\n"
+        "    return 2 if row['video_id'].startswith('toy_ring_s000') else 'B'\n"
+    )
+    call("--data", toy, "--fn", "plug_in:answer", "--baseline", "blind,frame,reverse,shuffle", "--out", "perfect")
+    systems = report_of("perfect")["systems"]
+    assert systems["model"]["macro"]["pair"] == systems["model"]["macro"]["single"] == 100.0
+    assert systems["blind"]["macro"]["pair"] == systems["frame"]["macro"]["pair"] == 0.0
+    assert systems["reverse"]["configs"]["robot_object_interactions"]["pair"] == 0.0
+    assert systems["reverse"]["sources"]["toy_permanence"]["pair"] == 100.0
+    call("--data", toy, "--fn", "plug_in:batched", "--baseline", "none", "--out", "batched")
+    assert report_of("batched")["macro"]["pair"] == 100.0
+    call("--data", toy, "--fn", "plug_in:half", "--out", "half")
+    report = report_of("half")
+    assert (report["macro"]["pair"], report["macro"]["single"]) == (0.0, 50.0)
+    assert all((r["pair"], r["single"]) == (0.0, 50.0) for r in report["configs"].values())
+    assert report["systems"]["text"]["macro"]["single"] == 50.0 and "frame" not in report["systems"]
+    # what is neither a text nor 0 or 1 is an error, never an answer
+    call("--data", toy, "--fn", "plug_in:strange", "--out", "strange", code=1)
+    report = report_of("strange")
+    assert report["macro"]["errors"] == 8 and len(report["incomplete"]["model"]) == 4
+    assert "expected a text, 0 or 1, not 2" in Path("strange/failures.jsonl").read_text()
+    with pytest.raises(SystemExit) as stop:
+        mvp_eval.main(["--data", str(toy), "--fn", "plug_in:broken", "--out", "broken"])
+    assert stop.value.code == 3
