@@ -1457,7 +1457,7 @@ class Client:
                     return read_reply(body if isinstance(body, dict) else json.loads(body)) | {"attempts": attempt}
                 text = body.decode(errors="replace") if isinstance(body, bytes) else json.dumps(body)
                 failure = f"status {status}: {self.clean(text)[:300]}"
-                if status == 400 and "top_logprobs" in text and self.top_logprobs > 5:
+                if status == 400 and "top_logprobs" in text and payload.get("top_logprobs", 0) > 5:
                     self.top_logprobs = 5  # as old versions of vLLM have it
                     continue
                 if status not in RETRY:
@@ -1975,7 +1975,7 @@ def draw_failures(failures, videos, most=24, columns=3, frames=6, tile=72):
         by_source[failure["source"]].append(failure)
     chosen = [f for i in range(most) for members in by_source.values() for f in members[i : i + 1]][:most]
     width, font, line = frames * tile, ImageFont.load_default(size=11), 14
-    cell = (width + 12, 4 * line + 2 * (tile + 3 * line + 6) + 16)
+    cell = (width + 12, 3 * line + 2 * (tile + 3 * line + 6) + 12)
     columns = min(columns, max(1, len(chosen)))
     sheet = Image.new("RGB", (columns * cell[0], max(1, math.ceil(len(chosen) / columns)) * cell[1]), "white")
     draw = ImageDraw.Draw(sheet)

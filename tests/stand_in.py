@@ -66,7 +66,8 @@ class StandIn:
 
     def __init__(self, answer=lambda body: "Answer: A", fault=lambda body, nth: None, models=("stand-in",), port=0):
         self.answer, self.fault, self.models = answer, fault, models
-        self.asked, self.bodies, self.keys, self.lock = [], [], set(), threading.Lock()
+        self.asked, self.bodies, self.keys, self.times = [], [], set(), {}
+        self.lock = threading.Lock()
         self.hanging = threading.Event()
         stand_in = self
 
@@ -95,10 +96,11 @@ class StandIn:
                 digest, body = hashlib.sha256(text).hexdigest(), json.loads(text)
                 with stand_in.lock:
                     stand_in.keys.add(self.headers.get("Authorization"))
-                    nth = sum(d == digest for d, _ in stand_in.asked)
-                    fault = stand_in.fault(body, nth)
+                    nth = stand_in.times[digest] = stand_in.times.get(digest, -1) + 1
+                fault = stand_in.fault(body, nth)
+                with stand_in.lock:
                     stand_in.asked.append((digest, fault or "ok"))
-                    stand_in.bodies.append(body if len(stand_in.bodies) < 500 else None)
+                    stand_in.bodies.append(body if len(stand_in.bodies) < 10 else None)
                 stand_in.serve(self, body, fault)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)

@@ -3,13 +3,24 @@
 import csv
 import io
 import json
+import os
+import random
+import shutil
+import signal
+import tarfile
+import threading
+import time
+import zipfile
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, run, start
 from PIL import Image
+from stand_in import StandIn, solve_request
 
+import common
 import mvp_eval
 from mvp_eval import CONFIGS, Config
 
@@ -338,3 +349,275 @@ def test_a_function_that_looks_is_perfect_and_one_that_sees_half_gets_nothing(to
     with pytest.raises(SystemExit) as stop:
         mvp_eval.main(["--data", str(toy), "--fn", "plug_in:broken", "--out", "broken"])
     assert stop.value.code == 3
+
+
+# -------------------------------------------------------------------------------------------------------- an endpoint
+
+KEY = "sk-a-key-that-nobody-may-see"
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Retries follow at once."""
+    monkeypatch.setattr(random, "uniform", lambda low, high: 0.0)
+
+
+def assert_key_is_nowhere(folder, printed):
+    assert KEY not in printed
+    for file in Path(folder).rglob("*"):
+        assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
+
+
+def answered_once(server, questions):
+    """Each question was answered, and none twice: the last request with each body, and only the last, was served."""
+    outcomes = server.outcomes()
+    assert len(outcomes) == questions
+    for asked in outcomes.values():
+        assert asked[-1] == "ok" and asked.count("ok") == 1, asked
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_endpoint_answers_everything_once_whatever_goes_wrong(distinct, toy, stream, key, no_waiting, capsys):
+    """First, second and third tries fail in all ways; replies come as text, as a list of parts; then nothing is asked."""
+    retry = [(429, "slow down", {"Retry-After": "0"}), (500, "oops", {}), (503, "busy", {"Retry-After": "0"})]
+    faults = ["cut", "half", "error", "hang", *retry, *(["empty stream"] if stream else ["garbage", "null"])]
+    chance = random.Random(0)
+    plans, lock = {}, threading.Lock()
+
+    def fault(body, nth):
+        with lock:
+            plan = plans.setdefault(json.dumps(body), [chance.choice(faults) for _ in range(chance.choice([0, 0, 1, 3]))])
+        return plan[nth] if nth < len(plan) else None
+
+    def answer(body):
+        text = solve_request(body)
+        return text if stream else {"content": [{"type": "text", "text": text[:4]}, {"type": "text", "text": text[4:]}]}
+
+    flags = ["--data", distinct, "--videos", toy / "videos", "--out", "run", "--timeout", 0.7, "--baseline", "none"]
+    flags += ["--stream"] * stream
+    with StandIn(answer, fault) as server:
+        call(*flags, "--endpoint", server.url + "/", "--concurrency", 8)
+        answered_once(server, 60)
+        body = server.bodies[0]
+        assert body["model"] == "stand-in" and body["temperature"] == 0 and body["max_tokens"] == 1024
+        assert [part["type"] for part in body["messages"][0]["content"]] == ["image_url"] * 16 + ["text"]
+        assert server.keys == {f"Bearer {KEY}"}
+        seen = {str(fault) for outcomes in server.outcomes().values() for fault in outcomes} - {"ok"}
+        assert len(seen) == len(faults), seen
+        before = len(server.asked)
+        call(*flags, "--endpoint", server.url + "/", "--resume")
+        assert len(server.asked) == before, "a resumed run asked again"
+    report = report_of("run")
+    assert (report["macro"]["pair"], report["macro"]["errors"], report["model"]) == (100.0, 0, "stand-in")
+    rows = [json.loads(line) for line in Path("run/answers.rank0.jsonl").read_text().splitlines()]
+    assert len(rows) == 60 and all(row["status"] == "ok" and len(row["frame_idx"]) == 16 for row in rows)
+    assert max(row["attempts"] for row in rows) == 4
+    call("--report", "--out", "run", "--parser", "strict")  # without the server
+    assert report_of("run")["macro"]["official"]["pair"] == 100.0
+    assert_key_is_nowhere("run", "".join(capsys.readouterr()))
+    lines = Path("run/submissions/mvp_mini_intuitive_physics_valid.jsonl").read_text().splitlines()
+    assert len(lines) == 12 and json.loads(lines[0]).keys() == {"data_name", "row_id", "model_answer", "task"}
+
+
+def test_refusals_stop_at_once_and_say_what_to_do(distinct, toy, key, capsys, no_waiting):
+    flags = ["--data", distinct, "--videos", toy / "videos", "--baseline", "none", "--retries", 1]
+    cases = {
+        (401, f"Incorrect API key provided: {KEY}"): (2, "OPENAI_API_KEY"),
+        (404, "model stand-in does not exist"): (2, "--model"),
+        (302, "moved"): (2, "redirects"),
+        (400, "At most 8 image(s) may be provided in one request"): (2, "--limit-mm-per-prompt"),
+        (400, "maximum context length is 4096 tokens"): (3, "fewer --frames"),
+        (413, "too large"): (3, "--quality"),
+        (500, "still loading"): (3, "20 questions in a row"),
+    }
+    for number, ((status, text), (code, hint)) in enumerate(cases.items()):
+        with StandIn(fault=lambda body, nth: (status, text, {})) as server:
+            out = f"out{number}"
+            printed = refused(capsys, *flags, "--endpoint", server.url, "--out", out, code=code)
+            assert hint in printed and f"--out {out}" in printed, printed
+            asked = server.outcomes()
+            assert len(asked) < 50 and all(len(tries) == (2 if status == 500 else 1) for tries in asked.values())
+            assert_key_is_nowhere(out, printed)
+    assert "no server at http://127.0.0.1:9" in refused(capsys, *flags, "--endpoint", "http://127.0.0.1:9/v1")
+
+
+def test_what_failed_is_asked_again_and_only_that(distinct, toy, no_waiting, capsys):
+    """A row that is refused counts as wrong and exits with 1; with --allow-missing its pair is left out; then resumed."""
+    broken = {"on": True}
+
+    def fault(body, nth):
+        return (400, "bad picture", {}) if broken["on"] and "block go" in body["messages"][0]["content"][-1]["text"] else None
+
+    with StandIn(solve_request, fault) as server:
+        flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url, "--baseline", "none"]
+        flags += ["--limit", 3, "--out", "run"]
+        call(*flags, code=1)
+        report = report_of("run")
+        assert report["configs"]["robot_object_interactions"]["pair"] == 0.0 and report["macro"]["errors"] == 6
+        assert len(report["incomplete"]["model"]) == 3 and "bad picture" in Path("run/failures.jsonl").read_text()
+        assert len(server.asked) == 24
+        call(*flags, "--resume", "--allow-missing")
+        report = report_of("run")
+        assert "robot_object_interactions" not in report["configs"] and report["macro"]["pair"] == 100.0
+        assert report["macro"]["configs"] == 3 and len(server.asked) == 30
+        broken["on"] = False
+        call(*flags, "--resume")
+        assert report_of("run")["macro"]["pairs"] == 12 and report_of("run")["macro"]["pair"] == 100.0
+        assert len(server.asked) == 36
+    assert "some questions have no answer" in capsys.readouterr().out
+
+
+def test_kill_and_resume_loses_nothing_and_repeats_nothing(distinct, toy, key):
+    """kill -9 twice under 20 % failures: what a file holds is never asked again, and in the end all is answered."""
+    chance, lock = random.Random(1), threading.Lock()
+    faults = ["cut", "half", "garbage", "null", "error", "hang", (500, "oops", {"Retry-After": "0"})]
+    faults += [(429, "slow down", {"Retry-After": "0"})] * 2
+
+    def fault(body, nth):
+        time.sleep(0.2)
+        with lock:
+            return chance.choice(faults) if chance.random() < 0.2 else None
+
+    def recorded():
+        file = Path("run/answers.rank0.jsonl")
+        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith(b"}")]  # torn lines do not
+
+    printed = ""
+    with StandIn(solve_request, fault) as server:
+        flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url, "--baseline", "none"]
+        flags += ["--out", "run", "--resume", "--timeout", 1, "--concurrency", 4]
+        kept = []
+        for goal in (8, 25):
+            process = start("mvp_eval.py", *flags)
+            while len(recorded()) < goal:
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+            printed += process.communicate()[0]
+            kept.append(recorded())
+            with open("run/answers.rank0.jsonl", "ab") as file:
+                file.write(b'{"key": "torn')  # as a crash of the machine would leave it
+        printed += run("mvp_eval.py", *flags)
+        outcomes = server.outcomes()
+    rows = [json.loads(line) for line in Path("run/answers.rank0.jsonl").read_text().split("\n") if line.endswith("}")]
+    done = [row["key"] for row in rows if row["status"] == "ok"]
+    assert len(done) == len(set(done)) == 60, "an answer was lost, or asked for twice"
+    assert len(kept[0]) >= 8 and len(kept[1]) >= 25 and rows[: len(kept[1])] == kept[1]
+    # only what was under way at a kill can have been served without having been kept: at most 4 requests each time
+    served = sum(tries.count("ok") for tries in outcomes.values())
+    assert len(outcomes) == 60 and 60 <= served <= 60 + 2 * 4
+    assert report_of("run")["macro"]["pair"] == 100.0 and report_of("run")["macro"]["errors"] == 0
+    assert_key_is_nowhere("run", printed)
+
+
+def test_signals_stop_asking_report_and_name_the_command_that_resumes(distinct, toy):
+    with StandIn(solve_request, lambda body, nth: time.sleep(0.4)) as server:
+        flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url, "--concurrency", 2]
+        process = start("mvp_eval.py", *flags, "--out", "run", "--baseline", "none")
+        while len(server.asked) < 12:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=30)
+        assert process.returncode == 0 and "--out run --baseline none --resume" in printed, printed
+        asked = len(server.asked)
+        rows = Path("run/answers.rank0.jsonl").read_text().splitlines()
+        assert len(rows) == asked < 40, "what was under way was not waited for"
+        assert 0 < report_of("run")["macro"]["pairs"] < 30 and report_of("run")["macro"]["pair"] == 100.0
+
+
+def test_two_ranks_share_the_pairs_and_make_one_report(distinct, toy):
+    with StandIn(solve_request) as server:
+        flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url, "--out", "run"]
+        printed = run("mvp_eval.py", *flags, ranks=2)
+        answered_once(server, 60)
+        sides = [Path(f"run/answers.rank{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
+        stems = [{json.loads(line)["video_id"][:-2] for line in side} for side in sides]
+        assert not stems[0] & stems[1] and len(stems[0]) == len(stems[1]) == 15
+        assert report_of("run")["macro"]["pair"] == 100.0 and printed.count("paper: human") == 1
+        call(*flags, "--resume")  # on one rank: all is there
+        assert len(server.asked) == 60
+
+
+def test_log_probabilities_decide_and_swapping_takes_out_bias(distinct, toy, no_waiting):
+    """A server that knows the answer but leans to A: with both orders averaged it is right; old vLLM's limit of 5."""
+
+    def answer(body):
+        assert body["logprobs"] is True and body["max_tokens"] == 4 and body["top_logprobs"] == 5
+        side = 1.0 if solve_request(body) == "Answer: A" else -1.0
+        lean = 1.5
+        top = [{"token": " A", "logprob": (side + lean) / 2 - 2}, {"token": "B", "logprob": -(side + lean) / 2 - 2}]
+        first = max(top, key=lambda entry: entry["logprob"])
+        position = {"token": first["token"], "logprob": first["logprob"], "top_logprobs": top}
+        return {"content": f"Answer: {first['token'].strip()}", "logprobs": {"content": [position]}}
+
+    def fault(body, nth):
+        return (400, "top_logprobs must be at most 5", {}) if body["top_logprobs"] > 5 else None
+
+    with StandIn(answer, fault) as server:
+        for stream in ([], ["--stream"]):
+            flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url, "--score", "logprobs"]
+            call(*flags, "--debias", "--out", f"run{len(stream)}", "--baseline", "none", *stream)
+            systems = report_of(f"run{len(stream)}")["systems"]
+            assert systems["model"]["macro"]["p_a"] == 100.0 and systems["model"]["macro"]["pair"] == 0.0
+            assert systems["debiased"]["macro"]["pair"] == 100.0
+            assert systems["model"]["mean_margin"] == pytest.approx(1.5)  # of 2.5 and 0.5
+            assert any("not the paper's protocol" in warning for warning in report_of("run0")["warnings"])
+
+
+def test_bad_replies_are_counted_and_never_guessed(distinct, toy, capsys):
+    """Chatter, refusals, empty thoughts: unparsed; warnings name what makes the number doubtful; whole files are sent."""
+
+    def answer(body):
+        video = next(p for p in body["messages"][0]["content"] if p["type"] == "video_url")["video_url"]["url"]
+        assert video.startswith("data:video/mp4;base64,")
+        if "Clockwise" in body["messages"][0]["content"][-1]["text"]:
+            return {"content": None, "reasoning_content": "hm", "finish_reason": "length"}
+        return "I see a banana."
+
+    with StandIn(answer) as server:
+        flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url, "--video-url", "--out", "run"]
+        call(*flags, "--baseline", "none")
+        report = report_of("run")
+        assert report["configs"]["robot_object_interactions"]["unparsed"] == 24
+        assert report["macro"]["unparsed"] == 24 and report["macro"]["strict"]["single"] == 0.0
+        assert report["configs"]["robot_object_interactions"]["single"] == 0.0
+        warnings = " ".join(report["warnings"])
+        for part in ("official parser and the strict one differ on 36 of 60", "24 replies were cut off", "--video-url"):
+            assert part in warnings
+        assert "24 unparsed replies stand in submissions/ as the first candidate" in warnings
+        assert report["systems"]["model"]["macro"]["errors"] == 0
+    assert "warning: model: the official parser" in capsys.readouterr().out
+
+
+def test_compare_runs_on_shared_pairs(distinct, toy, capsys):
+    call("--data", distinct, "--videos", toy / "videos", "--out", "free")
+    files = {name: f"free/answers.{name}.rank0.jsonl" for name in ("oracle", "first", "random")}
+    found = mvp_eval.compare(files["oracle"], files["first"])
+    assert found["macro"]["pairs"] == 30 and found["macro"]["pair"]["difference"] == 100.0
+    assert found["macro"]["single"]["difference"] == 50.0 and found["macro"]["p"] == pytest.approx(2 / 2**30)
+    same = mvp_eval.compare(files["random"], files["random"])["macro"]
+    assert same["p"] == 1.0 and same["pair"]["ci"] == [0.0, 0.0]
+    other = mvp_eval.compare(files["first"], files["random"])["macro"]["pair"]
+    assert other["ci"][0] <= other["difference"] <= other["ci"][1] <= 0
+    some = Path("some.jsonl")
+    lines = Path(files["first"]).read_text().splitlines()
+    some.write_text("\n".join(lines[:3]))  # half a pair does not count
+    assert mvp_eval.compare(files["oracle"], some)["macro"]["pairs"] == 1
+    capsys.readouterr()
+    call("compare", files["oracle"], files["first"])
+    assert "+100.0 [+100.0, +100.0]" in capsys.readouterr().out
+    assert "no such file" in refused(capsys, "compare", "nothing.jsonl", some)
+    assert "no answers" in refused(capsys, "compare", "free", some)
+    some.write_text("")
+    assert "no pair in common" in refused(capsys, "compare", some, files["first"])
+    assert "takes two" in refused(capsys, "compare", some)
+    # the exact test, by hand: 8 pairs only A gets, 2 only B: 2 * (1 + 10 + 45) / 2^10
+    a, b = np.array([1] * 8 + [0] * 2 + [1], bool), np.array([0] * 8 + [1] * 2 + [1], bool)
+    assert mvp_eval.mcnemar(a, b) == mvp_eval.mcnemar(b, a) == pytest.approx(2 * 56 / 1024)
