@@ -1,6 +1,6 @@
 """Questions a second of mvp_eval.py from toy clips with a server that answers at once, beside a plain sequential loop.
 
-    python tests/bench_mvp_eval.py                  # 2,016 questions; prints a table in Markdown
+python tests/bench_mvp_eval.py                  # 2,016 questions; prints a table in Markdown
 """
 
 import argparse
@@ -50,7 +50,9 @@ def bench_mvp_eval(scenes=63, sample=300):
     with tempfile.TemporaryDirectory() as folder:
         mvp_eval.write_toy(Path(folder) / "toy", scenes, 0)
         questions = mvp_eval.read_annotations(Path(folder) / "toy", "mini")
-        server = subprocess.Popen([sys.executable, str(ROOT / "tests" / "stand_in.py")], stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "stand_in.py")], stdout=subprocess.PIPE, text=True
+        )
         try:
             url = server.stdout.readline().strip()
             out = Path(folder) / "run"

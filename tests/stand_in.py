@@ -1,6 +1,6 @@
 """A server that speaks the OpenAI protocol as real ones do, faults included, and a model that solves the toy pairs.
 
-    python tests/stand_in.py [PORT]      # serve at http://localhost:PORT/v1 until interrupted; answers at once
+python tests/stand_in.py [PORT]      # serve at http://localhost:PORT/v1 until interrupted; answers at once
 """
 
 import base64

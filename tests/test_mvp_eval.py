@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, run, start
+from helpers import run, start
 from PIL import Image
 from stand_in import StandIn, solve_request
 
-import common
 import mvp_eval
 from mvp_eval import CONFIGS, Config
 
@@ -195,7 +194,7 @@ def test_parquet_is_read_without_pyarrow(tmp_path):
 
 
 def test_annotations_in_every_layout(tmp_path):
-    """jsonl, json (list, or object of a list), csv, parquet, one file with a column `subset`: all give the same rows."""
+    """jsonl, json (list, or object of a list), csv, parquet, one file with a column `subset`: the same rows."""
     expected = golden_questions()
     sources = {name: mvp_eval.read_table(GOLDEN / "annotations" / name / "mini.jsonl") for name in CONFIGS}
 
@@ -383,7 +382,7 @@ def answered_once(server, questions):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_endpoint_answers_everything_once_whatever_goes_wrong(distinct, toy, stream, key, no_waiting, capsys):
-    """First, second and third tries fail in all ways; replies come as text, as a list of parts; then nothing is asked."""
+    """Up to three tries fail, in all ways; replies come as text or in parts; a second run asks nothing."""
     retry = [(429, "slow down", {"Retry-After": "0"}), (500, "oops", {}), (503, "busy", {"Retry-After": "0"})]
     faults = ["cut", "half", "error", "hang", *retry, *(["empty stream"] if stream else ["garbage", "null"])]
     chance = random.Random(0)
@@ -391,7 +390,9 @@ def test_endpoint_answers_everything_once_whatever_goes_wrong(distinct, toy, str
 
     def fault(body, nth):
         with lock:
-            plan = plans.setdefault(json.dumps(body), [chance.choice(faults) for _ in range(chance.choice([0, 0, 1, 3]))])
+            plan = plans.setdefault(
+                json.dumps(body), [chance.choice(faults) for _ in range(chance.choice([0, 0, 1, 3]))]
+            )
         return plan[nth] if nth < len(plan) else None
 
     def answer(body):
@@ -447,11 +448,15 @@ def test_refusals_stop_at_once_and_say_what_to_do(distinct, toy, key, capsys, no
 
 
 def test_what_failed_is_asked_again_and_only_that(distinct, toy, no_waiting, capsys):
-    """A row that is refused counts as wrong and exits with 1; with --allow-missing its pair is left out; then resumed."""
+    """A refused row counts as wrong and exits with 1; with --allow-missing its pair is left out; then resumed."""
     broken = {"on": True}
 
     def fault(body, nth):
-        return (400, "bad picture", {}) if broken["on"] and "block go" in body["messages"][0]["content"][-1]["text"] else None
+        return (
+            (400, "bad picture", {})
+            if broken["on"] and "block go" in body["messages"][0]["content"][-1]["text"]
+            else None
+        )
 
     with StandIn(solve_request, fault) as server:
         flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url, "--baseline", "none"]
@@ -472,7 +477,7 @@ def test_what_failed_is_asked_again_and_only_that(distinct, toy, no_waiting, cap
     assert "some questions have no answer" in capsys.readouterr().out
 
 
-def test_kill_and_resume_loses_nothing_and_repeats_nothing(distinct, toy, key):
+def test_kill_and_resume_loses_nothing_and_repeats_nothing(distinct, toy, key, capsys):
     """kill -9 twice under 20 % failures: what a file holds is never asked again, and in the end all is answered."""
     chance, lock = random.Random(1), threading.Lock()
     faults = ["cut", "half", "garbage", "null", "error", "hang", (500, "oops", {"Retry-After": "0"})]
@@ -503,7 +508,8 @@ def test_kill_and_resume_loses_nothing_and_repeats_nothing(distinct, toy, key):
             kept.append(recorded())
             with open("run/answers.rank0.jsonl", "ab") as file:
                 file.write(b'{"key": "torn')  # as a crash of the machine would leave it
-        printed += run("mvp_eval.py", *flags)
+        call(*flags)
+        printed += "".join(capsys.readouterr())
         outcomes = server.outcomes()
     rows = [json.loads(line) for line in Path("run/answers.rank0.jsonl").read_text().split("\n") if line.endswith("}")]
     done = [row["key"] for row in rows if row["status"] == "ok"]
@@ -572,7 +578,7 @@ def test_log_probabilities_decide_and_swapping_takes_out_bias(distinct, toy, no_
 
 
 def test_bad_replies_are_counted_and_never_guessed(distinct, toy, capsys):
-    """Chatter, refusals, empty thoughts: unparsed; warnings name what makes the number doubtful; whole files are sent."""
+    """Chatter, empty thoughts: unparsed; warnings name what makes the number doubtful; whole files are sent."""
 
     def answer(body):
         video = next(p for p in body["messages"][0]["content"] if p["type"] == "video_url")["video_url"]["url"]
@@ -582,7 +588,17 @@ def test_bad_replies_are_counted_and_never_guessed(distinct, toy, capsys):
         return "I see a banana."
 
     with StandIn(answer) as server:
-        flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url, "--video-url", "--out", "run"]
+        flags = [
+            "--data",
+            distinct,
+            "--videos",
+            toy / "videos",
+            "--endpoint",
+            server.url,
+            "--video-url",
+            "--out",
+            "run",
+        ]
         call(*flags, "--baseline", "none")
         report = report_of("run")
         assert report["configs"]["robot_object_interactions"]["unparsed"] == 24
@@ -621,3 +637,331 @@ def test_compare_runs_on_shared_pairs(distinct, toy, capsys):
     # the exact test, by hand: 8 pairs only A gets, 2 only B: 2 * (1 + 10 + 45) / 2^10
     a, b = np.array([1] * 8 + [0] * 2 + [1], bool), np.array([0] * 8 + [1] * 2 + [1], bool)
     assert mvp_eval.mcnemar(a, b) == mvp_eval.mcnemar(b, a) == pytest.approx(2 * 56 / 1024)
+
+
+# --------------------------------------------------------------------------------------------------------- users' files
+
+
+def annotate(folder, config, rows):
+    """Write annotations: rows of (video_id, video_path, answer) with candidates x and y, or dicts of changed fields."""
+    (folder / config).mkdir(parents=True, exist_ok=True)
+    lines = []
+    for video_id, path, answer, *changes in rows:
+        row = dict(video_id=video_id, video_path=path, question="Which?", answer=answer)
+        row |= dict(candidates="['x', 'y']", source=path.split("/")[0]) | (changes[0] if changes else {})
+        lines.append(json.dumps(row))
+    (folder / config / "mini.jsonl").write_text("\n".join(lines))
+
+
+def test_invalid_pairs_are_named_and_left_out_on_request(tmp_path, capsys):
+    a, b = ("star/1.mp4", "x"), ("star/2.mp4", "y")
+    broken = {
+        "two rows": [("p_1", *a)],
+        "the answer 'z' is none": [("q_1", "star/1.mp4", "z"), ("q_2", *b)],
+        "both rows have the same answer": [("r_1", *a), ("r_2", "star/2.mp4", "x")],
+        "both rows have the same video": [("s_1", *a), ("s_2", "star/1.mp4", "y")],
+        "its questions differ": [("t_1", *a), ("t_2", *b, {"question": "What?"})],
+        "its candidates differ": [("u_1", *a), ("u_2", *b, {"candidates": "['y', 'x']"})],
+        "two different texts": [("v_1", *a, {"candidates": "['x', 'x']"}), ("v_2", *b)],
+        "question missing": [("w_1", *a, {"question": None}), ("w_2", *b)],
+        "same video_id twice": [("x_1", *a), ("x_1", *b)],
+        "leads out of the folder": [("y_1", "star/../../a.mp4", "x"), ("y_2", *b)],
+    }
+    hint = "not two"
+    for number, (reason, rows) in enumerate(broken.items()):
+        annotate(tmp_path / "d", "temporal_reasoning", [("good_a_1", *a), ("good_a_2", *b), *rows])
+        flags = ["--data", tmp_path / "d", "--baseline", "first,text,oracle", "--out", f"out{number}"]
+        printed = refused(capsys, *flags)
+        assert (hint if reason == "two rows" else reason) in printed and "--allow-missing" in printed, printed
+        call(*flags, "--allow-missing", "--resume")
+        assert report_of(f"out{number}")["data"]["pairs"] == 1
+        assert report_of(f"out{number}")["systems"]["oracle"]["macro"]["pair"] == 100.0
+        capsys.readouterr()
+    annotate(tmp_path / "d", "temporal_reasoning", broken["two rows"])
+    assert "no valid pair" in refused(capsys, "--data", tmp_path / "d", "--allow-missing", "--out", "none")
+    for name in ("nothing", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert "no annotations" in refused(capsys, "--data", tmp_path / name, "--out", name)
+    (tmp_path / "d" / "temporal_reasoning" / "mini.jsonl").write_text('{"video_id": ')
+    assert "cannot read the annotations" in refused(capsys, "--data", tmp_path / "d", "--out", "torn")
+
+
+def test_broken_parquet_files_are_one_sentence(tmp_path, capsys):
+    whole = (GOLDEN / "parquet" / "intuitive_physics" / "mini-00000-of-00001.parquet").read_bytes()
+    chance, file = random.Random(0), tmp_path / "x.parquet"
+    refusals = 0
+    for trial in range(60):
+        data = bytearray(whole)
+        for _ in range(3):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        file.write_bytes(data[: chance.randrange(len(data))] if trial % 3 == 0 else data)
+        try:
+            assert isinstance(mvp_eval.read_table(file), list)
+        except SystemExit as stop:
+            refusals += 1
+            assert stop.code == 2 and capsys.readouterr().err.startswith("error: cannot read the annotations")
+    assert refusals >= 20
+
+
+def test_missing_and_broken_videos(distinct, toy, tmp_path, capsys, no_waiting):
+    videos = tmp_path / "videos"
+    shutil.copytree(toy / "videos", videos)
+    (videos / "toy_turn" / "s000_0.mp4").unlink()
+    shutil.copy(GOLDEN / "clips" / "truncated.mp4", videos / "toy_count" / "s001_0.mp4")
+    flags = ["--data", distinct, "--videos", videos]
+    printed = refused(capsys, *flags, "--out", "a")
+    assert "1 of 60 videos" in printed and "toy_turn/s000_0.mp4" in printed and "--check" in printed
+    call(*flags, "--check", code=1)
+    printed = capsys.readouterr().out
+    assert "11 of 12 found, 1 missing, 0 broken" in printed and "12 of 12 found, 0 missing, 1 broken" in printed
+    assert "missing toy_turn/s000_0.mp4" in printed and "broken toy_count/s001_0.mp4" in printed
+    with StandIn(solve_request) as server:
+        flags += ["--endpoint", server.url, "--baseline", "none"]
+        call(*flags, "--allow-missing", "--out", "b")
+        report = report_of("b")
+        assert report["macro"]["pairs"] == 28 and report["macro"]["pair"] == 100.0
+        assert "1 pairs are left out, since 1 videos are missing" in report["warnings"][0]
+        shutil.copy(toy / "videos" / "toy_turn" / "s000_0.mp4", videos / "toy_turn" / "s000_0.mp4")
+        call(*flags, "--out", "c", code=1)  # one of 60: more than 1 %, but a single one never stops a run
+        assert "skipped an unreadable file: toy_count/s001_0.mp4" in capsys.readouterr().out
+        assert report_of("c")["macro"]["errors"] == 1
+        for name in ("s001_1", "s002_0"):
+            shutil.copy(GOLDEN / "clips" / "truncated.mp4", videos / "toy_count" / f"{name}.mp4")
+        assert "--max-bad" in refused(capsys, *flags, "--out", "d")[-200:]
+
+
+def test_videos_are_made_from_downloads(tmp_path, capsys):
+    """Flattened folders, webm to mp4, archives, single frames at 24 and 5 a second; what is unclear is not guessed."""
+    downloads, root, clip = tmp_path / "downloads", tmp_path / "videos", GOLDEN / "clips" / "h264_bframes.mp4"
+
+    def put(file, target):
+        (downloads / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, downloads / target)
+
+    put(clip, "clevrer/video_10000-11000/video_10001.mp4")
+    put(GOLDEN / "clips" / "vp9.webm", "ssv2/20bn/77.webm")
+    put(clip, "pt/a/video_1.mp4")
+    put(clip, "pt/b/video_1.mp4")
+    with zipfile.ZipFile(downloads / "star.zip", "w") as archive:
+        archive.write(clip, "Charades_v1_480/ABC.mp4")
+    put(downloads / "star.zip", "star/Charades_v1_480.zip")
+    (downloads / "grasp").mkdir()
+    with tarfile.open(downloads / "grasp" / "grasp.tar.gz", "w:gz") as archive:
+        archive.add(GOLDEN / "clips" / "mpeg4.avi", "grasp/level1/x.avi")
+        archive.add(clip, "grasp/level2/x.mp4")
+    for i in range(12):
+        grey = Image.new("RGB", (32, 24), (20 * i,) * 3)
+        for target in (f"intphys/dev/O1/07/3/scene/scene_{i + 1:03d}.png", f"language_table/frames/9_frame_{i}.jpg"):
+            (downloads / target).parent.mkdir(parents=True, exist_ok=True)
+            grey.save(downloads / target)
+    needed = ["clevrer/video_10001", "ssv2/77", "pt/video_1", "star/ABC", "grasp/level2/x", "intphys/_O1_07_3"]
+    needed += ["language_table/video_9", "vinoground/0"]
+    rows = [(f"{i // 2}_{i % 2}", f"/{path}.mp4", "xy"[i % 2]) for i, path in enumerate(needed)]
+    annotate(tmp_path / "data", "intuitive_physics", rows)
+    flags = ["--data", tmp_path / "data", "--videos", root]
+    before = sorted(f for f in downloads.rglob("*") if f.is_file())
+    call(*flags, "--prepare", downloads, code=1)
+    printed = capsys.readouterr().out
+    assert "2 files fit" in printed and f"there is no folder {downloads / 'vinoground'}" in printed
+    assert "HanSolo9682" in printed and "missing pt/video_1.mp4" in printed
+    assert sorted(f for f in downloads.rglob("*") if f.is_file()) == before, "a download was deleted"
+    made = sorted(f.relative_to(root).as_posix() for f in root.rglob("*") if f.is_file())
+    assert made == sorted(f"{name}.mp4" for name in needed if name not in ("pt/video_1", "vinoground/0"))
+
+    def everything(name):
+        seen = []
+        images, _ = mvp_eval.decode(root / name, lambda total, rate: seen.append(rate) or np.arange(total))
+        return seen[-1], [float(np.asarray(image).mean()) for image in images]
+
+    for name, rate in (("intphys/_O1_07_3.mp4", 24), ("language_table/video_9.mp4", 5)):
+        found, greys = everything(name)
+        assert found == rate and np.abs(np.array(greys) - 20 * np.arange(12)).max() < 4
+    rate, greys = everything("ssv2/77.mp4")
+    assert rate == pytest.approx(30000 / 1001, rel=1e-3)
+    assert np.abs(np.array(greys) - (40 + 8 * np.arange(23))).max() < 4
+    assert len(everything("grasp/level2/x.mp4")[1]) == len(everything("star/ABC.mp4")[1]) == 37
+    # a second time nothing is made again; a webm alone is used as it is; a file in another folder is pointed at
+    times = {f: f.stat().st_mtime_ns for f in root.rglob("*.mp4")}
+    (root / "ssv2" / "77.mp4").unlink()
+    shutil.copy(GOLDEN / "clips" / "vp9.webm", root / "ssv2" / "77.webm")
+    (root / "pt" / "deeper").mkdir(parents=True)
+    shutil.copy(clip, root / "pt" / "deeper" / "video_1.mp4")
+    call(*flags, "--prepare", downloads, code=1)
+    printed = capsys.readouterr().out
+    assert all(f.stat().st_mtime_ns == t for f, t in times.items() if f.exists())
+    assert not (root / "ssv2" / "77.mp4").exists() and "1 with another suffix (used as they are)" in printed
+    assert "there is pt/deeper/video_1.mp4, in another folder" in printed
+
+
+def test_annotations_are_downloaded_page_by_page_once(tmp_path, monkeypatch, capsys):
+    rows = {name: mvp_eval.read_table(GOLDEN / "annotations" / name / "mini.jsonl") for name in CONFIGS}
+    asked = []
+
+    class Page(io.BytesIO):
+        pass
+
+    def open_page(url, timeout):
+        asked.append(url)
+        if len(asked) % 3 == 0:
+            raise OSError("connection reset")
+        query = dict(part.split("=") for part in url.split("?")[1].split("&"))
+        assert query["split"] == "mini" and query["dataset"] == "facebook/minimal_video_pairs"
+        mine, offset = rows[query["config"]], int(query["offset"])
+        page = [{"row": row} for row in mine[offset : offset + 4]]
+        return Page(json.dumps({"rows": page, "num_rows_total": len(mine)}).encode())
+
+    monkeypatch.setattr(mvp_eval.urllib.request, "urlopen", open_page)
+    mvp_eval.download_annotations(tmp_path / "mvp", "mini", pause=0)
+    assert mvp_eval.read_annotations(tmp_path / "mvp", "mini") == golden_questions()
+    count = len(asked)
+    monkeypatch.setenv("DATA", str(tmp_path))
+    call("--data", "hub", "--baseline", "first,last,longest,text,random,oracle", "--out", "run", "--limit", 4)
+    assert len(asked) == count and report_of("run")["data"]["pairs"] == 16
+    assert report_of("run")["systems"]["text"]["macro"]["pair"] == 0.0
+    monkeypatch.setattr(mvp_eval.urllib.request, "urlopen", lambda url, timeout: (_ for _ in ()).throw(OSError("down")))
+    with pytest.raises(SystemExit):
+        mvp_eval.download_annotations(tmp_path / "other", "mini", pause=0)
+    assert "by hand" in capsys.readouterr().err
+
+
+def test_rotated_and_damaged_files(tmp_path):
+    """Phones turn frames by metadata; packets that are damaged cost their frames only."""
+    half = np.zeros((20, 32, 48, 3), np.uint8)
+    half[:, :, :24] = 255  # white on the left
+    options = mvp_eval.TOY_CODEC
+    mvp_eval.write_video(tmp_path / "a.mp4", half, 10, options)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    matrix = data.index(b"tkhd") + 44
+    turned = [0, 1 << 16, 0, (1 << 32) - (1 << 16), 0, 0, 0, 0, 1 << 30]  # a quarter turn clockwise
+    data[matrix : matrix + 36] = b"".join(value.to_bytes(4, "big") for value in turned)
+    (tmp_path / "turned.mp4").write_bytes(data)
+    centre = lambda total, rate: mvp_eval.frame_indices("center", total, rate, 1)  # noqa: E731
+    image = mvp_eval.decode(tmp_path / "turned.mp4", centre)[0][0]
+    assert image.size == (32, 48)
+    assert np.asarray(image)[:20].min() > 200 and np.asarray(image)[28:].max() < 50  # the left side is on top now
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    start = data.index(b"mdat") + 4
+    packet = (len(data) - start) // 24
+    for i in range(start + 8 * packet, start + 9 * packet):
+        data[i] ^= 0x5A
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    images, indices = mvp_eval.decode(tmp_path / "damaged.mp4", lambda total, rate: np.arange(total))
+    assert 15 <= len(images) == len(indices) <= 20
+    with pytest.raises((mvp_eval.av.FFmpegError, ValueError)):
+        mvp_eval.decode(GOLDEN / "clips" / "truncated.mp4", centre)
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises((mvp_eval.av.FFmpegError, ValueError)):
+        mvp_eval.decode(tmp_path / "text.mp4", centre)
+
+
+def test_frames_are_shrunk_and_kept(toy):
+    path = next((toy / "videos").rglob("*.mp4"))
+    frames = mvp_eval.Frames(Config(size=48, frames=4), encode=True)
+    first, indices = frames.load(path, "uniform")
+    assert frames.load(path, "uniform")[0] is first and list(indices) == [0, 8, 16, 24]
+    picture = Image.open(io.BytesIO(mvp_eval.base64.b64decode(first[0])))
+    assert picture.format == "JPEG" and picture.size == (48, 48)
+    assert mvp_eval.shrink(Image.new("RGB", (40, 30)), 48).size == (40, 30)
+    assert mvp_eval.shrink(Image.new("RGB", (640, 480)), 448).size == (448, 336)
+    small = mvp_eval.Frames(Config(cache=0, frames=4), encode=True)
+    small.load(path, "uniform")
+    assert small.bytes == 0 and not small.kept
+
+
+def test_requests_are_limited():
+    gate, begun = mvp_eval.Gate(8, rate=50), time.monotonic()
+    for _ in range(11):
+        with gate:
+            pass
+    assert time.monotonic() - begun >= 10 / 50
+    gate = mvp_eval.Gate(8, 0)
+    gate.slow_down()
+    gate.slow_down()  # at the same moment: counts once
+    assert gate.limit == 4
+    held = [gate.__enter__() for _ in range(4)]
+    entered = threading.Event()
+    waiting = threading.Thread(target=lambda: (gate.__enter__(), entered.set()), daemon=True)
+    waiting.start()
+    assert not entered.wait(0.3) and len(held) == 4
+    gate.__exit__()
+    assert entered.wait(3)
+    assert mvp_eval.retry_after("7", 1.0) == 7.0 and mvp_eval.retry_after(None, 1.5) == 1.5
+    assert mvp_eval.retry_after("soon", 1.5) == 1.5 and mvp_eval.retry_after("1e9", 1.5) == 600.0
+    assert mvp_eval.retry_after("Wed, 21 Oct 2015 07:28:00 GMT", 1.5) == 0.0
+
+
+def test_flags_that_cannot_work_are_refused(capsys, monkeypatch, toy):
+    url = "http://localhost:1/v1"
+    cases = {
+        ("--endpont", url): "--endpoint",
+        ("--preset", "qwen"): "qwen2-vl",
+        ("--sampling", "random"): "uniform",
+        ("--split", "train"): "mini, full",
+        ("--frames", 0): "--frames",
+        ("--quality", 0): "--quality",
+        ("--rate", -1): "negative",
+        ("--timeout", 0): "--timeout",
+        ("--fps", 2, "--sampling", "segments"): "--fps",
+        ("--endpoint", url, "--fn", "a:b"): "two models",
+        ("--score", "logprobs"): "--endpoint",
+        ("--debias", "--endpoint", url): "--score logprobs",
+        ("--video-url",): "--endpoint",
+        ("--video-url", "--endpoint", url, "--baseline", "frame"): "need frames",
+        ("--extra", "[1]"): "JSON object",
+        ("--baseline", "blind"): "--endpoint or --fn",
+        ("--baseline", "longst"): "longest",
+        ("--endpoint", "localhost:8000"): "expected a URL",
+        ("--endpoint", "http://me:secret@localhost/v1"): "OPENAI_API_KEY",
+        ("--endpoint", "http://localhost/v1?key=secret"): "OPENAI_API_KEY",
+        ("--fn", "nowhere:f"): "module:function",
+        ("--fn", "json:nothing"): "module:function",
+        ("--check",): "--data",
+        ("--data", toy, "--prepare", "nowhere"): "no such folder",
+        ("--report",): "holds none",
+    }
+    for flags, hint in cases.items():
+        printed = refused(capsys, *flags)
+        assert hint in printed and "secret" not in printed, printed
+    monkeypatch.setenv("MY_KEY", "sk-with a blank")
+    printed = refused(capsys, "--endpoint", url, "--api-key-env", "MY_KEY")
+    assert "$MY_KEY" in printed and "sk-with" not in printed
+    monkeypatch.setenv("MY_KEY", "")
+    Path("used").mkdir()
+    Path("used/config.json").write_text("{}")
+    assert "--resume" in refused(capsys, "--out", "used")
+
+
+def test_answers_files_are_written_by_one_process_and_a_full_disk_is_told(tmp_path, capsys):
+    first, second = mvp_eval.Answers(tmp_path, 0), mvp_eval.Answers(tmp_path, 0)
+    first.append({"system": "model", "key": "a", "status": "ok"})
+    with pytest.raises(SystemExit) as stop:
+        second.append({"system": "model", "key": "b", "status": "ok"})
+    assert stop.value.code == 2 and "another process" in capsys.readouterr().err
+    first.close()
+    assert mvp_eval.load_rows([first.path("model")]).keys() == {"a"}
+    if Path("/dev/full").exists():
+        first.path("blind").symlink_to("/dev/full")
+        with pytest.raises(SystemExit) as stop:
+            mvp_eval.Answers(tmp_path, 0).append({"system": "blind"})
+        assert stop.value.code == 1 and "--resume" in capsys.readouterr().err
+    # an answer stays an answer, whatever comes after it; of errors the last one counts
+    rows = [{"key": "k", "status": "error", "n": 1}, {"key": "k", "status": "ok", "n": 2}]
+    rows += [{"key": "k", "status": "error", "n": 3}, {"key": "e", "status": "error", "n": 4}]
+    rows += [{"key": "e", "status": "error", "n": 5}]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\n".join(json.dumps(row).encode() for row in rows) + b'\n{"key": "torn\xff')
+    assert {key: row["n"] for key, row in mvp_eval.load_rows([file]).items()} == {"k": 2, "e": 5}
+
+
+def test_parsers_beyond_the_recorded_cases():
+    options = ("Yes, all is normal", "No, something is odd")
+    official = {"banana": 0, "__A__": None, "Ａ": None, "(A) x\n(B) y": 1, "B\n\nA": 0, "assistant: b": 1}
+    assert {reply: mvp_eval.parse_official(reply) for reply in official} == official
+    assert mvp_eval.parse_official("B\n\nA", stop_at_blank_line=True) == 1
+    strict = {
+        "<thinking>A</thinking> (B)": 1, "<answer>A</answer> <answer>B</answer>": 1, "A and B": None,
+        "Answer: A\nAnswer: B": 1, "The correct option is B": 1, "(A) or (B)?": None, "B)": 1, "Best choice - (a)": 0,
+        "A because it falls": 0, "Reasons...\nB": 1, "[B] it is": 1, "no": 1, "Yes!": 0, "yes all is normal": 0,
+        "Nothing fits": None, "answering B": None, 7: None, None: None,
+    }  # fmt: skip
+    assert {reply: mvp_eval.parse_strict(reply, options) for reply in strict} == strict
