@@ -49,6 +49,7 @@ import platform
 import queue
 import random
 import re
+import shutil
 import ssl
 import struct
 import sys
@@ -129,9 +130,7 @@ class Config:
 
     # scoring
     parser: str = "official"  # which parser gives the headline numbers: official or strict
-    stop_at_blank_line: bool = (
-        False  # official parser: only what stands before the first blank line, as some wrappers do
-    )
+    stop_at_blank_line: bool = False  # official parser: read up to the first blank line, as some wrappers do
 
     # run
     seed: int = 0  # seed of the toy set, the random baseline, --limit, the bootstrap and the requests
@@ -535,6 +534,8 @@ def read_parquet(path):
             at = min(offset for offset in (meta[9], meta.get(11)) if offset)
             while len(values) < meta[5]:
                 header, at = thrift(data, at)
+                if header[3] < 0:
+                    raise ValueError("corrupt page header")
                 page, at = data[at : at + header[3]], at + header[3]
                 if meta[4] not in (0, 1) or header[1] not in (0, 2):
                     raise ValueError(f"compressed by another codec than snappy, or data pages v2; {export}")
@@ -577,7 +578,8 @@ def parse_official(reply, stop_at_blank_line=False):
     """
     if stop_at_blank_line:
         reply = reply.split("\n\n")[0].strip()
-    found = re.findall(r"(?:answer|assistant)?:?\s*([ab])\b", reply.lower())
+    text = re.sub(r"\s+", " ", reply.lower())  # changes no match, and no reply of blanks can stall the search
+    found = re.findall(r"(?:answer|assistant)?:?\s*([ab])\b", text)
     return "ab".index(found[min(1, len(found) - 1)]) if found else None
 
 
@@ -619,7 +621,7 @@ def parse_strict(reply, candidates):
     tagged = re.findall(r"<answer>(.*?)</answer>", text, ignore | re.DOTALL)
     text = tagged[-1] if tagged else text
     text = re.sub(r"\\boxed\{(?:\\text\{([^{}]*)\}|([^{}]*))\}", r" Answer: \1\2. ", text, flags=ignore)
-    text = without_markup(text)
+    text = re.sub(r"\s+", lambda run: "\n" if "\n" in run[0] else " ", without_markup(text))
 
     # the reply is a letter; or it is both letters, which is none
     if whole := re.fullmatch(r"\W*([ab])\W*", text, ignore):
@@ -744,11 +746,19 @@ def video_frames(container):
             continue
 
 
-def decode(path, choose):
+def shrink(image, size):
+    """Longer side to `size` pixels, bicubic; smaller images, and all if size is 0, stay as they are."""
+    longest = max(image.size)
+    if longest <= size or not size:
+        return image
+    return image.resize([max(1, round(side * size / longest)) for side in image.size], Image.BICUBIC)
+
+
+def decode(path, choose, size=0):
     """Frames of a video: choose(total, rate) says which -> (list of upright RGB PIL images, their indices).
 
-    What headers say about the number of frames is only a guess: where it is wrong, the file is decoded again.
-    Raises ValueError or av.FFmpegError if there is nothing to decode.
+    size: longest side in pixels, 0 as it is. What headers say about the number of frames is only a guess: where it
+    is wrong, the file is decoded again. Raises ValueError or av.FFmpegError if there is nothing to decode.
     """
     with av.open(str(path)) as container:
         if not container.streams.video:
@@ -762,7 +772,7 @@ def decode(path, choose):
             total = 0
             for total, frame in enumerate(video_frames(container), start=1):
                 if total - 1 in wanted:
-                    image = frame.to_image()
+                    image = shrink(frame.to_image(), size)
                     kept[total - 1] = image.rotate(frame.rotation, expand=True) if frame.rotation % 360 else image
         if not total:
             raise ValueError("no frame can be decoded")
@@ -770,14 +780,6 @@ def decode(path, choose):
         if all(int(i) in kept for i in indices):
             return [kept[int(i)] for i in indices], indices
     raise ValueError(f"decodes to {guess} frames, and then to {total}")
-
-
-def shrink(image, size):
-    """Longer side to `size` pixels, bicubic; smaller images stay as they are."""
-    longest = max(image.size)
-    if longest <= size:
-        return image
-    return image.resize([max(1, round(side * size / longest)) for side in image.size], Image.BICUBIC)
 
 
 def encode_jpeg(image, quality):
@@ -804,8 +806,8 @@ class Frames:
                 return self.kept[key][:2]
         c = self.config
         with self.decoders:
-            images, indices = decode(path, lambda total, rate: frame_indices(rule, total, rate, c.frames, c.fps))
-            images = [shrink(image, c.size) for image in images]
+            choose = lambda total, rate: frame_indices(rule, total, rate, c.frames, c.fps)  # noqa: E731
+            images, indices = decode(path, choose, c.size)
             frames = [encode_jpeg(image, c.quality) for image in images] if self.encode else images
         size = sum(map(len, frames)) if self.encode else sum(3 * im.width * im.height for im in images)
         with self.lock:
@@ -818,7 +820,12 @@ class Frames:
 
 
 def write_video(path, images, rate, options):
-    """Write RGB images (arrays [H, W, 3], PIL images or av frames) as H.264 in mp4, through a temporary file."""
+    """Write RGB images (arrays [H, W, 3], PIL images or av frames) as H.264 in mp4, through a temporary file.
+
+    Builds of FFmpeg without libx264 write MPEG-4 at its best quality, each frame by itself.
+    """
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    options = options if codec == "libx264" else {"g": "1", "qmin": "2", "qmax": "2"}
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(temporary), "w", format="mp4") as container:
@@ -828,7 +835,7 @@ def write_video(path, images, rate, options):
                 image = np.asarray(image.convert("RGB"))
             frame = av.VideoFrame.from_ndarray(image, format="rgb24") if isinstance(image, np.ndarray) else image
             if stream is None:
-                stream = container.add_stream("libx264", rate=rate)
+                stream = container.add_stream(codec, rate=rate)
                 stream.width, stream.height = frame.width // 2 * 2, frame.height // 2 * 2  # yuv420p wants even sides
                 stream.pix_fmt, stream.options, stream.codec_context.thread_count = "yuv420p", options, 1
             frame = frame.reformat(stream.width, stream.height, "yuv420p")
@@ -969,7 +976,7 @@ def is_broken(path):
                 container.seek((stream.start_time or 0) + stream.duration * 9 // 10, stream=stream)
                 next(container.decode(stream))
         return ""
-    except (av.FFmpegError, StopIteration, IndexError) as error:
+    except (av.FFmpegError, StopIteration, IndexError, OSError, ValueError) as error:
         return str(error) or "no frame can be decoded"
 
 
@@ -1018,20 +1025,25 @@ def archive_members(path):
                     yield info.name, archive.extractfile(info)
 
 
-def place_video(file, target):
-    """Put a source's video (a path) where the annotations expect it: a link or a copy, or re-encoded to H.264."""
+def place_video(file, target, rate):
+    """Put a source's video where the annotations expect it: a link or a copy, or encoded to H.264.
+
+    file: a video, or a list of pictures that become one at `rate` frames a second.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix.lower() == target.suffix.lower():
+    if isinstance(file, list):
+        write_video(target, (Image.open(picture) for picture in file), rate, {})
+    elif file.suffix.lower() == target.suffix.lower():
         try:
             os.link(file, target)
         except OSError:  # another file system
             temporary = target.with_name(target.name + ".tmp")
-            temporary.write_bytes(file.read_bytes())
+            shutil.copyfile(file, temporary)
             os.replace(temporary, target)
-        return
-    with av.open(str(file)) as container:
-        rate = container.streams.video[0].average_rate or container.streams.video[0].guessed_rate
-        write_video(target, video_frames(container), rate, {})
+    else:
+        with av.open(str(file)) as container:
+            rate = container.streams.video[0].average_rate or container.streams.video[0].guessed_rate
+            write_video(target, video_frames(container), rate, {})
 
 
 def frame_folders(folder, source):
@@ -1063,12 +1075,12 @@ def prepare_videos(questions, downloads, root, say=print):
         if not resolve(root, path):
             wanted[source][str(Path(rest).with_suffix(""))] = root / path
 
-    def place(file, target):
+    def place(file, target, rate=None):
         try:
-            place_video(file, target)
+            place_video(file, target, rate)
             return 1
         except (OSError, av.FFmpegError, ValueError) as error:
-            say(f"    cannot make {target} from {file}: {error}")
+            say(f"    cannot make {target}: {error}")
             return 0
 
     for source, targets in sorted(wanted.items()):
@@ -1091,21 +1103,25 @@ def prepare_videos(questions, downloads, root, say=print):
         rate = {"intphys": 24, "language_table": 5}.get(source)
         for name, pictures in frame_folders(folder, source).items() if rate else ():
             if name in targets and not targets[name].exists():
-                write_video(targets[name], (Image.open(picture) for picture in pictures), rate, {})
-                made += 1
+                made += place(pictures, targets[name], rate)
         left = {name for name in targets if name not in fitting and not targets[name].exists()}
         archives = [f for f in sorted(folder.rglob("*")) if f.name.endswith((".zip", ".tar", ".tar.gz", ".tgz"))]
         for archive in archives if left else ():
-            for member, file in archive_members(archive):
-                parts = Path(member).with_suffix("").parts
-                name = next((n for i in range(len(parts)) if (n := "/".join(parts[i:])) in left), None)
-                if name and Path(member).suffix.lower() in VIDEO_SUFFIXES:
-                    unpacked = targets[name].with_name(f"{targets[name].stem}.unpacked{Path(member).suffix.lower()}")
-                    unpacked.parent.mkdir(parents=True, exist_ok=True)
-                    unpacked.write_bytes(file.read())
-                    made += place(unpacked, targets[name])
-                    unpacked.unlink()
-                    left.discard(name)
+            try:
+                for member, file in archive_members(archive):
+                    path = Path(member)
+                    parts = path.with_suffix("").parts
+                    name = next((n for i in range(len(parts)) if (n := "/".join(parts[i:])) in left), None)
+                    if name and path.suffix.lower() in VIDEO_SUFFIXES:
+                        unpacked = targets[name].with_name(f"{targets[name].name}.unpacked{path.suffix.lower()}")
+                        unpacked.parent.mkdir(parents=True, exist_ok=True)
+                        with open(unpacked, "wb") as copy:
+                            shutil.copyfileobj(file, copy)
+                        made += place(unpacked, targets[name])
+                        unpacked.unlink()
+                        left.discard(name)
+            except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
+                say(f"    cannot read {archive}: {error}")
         missing = sum(not target.exists() for target in targets.values())
         say(f"{source:<16} {made - before} made, {missing} still missing" + (f": {ORIGINS[source]}" if missing else ""))
     return made
@@ -1336,6 +1352,7 @@ def read_reply(body):
         if not isinstance(content, str):
             raise ValueError(f"a reply without content: {json.dumps(body)[:300]}")
         logprobs = (choice.get("logprobs") or {}).get("content")
+        option_scores(logprobs)  # fails here if it would fail later
     except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError(f"not a chat completion: {json.dumps(body)[:300]}") from None
     return {"reply": content, "finish_reason": finish, "usage": body.get("usage"), "logprobs": logprobs}
@@ -1354,13 +1371,13 @@ def read_events(response, deadline):
             choice["logprobs"] = {"content": logprobs} if logprobs else None
             return body
         event = json.loads(data) if data else {}
-        if event.get("error"):
+        if not isinstance(event, dict) or event.get("error"):
             return event
         body["usage"] = event.get("usage") or body["usage"]
         for part in event.get("choices") or ():
-            for name, text in (part.get("delta") or {}).items():
-                if name in ("content", "refusal") and isinstance(text, str):
-                    message[name] = (message.get(name) or "") + text
+            for name in ("content", "refusal"):
+                text = (part.get("delta") or {}).get(name)
+                message[name] = (message.get(name) or "") + text if text is not None else message.get(name)
             choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
             logprobs += (part.get("logprobs") or {}).get("content") or []
     raise ConnectionError("the stream broke off")
@@ -1393,7 +1410,7 @@ class Client:
         return str(text).replace(self.key, "***") if self.key else str(text)
 
     def exchange(self, method, path, body=None):
-        """One request on this thread's connection -> (status, headers, bytes, or dict if it was streamed)."""
+        """One request on this thread's connection -> (status, headers, bytes, or object if it was streamed)."""
         connection, timeout = getattr(self.local, "connection", None), self.config.timeout
         reused = connection is not None
         if not reused and self.tls:
@@ -1405,7 +1422,10 @@ class Client:
             connection.request(method, self.path + path, body, self.headers)
             response = connection.getresponse()
             if "text/event-stream" in response.getheader("Content-Type", ""):
-                answer = read_events(response, time.monotonic() + 10 * timeout)
+                try:
+                    answer = read_events(response, time.monotonic() + 10 * timeout)
+                except (AttributeError, TypeError) as error:
+                    raise ValueError(f"events that are no chat completion ({error})") from None
                 connection.close()
             else:
                 answer = response.read()
@@ -1430,7 +1450,7 @@ class Client:
         except OSError as error:
             fail(f"no server at {self.config.endpoint} ({self.clean(error)}): start it, or correct --endpoint")
 
-    def refuse(self, status, text):
+    def refuse(self, status, text, model):
         """Raise Stop where a 4xx means that no question will be answered; else return the advice for this one."""
         c, said = self.config, self.clean(text)[:300]
         if 300 <= status < 400:
@@ -1438,7 +1458,7 @@ class Client:
         if status in (401, 403):
             raise Stop(f"{c.endpoint} refuses the key in ${c.api_key_env} ({status}): {said}")
         if status == 404:
-            raise Stop(f"{c.endpoint} knows no such path or model ({status}; --model {c.model}): {said}")
+            raise Stop(f"{c.endpoint} knows no such path or model ({status}; --model {model}): {said}")
         if status == 400 and re.search(r"at most \d+ image|limit-mm-per-prompt|too many images", text, re.IGNORECASE):
             raise Stop(
                 f"the server takes fewer images: --frames, or vLLM's --limit-mm-per-prompt image=N. It said: {said}"
@@ -1457,14 +1477,14 @@ class Client:
                 with self.gate:
                     status, headers, body = self.exchange("POST", "/chat/completions", json.dumps(payload).encode())
                 if status == 200:
-                    return read_reply(body if isinstance(body, dict) else json.loads(body)) | {"attempts": attempt}
+                    return read_reply(json.loads(body) if isinstance(body, bytes) else body) | {"attempts": attempt}
                 text = body.decode(errors="replace") if isinstance(body, bytes) else json.dumps(body)
                 failure = f"status {status}: {self.clean(text)[:300]}"
                 if status == 400 and "top_logprobs" in text and payload.get("top_logprobs", 0) > 5:
                     self.top_logprobs = 5  # as old versions of vLLM have it
                     continue
                 if status not in RETRY:
-                    raise Failed(f"status {status}: {self.refuse(status, text)}", attempt)
+                    raise Failed(f"status {status}: {self.refuse(status, text, model)}", attempt)
                 if status == 429:
                     self.gate.slow_down()
                 wait = retry_after(headers.get("Retry-After"), wait)
@@ -1533,13 +1553,14 @@ def load_rows(files):
     """{key: row} of answers files: the last line with an answer counts, else the last error. Torn lines are ignored."""
     rows = {}
     for file in files:
-        for line in file.read_bytes().split(b"\n"):
-            try:
-                row = json.loads(line)
-                if row["status"] == "ok" or rows.get(row["key"], row)["status"] != "ok":
-                    rows[row["key"]] = row
-            except (ValueError, KeyError, TypeError):
-                continue
+        with open(file, "rb") as lines:
+            for line in lines:
+                try:
+                    row = json.loads(line)
+                    if row["status"] == "ok" or rows.get(row["key"], row)["status"] != "ok":
+                        rows[row["key"]] = row
+                except (ValueError, KeyError, TypeError):
+                    continue
     return rows
 
 
@@ -1906,9 +1927,8 @@ def summary_table(systems, config):
     for name, (pair, single) in CHANCE.items():
         rows.append([name, *[f"{pair:.1f}"] * 5, f"{single:.1f}", "-", "-"])
     for name, (full, mini) in PAPER.items():
-        numbers, split = (
-            (mini, "mini") if config.split == "mini" and mini else (full or mini, "full" if full else "mini")
-        )
+        split = "mini" if mini and (config.split == "mini" or not full) else "full"
+        numbers = mini if split == "mini" else full
         label = f"paper: {name}" + ("" if split == config.split else f" ({split} set)")
         rows.append([label, *(f"{value:.1f}" for value in numbers), "-", "-", "-"])
     return rows
@@ -1917,18 +1937,8 @@ def summary_table(systems, config):
 def detail_table(name, result, parser):
     """Configs, and under each its sources, with everything that was counted."""
     other = "strict" if parser == "official" else "official"
-    header = [
-        name,
-        "pairs",
-        "rows",
-        f"pair % ({parser})",
-        "single %",
-        f"{other} pair %",
-        "unparsed",
-        "errors",
-        "stuck %",
-    ]
-    rows = [[*header, "A %", "both/one/none"]]
+    header = [name, "pairs", "rows", f"pair % ({parser})", "single %", f"{other} pair %", "unparsed", "errors"]
+    rows = [[*header, "stuck %", "A %", "both/one/none"]]
 
     def line(label, r):
         share = "-" if r["p_a"] is None else f"{r['p_a']:.1f}"
@@ -1947,26 +1957,23 @@ def detail_table(name, result, parser):
 
 
 def warnings_of(name, rows, predictions, ok):
-    """What a reader should know before believing the numbers -> list of sentences. rows: of the answers file."""
+    """What a reader should know before believing the numbers of a model -> list of sentences."""
     found, answered = [], max(1, int(ok.sum()))
-    replies = [row["reply"] for row in rows if row and row["status"] == "ok"]
+    replies = [row["reply"] for row, there in zip(rows, ok) if there]
     differ = int(((predictions["official"] != predictions["strict"]) & ok).sum())
     if differ > 0.01 * answered:
         share = f"{differ} of {answered} replies ({100 * differ / answered:.1f} %)"
-        found.append(
-            f"{name}: the official parser and the strict one differ on {share}: the official number is doubtful"
-        )
+        found.append(f"{name}: the official parser and the strict one differ on {share}: the official number is noise")
     most = Counter(replies).most_common(1)
-    if len(replies) >= 20 and most and most[0][1] > 0.9 * len(replies):
+    if len(replies) >= 20 and most[0][1] > 0.9 * len(replies):
         found.append(f"{name}: {most[0][1]} of {len(replies)} replies are the same text: {most[0][0]!r:.80}")
-    cut = sum(row["status"] == "ok" and row.get("finish_reason") == "length" for row in rows if row)
-    if cut > 0.01 * answered and not (rows and rows[0] and rows[0]["score"] == "logprobs"):
+    cut = sum(there and row.get("finish_reason") == "length" for row, there in zip(rows, ok))
+    if cut > 0.01 * answered and rows[0] and rows[0]["score"] == "text":
         found.append(f"{name}: {cut} replies were cut off at --max-tokens")
     unparsed = int(((predictions["official"] < 0) & ok).sum())
     if unparsed and name == "model":
-        found.append(
-            f"{unparsed} unparsed replies stand in submissions/ as the first candidate, as the official code has it"
-        )
+        official = "as the first candidate, as the official code has it"
+        found.append(f"{unparsed} unparsed replies stand in submissions/ {official}")
     return found
 
 
@@ -1983,162 +1990,153 @@ def write_submissions(folder, questions, predicted, ok, split):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def draw_failures(failures, videos, most=24, columns=3, frames=6, tile=72):
-    """Contact sheet of failed pairs, spread over the sources: two strips each, the question, the candidates (the right
-    letter green, the given one red if it is wrong), and how the reply begins. failures: as in failures.jsonl."""
+def list_failures(questions, pairs, rows, predictions, ok, config):
+    """Pairs that are not right on both rows, with all that was said -> list of dicts, the lines of failures.jsonl."""
+    failures, predicted = [], predictions[config.parser]
+    for pair in pairs:
+        if all(predicted[i] == questions[i].answer_idx for i in pair):
+            continue
+        first, lines = questions[pair[0]], []
+        for i in pair:
+            q, row = questions[i], rows[i] or {"error": "not asked yet"}
+            line = dict(video_id=q.video_id, video_path=q.video_path, answer_idx=q.answer_idx)
+            line |= dict(predicted=int(predicted[i])) | {name: int(values[i]) for name, values in predictions.items()}
+            lines.append(line | dict(reply=row["reply"] if ok[i] else None, error=None if ok[i] else row["error"]))
+        failure = dict(subset=first.subset, source=first.source, stem=first.stem, question=first.question)
+        failures.append(failure | dict(candidates=first.candidates, rows=lines))
+    return failures
+
+
+def draw_failures(failures, videos, most=24, columns=3, frames=6, tile=72, letters=76, line=14):
+    """Contact sheet of failed pairs, spread over the sources: for each video a strip, the candidates (the right one
+    green, the given one marked, and red if it is wrong), and how the reply begins. failures: of `list_failures`."""
     by_source = defaultdict(list)
     for failure in failures:
         by_source[failure["source"]].append(failure)
     chosen = [f for i in range(most) for members in by_source.values() for f in members[i : i + 1]][:most]
-    width, font, line = frames * tile, ImageFont.load_default(size=11), 14
-    cell = (width + 12, 3 * line + 2 * (tile + 3 * line + 6) + 12)
-    columns = min(columns, max(1, len(chosen)))
-    sheet = Image.new("RGB", (columns * cell[0], max(1, math.ceil(len(chosen) / columns)) * cell[1]), "white")
-    draw = ImageDraw.Draw(sheet)
+    width, height = frames * tile + 12, 3 * line + 2 * (tile + 3 * line + 6) + 12
+    sheet = Image.new("RGB", (min(columns, len(chosen)) * width, math.ceil(len(chosen) / columns) * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
     for number, failure in enumerate(chosen):
-        x, y = number % columns * cell[0] + 6, number // columns * cell[1] + 6
-
-        def write(text, colour="black", indent=0, lines=1):
-            for part in (textwrap.wrap(text, 76 - indent) or [""])[:lines]:
-                draw.text((x + 6 * indent, y), part.encode("latin-1", "replace").decode("latin-1"), colour, font)
-                yield line
-
-        y += sum(write(f"{failure['source']}  {failure['stem']}", "gray"))
-        for text in textwrap.wrap(failure["question"], 76)[:2] or [""]:
-            y += sum(write(text))
-        for row in failure["rows"]:
-            if row["video_path"] in videos:
-                try:
-                    rule = lambda total, rate: frame_indices("linspace", total, rate, frames)  # noqa: E731
-                    images = decode(videos[row["video_path"]], rule)[0]
-                except (av.FFmpegError, ValueError, OSError):
-                    images = []
+        x, y = number % columns * width + 6, number // columns * height + 6
+        question = textwrap.wrap(failure["question"], letters)[:2]
+        texts = [(f"{failure['source']}  {failure['stem']}", "gray"), *((part, "black") for part in question)]
+        for row in [None, *failure["rows"]]:
+            if row is not None:
+                images = []
+                if row["video_path"] in videos:
+                    try:
+                        choose = lambda total, rate: frame_indices("linspace", total, rate, frames)  # noqa: E731
+                        images = decode(videos[row["video_path"]], choose)[0]
+                    except (av.FFmpegError, ValueError, OSError):
+                        pass  # the strip stays white, and the error stands below it
                 for i, image in enumerate(images):
                     image = image.resize([max(1, round(side * tile / max(image.size))) for side in image.size])
                     sheet.paste(image, (x + i * tile + (tile - image.width) // 2, y + (tile - image.height) // 2))
-            y += tile + 2
-            for i, candidate in enumerate(failure["candidates"]):
-                given, right = row["predicted"] == i, row["answer_idx"] == i
-                colour = "green" if right else "red" if given else "black"
-                mark = "> " if given else "  "
-                y += sum(write(f"{mark}({'AB'[i]}) {candidate}", colour))
-            said = row["error"] or ("" if row["reply"] is None else f"said: {row['reply'][:120]!r}")
-            y += sum(write(said, "gray", indent=2)) + 4
+                y, texts = y + tile + 2, []
+                for i, candidate in enumerate(failure["candidates"]):
+                    colour = "green" if row["answer_idx"] == i else "red" if row["predicted"] == i else "black"
+                    texts.append((f"{'>' if row['predicted'] == i else '  '} ({'AB'[i]}) {candidate}", colour))
+                texts.append((f"    {row['error'] or 'said: ' + repr(row['reply'][:120])}", "gray"))
+            for text, colour in texts:
+                draw.text((x, y), text[:letters].encode("latin-1", "replace").decode("latin-1"), colour, font)
+                y += line
+            y += 4 if row is not None else 0
     return sheet
 
 
-def make_report(questions, pairs, videos, config, model, out, world, log, interrupted, notes, timing):
-    """Score everything that was asked, and the baselines; write report.json, report.md, failures.jsonl, picture.png,
-    submissions/, and print the tables. Returns whether pairs are incomplete."""
+def rows_of_systems(questions, pairs, videos, config, model, out, warnings):
+    """{system: its row of an answers file, or None, for each question}: what a model was asked, and the baselines.
+
+    Baselines are answered here, and their answers written, so that `compare` can read them.
+    """
     free, views = systems_of(config)
-    systems, warnings, headline, incomplete = {}, list(notes), None, {}
-    have = load_rows(sorted(out.glob("answers*.jsonl")))
-
-    def add(name, rows, predictions, ok):
-        full = [p for p in pairs if ok[list(p)].all()]
-        incomplete[name] = [questions[p[0]].stem for p in pairs if not ok[list(p)].all()]
-        scored = full if config.allow_missing or interrupted else pairs
-        if scored:
-            systems[name] = score(questions, scored, predictions, ok, config)
-            warnings.extend(warnings_of(name, rows, predictions, ok) if rows else [])
-        if incomplete[name]:
-            treated = "left out" if scored is full else "counted as wrong where there is no answer"
-            some = ", ".join(incomplete[name][:3])
-            warnings.append(f"{name}: {len(incomplete[name])} pairs are incomplete, {treated}: {some}, ...")
-
-    margins, given = {}, {}
+    have, found = load_rows(sorted(out.glob("answers*.jsonl"))), {}
     for view in views:
-        rows = [have.get(answer_key(config, model, view, q)) for q in questions]
-        found = [predict(row, config.stop_at_blank_line) for row in rows]
-        predictions = {"official": np.array([f[0] for f in found]), "strict": np.array([f[1] for f in found])}
-        ok = np.array([row is not None and row["status"] == "ok" for row in rows])
-        add(view, rows, predictions, ok)
-        given[view], margins[view] = (rows, predictions, ok), [f[2] for f in found]
-        known = [abs(m) for m in margins[view] if m is not None]
-        if known and view in systems:
-            systems[view]["mean_margin"] = float(np.mean(known))
-    if config.debias:
-        both = [a is not None and b is not None for a, b in zip(margins["model"], margins["swapped"])]
-        mean = [a + b if there else 0.0 for a, b, there in zip(margins["model"], margins["swapped"], both)]
-        chosen = np.where(both, np.array(mean) < 0, -1)
-        add("debiased", [], {"official": chosen, "strict": chosen}, given["model"][2] & given["swapped"][2])
-        warnings.append(
-            "debiased (both orders of the candidates, log-probabilities averaged) is not the paper's protocol"
-        )
-    if config.video_url:
-        warnings.append("--video-url: the server sampled the frames, often 1 or 2 a second")
-    everyone = np.ones(len(questions), bool)
+        found[view] = [have.get(answer_key(config, model, view, q)) for q in questions]
     for name in free:
         try:
             predicted = free_baseline(name, questions, pairs, videos, config.seed)
         except (av.FFmpegError, ValueError, OSError) as error:
             warnings.append(f"the baseline {name} could not run: {error}")
             continue
-        add(name, [], {"official": predicted, "strict": predicted}, everyone)
-        path = Answers(out, 0).path(name)
-        with open(path, "w", encoding="utf-8") as file:
-            for q, choice in zip(questions, predicted, strict=True):
-                found = dict(status="ok", reply=f"Answer: {'AB'[int(choice)]}", finish_reason=None, error=None)
-                row = answer_row(q, name, replace(config, score="text"), f"{name}:{q.subset}:{q.video_id}", **found)
-                file.write(json.dumps(row) + "\n")
-        rows = [{"reply": f"Answer: {'AB'[int(i)]}", "error": None} for i in predicted]
-        given[name] = rows, {"official": predicted, "strict": predicted}, everyone
+        plain, found[name] = replace(config, score="text"), []
+        for q, choice in zip(questions, predicted, strict=True):
+            said = dict(status="ok", reply=f"Answer: {'AB'[int(choice)]}", error=None)
+            found[name].append(answer_row(q, name, plain, f"{name}:{q.subset}:{q.video_id}", **said))
+        Answers(out, 0).path(name).write_text("".join(json.dumps(row) + "\n" for row in found[name]))
+    return found
 
-    headline = next((name for name in ("model", "frame", *views, *free) if name in given and name in systems), None)
-    failures = []
-    if headline:
-        rows, predictions, ok = given[headline]
-        predicted = predictions[config.parser]
-        for members in pairs:
-            if all(predicted[i] == questions[i].answer_idx for i in members):
-                continue
-            first, lines = questions[members[0]], []
-            for i in members:
-                row = {"reply": None, "error": "not asked yet"} | (rows[i] or {})
-                line = dict(video_id=questions[i].video_id, video_path=questions[i].video_path)
-                line |= dict(answer_idx=questions[i].answer_idx, predicted=int(predicted[i]))
-                line |= {name: int(values[i]) for name, values in predictions.items()}
-                lines.append(line | dict(reply=row["reply"] if ok[i] else None, error=None if ok[i] else row["error"]))
-            failure = dict(system=headline, subset=first.subset, source=first.source, stem=first.stem)
-            failures.append(failure | dict(question=first.question, candidates=first.candidates, rows=lines))
-        (out / "failures.jsonl").write_text("".join(json.dumps(f) + "\n" for f in failures))
+
+def make_report(questions, pairs, videos, config, model, out, log, interrupted, warnings, timing):
+    """Score everything that was asked, and the baselines; write report.json, report.md, failures.jsonl, picture.png,
+    submissions/, and print the tables. Returns whether answers of the model are missing."""
+    systems, incomplete, failures, headline, margins = {}, {}, [], None, {}
+    rows_of = rows_of_systems(questions, pairs, videos, config, model, out, warnings)
+    predicted = {}
+    for name, rows in rows_of.items():
+        official, strict, margins[name] = zip(*(predict(row, config.stop_at_blank_line) for row in rows))
+        ok = np.array([row is not None and row["status"] == "ok" for row in rows])
+        predicted[name] = {"official": np.array(official), "strict": np.array(strict)}, ok
+    if config.debias:
+        (_, ok), (_, ok_swapped) = predicted["model"], predicted["swapped"]
+        sums = [None if None in both else sum(both) for both in zip(margins["model"], margins["swapped"])]
+        chosen = np.array([-1 if total is None else int(total < 0) for total in sums])
+        predicted["debiased"] = {"official": chosen, "strict": chosen}, ok & ok_swapped
+        warnings.append("debiased (both orders, log-probabilities averaged) is not the paper's protocol")
+    if config.video_url:
+        warnings.append("--video-url: the server sampled the frames, often 1 or 2 a second")
+    for name, (predictions, ok) in predicted.items():
+        complete = [pair for pair in pairs if ok[list(pair)].all()]
+        missing = [questions[pair[0]].stem for pair in pairs if not ok[list(pair)].all()]
+        scored = complete if config.allow_missing or interrupted else pairs
+        if missing:
+            incomplete[name] = missing
+            treated = "left out" if scored is complete else "counted as wrong where there is no answer"
+            warnings.append(f"{name}: {len(missing)} pairs are incomplete, {treated}, such as {missing[0]}")
+        if not scored:
+            continue
+        systems[name] = score(questions, scored, predictions, ok, config)
+        systems[name]["differ"] = int(((predictions["official"] != predictions["strict"]) & ok).sum())
+        known = [abs(margin) for margin in margins.get(name, ()) if margin is not None]
+        systems[name] |= {"mean_margin": float(np.mean(known))} if known else {}
+        if name in ("model", *VIEWS) and config.endpoint + config.fn:
+            warnings += warnings_of(name, rows_of[name], predictions, ok)
+        if name == "model" or (name == "frame" and "model" not in predicted) or headline is None:
+            headline = name
+            failures = list_failures(questions, scored, rows_of.get(name, ()), predictions, ok, config)
+    (out / "failures.jsonl").write_text("".join(json.dumps(failure) + "\n" for failure in failures))
+    if failures:
         draw_failures(failures, videos).save(out / "picture.png")
-    if "model" in given:
-        write_submissions(
-            out / "submissions", questions, given["model"][1]["official"], given["model"][2], config.split
-        )
+    if "model" in predicted:
+        predictions, ok = predicted["model"]
+        write_submissions(out / "submissions", questions, predictions["official"], ok, config.split)
 
     sizes = {c: sum(questions[i].subset == c for i, _ in pairs) for c in CONFIGS}
     data = {"rows": 2 * len(pairs), "pairs": len(pairs), "pairs_by_config": sizes, "sha256": data_hash(questions)}
     data["prompt_sha256"] = hashlib.sha256(make_prompt("{question}", ("{a}", "{b}")).encode()).hexdigest()
     versions = {"python": platform.python_version(), "av": av.__version__, "numpy": np.__version__}
     versions |= {"torch": torch.__version__, "pillow": Image.__version__}
-    best = systems.get("model") or {"macro": {}, "configs": {}, "sources": {}}
-    report = {"config": asdict(config), "model": model, "data": data, **best, "systems": systems}
+    report = {"config": asdict(config), "model": model, "data": data, **systems.get("model", {}), "systems": systems}
     report |= {"incomplete": incomplete, "warnings": warnings, "versions": versions, "timing": timing}
     (out / "report.json").write_text(json.dumps(report, indent=1))
 
-    summary = summary_table(systems, config)
     where = "the toy set" if config.data == "toy" else f"{config.data}, {config.split}"
-    title = f"{len(pairs)} pairs ({2 * len(pairs)} questions) of {where}; intervals: 95 %, bootstrap over pairs"
-    toy = ["The paper's numbers are for the real videos, not for these toy ones."] if config.data == "toy" else []
-    parts = [title, *toy, "", *as_table(summary)]
-    details = detail_table(headline, systems[headline], config.parser) if headline else None
-    parts += ["", *as_table(details)] if details else []
-    parts += [f"warning: {warning}" for warning in warnings]
-    log.say("\n".join(parts))
-    text = [f"# Minimal Video Pairs: {model or 'shortcut baselines'}", "", title + ".", *toy, ""]
-    text += [*as_table(summary, markdown=True), ""]
-    text += [*as_table(details, markdown=True), ""] if details else []
-    text += [f"- Warning: {warning}" for warning in warnings]
-    text += ["", "Settings: " + ", ".join(f"{k} {v}" for k, v in asdict(config).items() if v not in ("", None)) + "."]
-    (out / "report.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    if headline:
-        log.say(
-            f"{out}/report.md, report.json, failures.jsonl ({len(failures)} pairs that {headline} failed), picture.png"
-        )
+    head = [f"{len(pairs)} pairs ({2 * len(pairs)} questions) of {where}; intervals: 95 %, bootstrap over pairs."]
+    head += ["The paper's numbers are for the real videos, not for these toy ones."] * (config.data == "toy")
+    tables = [summary_table(systems, config)]
+    tables += [detail_table(headline, systems[headline], config.parser)] if headline else []
+    text, page = head, [f"# Minimal Video Pairs: {model or 'shortcut baselines'}", "", *head]
+    for table in tables:
+        text, page = text + ["", *as_table(table)], page + ["", *as_table(table, markdown=True)]
+    log.say("\n".join(text + [f"warning: {warning}" for warning in warnings]))
+    settings = ", ".join(f"{k} {v}" for k, v in asdict(config).items() if v not in ("", None))
+    page += ["", *(f"- Warning: {warning}" for warning in warnings), "", f"Settings: {settings}."]
+    (out / "report.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+    files = f"{out}/report.md, report.json, failures.jsonl"
+    log.say(files + (f", picture.png (pairs that {headline} failed: {len(failures)})" if failures else ""))
     log.write(report={name: result["macro"] for name, result in systems.items()})
-    return bool(incomplete.get("model"))
+    return any(name in incomplete for name in ("model", "swapped", *VIEWS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2213,11 +2211,11 @@ def run(config, given):
         path, root = data_place(config, Path("runs"))
         if config.data == "toy":
             fail("--check and --prepare are for videos that you downloaded: say which by --data")
+        if config.data == "hub":
+            download_annotations(path, config.split)
         questions = read_annotations(path, config.split)
         if config.prepare and not Path(config.prepare).is_dir():
-            fail(
-                f"--prepare {config.prepare}: no such folder; it should hold one folder a source: {', '.join(ORIGINS)}"
-            )
+            fail(f"--prepare {config.prepare}: no such folder; expected one with folders {', '.join(ORIGINS)}")
         if config.prepare:
             prepare_videos(questions, Path(config.prepare), root)
         return 0 if check_videos(questions, root) else 1
@@ -2258,9 +2256,6 @@ def run(config, given):
     if world.rank == 0 and not config.report:
         stored = asdict(config) | ({"model": model} if config.endpoint else {})
         (out / "config.json").write_text(json.dumps(stored, indent=1))
-    if config.report and config.limit and "limit" in given:
-        notes.append(f"only the pairs of --limit {config.limit} are scored")
-
     seconds, asked, stop = 0.0, 0, None
     if views and not config.report:
         seconds, asked, stop = ask_all(questions, videos, config, model, client or function, views, out, world, log)
@@ -2269,10 +2264,9 @@ def run(config, given):
         return 0
     timing = {"questions": asked, "seconds": round(seconds, 2), "memory_gib": round(common.memory_gib(world.device), 2)}
     if asked:
-        log.say(
-            f"{asked} questions in {seconds:.1f} s, {asked / seconds:.1f} a second; {timing['memory_gib']} GiB at most"
-        )
-    incomplete = make_report(questions, pairs, videos, config, model, out, world, log, interrupted, notes, timing)
+        speed = f"{asked} questions in {seconds:.1f} s, {asked / seconds:.1f} a second"
+        log.say(f"{speed}; {timing['memory_gib']} GiB of memory at most")
+    incomplete = make_report(questions, pairs, videos, config, model, out, log, interrupted, notes, timing)
     if interrupted:
         log.say(f"stopped; to go on: {common.resume_command(out)}")
         return 0
