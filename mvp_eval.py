@@ -1869,28 +1869,23 @@ def compare(first, second, parser="official", seed=0):
     pairs = {stem: keys for stem, keys in stems.items() if len(keys) == 2}
     if not pairs:
         fail(f"{first} and {second} have no pair in common that both answered")
-    which = ("official", "strict").index(parser)
-    result, generator, everything, spread = {}, np.random.default_rng(seed), [], []
+    which, generator = ("official", "strict").index(parser), np.random.default_rng(seed)
+    means, replicates, both = {}, {}, {}
     for name in CONFIGS:
-        keys = [pair for stem, pair in pairs.items() if stem[0] == name]
-        if not keys:
-            continue
-        sides = [[[predict(run[k])[which] == run[k]["answer_idx"] for k in pair] for pair in keys] for run in runs]
-        right = np.array(sides)  # [2, P, 2]
-        values = np.concatenate([right.all(2), right.mean(2)]).T  # [P, 4]: pair a, pair b, single a, single b
-        replicates = bootstrap(values, generator)
-        everything.append(right.all(2))
-        spread.append((values.mean(0), replicates))
-        result[name] = {"pairs": len(keys), "p": mcnemar(*right.all(2))}
-        result[name]["means"], result[name]["replicates"] = spread[-1]
-    result["macro"] = {"pairs": len(pairs), "p": mcnemar(*np.concatenate(everything, axis=1))}
-    result["macro"]["means"], result["macro"]["replicates"] = (np.mean(part, axis=0) for part in zip(*spread))
-    for values in result.values():
-        means, replicates = 100 * values.pop("means"), 100 * values.pop("replicates")
-        for i, name in enumerate(("pair", "single")):
-            low, high = np.percentile(replicates[:, 2 * i] - replicates[:, 2 * i + 1], [2.5, 97.5])
-            one, two = float(means[2 * i]), float(means[2 * i + 1])
-            values[name] = {"a": one, "b": two, "difference": one - two, "ci": [float(low), float(high)]}
+        if keys := [pair for stem, pair in pairs.items() if stem[0] == name]:
+            right = [[[predict(run[k])[which] == run[k]["answer_idx"] for k in pair] for pair in keys] for run in runs]
+            right = np.array(right)  # [2, P, 2]: run, pair, row
+            both[name] = right.all(2)
+            scores = np.concatenate([both[name], right.mean(2)]).T  # [P, 4]: pair a, pair b, single a, single b
+            means[name], replicates[name] = scores.mean(0), bootstrap(scores, generator)
+    means["macro"], replicates["macro"] = np.mean([*means.values()], axis=0), np.mean([*replicates.values()], axis=0)
+    both["macro"], result = np.concatenate([*both.values()], axis=1), {}
+    for name, mean in means.items():
+        result[name] = {"pairs": both[name].shape[1], "p": mcnemar(*both[name])}
+        for i, kind in ((0, "pair"), (2, "single")):
+            ci = 100 * np.percentile(replicates[name][:, i] - replicates[name][:, i + 1], [2.5, 97.5])
+            a, b = 100 * float(mean[i]), 100 * float(mean[i + 1])
+            result[name][kind] = {"a": a, "b": b, "difference": a - b, "ci": ci.tolist()}
     return result
 
 
@@ -2295,7 +2290,10 @@ def main(argv=None):
     try:
         if argv[:1] == ["compare"]:
             return main_compare(argv[1:])
-        config = common.parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
+        about = (
+            __doc__.split("\n\n")[0] + "\n\nmvp_eval.py compare A B: two runs' folders or answers files, a paired test."
+        )
+        config = common.parse_config(Config, PRESETS, DATA_PRESETS, argv, about)
         code = run(config, common.given_flags(argv))
     finally:
         if dist.is_initialized():
