@@ -1010,6 +1010,12 @@ def check_videos(questions, root, say=print):
     return fine
 
 
+def endings(path):
+    """a/b/c.webm -> a/b/c, b/c, c: what annotations may call this file below their first folder."""
+    parts = path.with_suffix("").parts
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
 def archive_members(path):
     """(name, file object) of each file in a zip or tar archive."""
     if path.suffix == ".zip":
@@ -1072,7 +1078,7 @@ def prepare_videos(questions, downloads, root, say=print):
     wanted, made = defaultdict(dict), 0
     for path in {q.video_path for q in questions}:
         source, _, rest = path.partition("/")
-        if not resolve(root, path):
+        if rest and not resolve(root, path):
             wanted[source][str(Path(rest).with_suffix(""))] = root / path
 
     def place(file, target, rate=None):
@@ -1091,9 +1097,7 @@ def prepare_videos(questions, downloads, root, say=print):
         fitting = defaultdict(list)
         for file in sorted(folder.rglob("*")):
             if file.suffix.lower() in VIDEO_SUFFIXES:
-                parts = file.relative_to(folder).with_suffix("").parts
-                names = ("/".join(parts[i:]) for i in range(len(parts)))
-                for name in (name for name in names if name in targets):
+                for name in targets.keys() & endings(file.relative_to(folder)):
                     fitting[name].append(file)
         for name, files in fitting.items():
             if len(files) > 1:
@@ -1109,11 +1113,9 @@ def prepare_videos(questions, downloads, root, say=print):
         for archive in archives if left else ():
             try:
                 for member, file in archive_members(archive):
-                    path = Path(member)
-                    parts = path.with_suffix("").parts
-                    name = next((n for i in range(len(parts)) if (n := "/".join(parts[i:])) in left), None)
-                    if name and path.suffix.lower() in VIDEO_SUFFIXES:
-                        unpacked = targets[name].with_name(f"{targets[name].name}.unpacked{path.suffix.lower()}")
+                    suffix = Path(member).suffix.lower()
+                    for name in left & {*endings(Path(member))} if suffix in VIDEO_SUFFIXES else ():
+                        unpacked = targets[name].with_name(f"{targets[name].name}.unpacked{suffix}")
                         unpacked.parent.mkdir(parents=True, exist_ok=True)
                         with open(unpacked, "wb") as copy:
                             shutil.copyfileobj(file, copy)
@@ -2124,10 +2126,10 @@ def make_report(questions, pairs, videos, config, model, out, log, interrupted, 
     text, page = head, [f"# Minimal Video Pairs: {model or 'shortcut baselines'}", "", *head]
     for table in tables:
         text, page = text + ["", *as_table(table)], page + ["", *as_table(table, markdown=True)]
-    log.say("\n".join(text + [f"warning: {warning}" for warning in warnings]))
     settings = ", ".join(f"{k} {v}" for k, v in asdict(config).items() if v not in ("", None))
     page += ["", *(f"- Warning: {warning}" for warning in warnings), "", f"Settings: {settings}."]
     (out / "report.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+    log.say("\n".join(text + [f"warning: {warning}" for warning in warnings]))
     files = f"{out}/report.md, report.json, failures.jsonl"
     log.say(files + (f", picture.png (pairs that {headline} failed: {len(failures)})" if failures else ""))
     log.write(report={name: result["macro"] for name, result in systems.items()})
@@ -2194,6 +2196,32 @@ def find_videos(questions, root, config, notes):
     return questions, {path: file for path, file in videos.items() if file is not None}
 
 
+def tend_videos(config):
+    """--check and --prepare -> exit code: 0 if all videos are there and can be opened."""
+    path, root = data_place(config, Path("runs"))
+    if config.data == "toy":
+        fail("--check and --prepare are for videos that you downloaded: say which by --data")
+    if config.data == "hub":
+        download_annotations(path, config.split)
+    questions = read_annotations(path, config.split)
+    if config.prepare and not Path(config.prepare).is_dir():
+        fail(f"--prepare {config.prepare}: no such folder; expected one with folders {', '.join(ORIGINS)}")
+    if config.prepare:
+        prepare_videos(questions, Path(config.prepare), root)
+    return 0 if check_videos(questions, root) else 1
+
+
+def stored_config(config, given, out):
+    """For --report: the settings of the run in `out`, with the flags that were typed now on top."""
+    if not (out / "config.json").exists():
+        fail(f"--report computes the report of a run again, but {out} holds none")
+    known = {f.name for f in fields(Config)}
+    stored = {k: v for k, v in json.loads((out / "config.json").read_text()).items() if k in known}
+    config = Config(**stored | {name: getattr(config, name) for name in given & known})
+    check(config)
+    return config
+
+
 def run(config, given):
     """Ask and report; returns the exit code. given: names of the flags that were typed."""
     check(config)
@@ -2203,26 +2231,10 @@ def run(config, given):
     function = import_function(config.fn) if config.fn and not config.report else None
     client = Client(config) if config.endpoint and not config.report else None
     if config.check or config.prepare:
-        path, root = data_place(config, Path("runs"))
-        if config.data == "toy":
-            fail("--check and --prepare are for videos that you downloaded: say which by --data")
-        if config.data == "hub":
-            download_annotations(path, config.split)
-        questions = read_annotations(path, config.split)
-        if config.prepare and not Path(config.prepare).is_dir():
-            fail(f"--prepare {config.prepare}: no such folder; expected one with folders {', '.join(ORIGINS)}")
-        if config.prepare:
-            prepare_videos(questions, Path(config.prepare), root)
-        return 0 if check_videos(questions, root) else 1
+        return tend_videos(config)
     out = common.choose_out(config.out, "mvp_eval", config.resume or config.report, world)
     if config.report:
-        if not (out / "config.json").exists():
-            fail(f"--report computes the report of a run again, but {out} holds none")
-        stored = json.loads((out / "config.json").read_text())
-        known = {f.name for f in fields(Config)}
-        typed = {name: getattr(config, name) for name in given | {"report"} if name in known}
-        config = Config(**{k: v for k, v in stored.items() if k in known} | typed)
-        check(config)
+        config = stored_config(config, given, out)
     free, views = systems_of(config)
     log = Log(out, world)
     path, root = data_place(config, out)
@@ -2231,6 +2243,14 @@ def run(config, given):
             write_toy(path, config.scenes, config.seed)
         elif config.data == "hub":
             download_annotations(path, config.split)
+    model, earlier = config.fn or (config.model if config.endpoint else ""), out / "config.json"
+    if client and model == "auto" and config.resume and earlier.exists():
+        model = json.loads(earlier.read_text())["model"]
+    if client and model == "auto":
+        names = client.models()
+        if not names:
+            fail(f"{config.endpoint} does not list its models: name one by --model")
+        model = names[0]
     if world.size > 1:
         dist.barrier()
     questions = valid_pairs(read_annotations(path, config.split), config, notes)
@@ -2242,12 +2262,6 @@ def run(config, given):
     pairs = list(pair_up(questions).values())
     log.say(f"{len(questions)} questions = {len(pairs)} pairs; {len(videos)} videos; run folder {out}")
 
-    model = config.fn or (config.model if config.endpoint else "")
-    if client and model == "auto":
-        names = client.models()
-        if not names:
-            fail(f"{config.endpoint} does not list its models: name one by --model")
-        model = names[0]
     if world.rank == 0 and not config.report:
         stored = asdict(config) | ({"model": model} if config.endpoint else {})
         (out / "config.json").write_text(json.dumps(stored, indent=1))
