@@ -96,7 +96,7 @@ class Config:
     allow_missing: bool = False  # leave out invalid pairs, and pairs with a missing video or no answer, and say so
     check: bool = False  # only say which videos are missing or broken, per source
     prepare: str = ""  # only make --videos from this folder of the sources' downloads
-    scenes: int = 6  # toy: scenes a task, 16 pairs each
+    scenes: int = 6  # toy: scenes a task, each 4 pairs
 
     # the model
     endpoint: str = ""  # base URL of an OpenAI-compatible server, such as http://localhost:8000/v1
@@ -898,7 +898,9 @@ def toy_clips(source, scene, seed):
             objects += [disc((14, 26)[i] + 6 * (24 - t), 46, 4) for i in range(s2 + 1) if t > 14]
             cover = (abs(x - 20) <= 14) & (y >= TOY_SIDE - 30 * raised)
         else:
-            angle = np.radians(15 * (turn + 6 * s1 + t * (1 - 2 * s2)))
+            angle = np.radians(
+                15 * ((turn + 6 * s1 + t * (1 - 2 * s2)) % 24)
+            )  # so opposite ways meet in the same pixels
             objects = [np.maximum(abs(x - 32 - 20 * np.cos(angle)), abs(y - 32 - 20 * np.sin(angle))) <= 4]
         for mask in objects:
             image[mask] = colour
@@ -910,7 +912,7 @@ def toy_clips(source, scene, seed):
 
 
 def write_toy(folder, scenes, seed):
-    """Write toy annotations (folder/CONFIG/mini.jsonl) and clips (folder/videos), 16 pairs a scene and source.
+    """Write toy annotations (folder/CONFIG/mini.jsonl) and clips (folder/videos), 4 pairs a scene and source.
 
     Half of the pairs list their candidates in the other order, and in half the second row is the even one.
     """

@@ -304,6 +304,8 @@ def test_toy_set_is_balanced_and_its_centre_frames_say_nothing(toy):
         first, second = (np.stack([np.asarray(f) for f in everything[q.video_path]]) for q in (a, b))
         assert first.shape == (25, 64, 64, 3)
         np.testing.assert_array_equal(first[12], second[12])
+        if a.source == "toy_ring":
+            np.testing.assert_array_equal(first[[0, 24]], second[[0, 24]])
         assert (first != second).any()
 
 
@@ -1035,6 +1037,20 @@ def test_malformed_replies_raise_and_well_formed_ones_do_not():
         events('data: {"choices": []}\n')
     with pytest.raises(TimeoutError):
         mvp_eval.read_events([b"\n"], time.monotonic() - 1)
+
+
+def test_no_centre_frame_of_many_scenes_differs():
+    """Before encoding, over 60 scenes a source: rounding must not tell one direction of the ring from the other."""
+    for source in mvp_eval.TOY:
+        for scene in range(60 if source == "toy_ring" else 5):
+            clips = mvp_eval.toy_clips(source, scene, 1)
+            for (s1, s2), clip in clips.items():
+                other = clips[s1, 1 - s2]
+                np.testing.assert_array_equal(clip[12], other[12])
+                if source == "toy_ring":
+                    np.testing.assert_array_equal(clip[[0, 24]], other[[0, 24]])
+                else:
+                    np.testing.assert_array_equal(clip[12], clips[1 - s1, s2][12])
 
 
 def test_without_libx264_equal_frames_still_decode_equal(tmp_path, monkeypatch):
