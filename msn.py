@@ -1661,6 +1661,8 @@ def run(config, given):
         config = replace(config, **{k: v for k, v in architecture.items() if k not in given})
     training = not config.init or bool({"steps", "epochs"} & given)
     check(config, world, training)
+    if config.labelled and not Path(config.labelled).is_file():
+        fail(f"--labelled {config.labelled}: no such file; expected names of training images, one a line")
     out = common.choose_out(config.out, Path(__file__).stem, config.resume, world)
     if not training:
         encoder = load_encoder(config.init, config.image_size, heads).to(world.device)

@@ -180,7 +180,7 @@ PAPER = dict(
 )  # fmt: skip
 SMALL = dict(patch=16, width=384, depth=12, heads=6)
 PRESETS = {
-    "toy": dict(steps=600, imbalance=20.0, probe_epochs=15),  # the defaults of Config
+    "toy": dict(steps=400, imbalance=20.0, probe_epochs=15),  # the defaults of Config
     "cifar10-cpu": dict(
         data="cifar10", imbalance=100.0, image_size=32, focal_size=16, patch=8, width=128, depth=4, heads=4,
         prototypes=64, init_std=0.06, focal_views=4, blur=0.0, lr=1.5e-3, steps=6000, log_every=50,
@@ -245,6 +245,8 @@ def check_prior(config):
         fail(f"--prior-kl {c.prior_kl!r} is not forward or reverse")
     if (c.imbalance and c.imbalance < 1) or c.power_tail < 0 or (c.imbalance and c.power_tail):
         fail("--imbalance is at least 1 (largest over smallest class), --power-tail positive, and only one is given")
+    if c.train_list and not Path(c.train_list).is_file():
+        fail(f"--train-list {c.train_list}: no such file; expected paths of training images, one a line")
     if c.classes_per_batch and c.batch % c.classes_per_batch:
         fail(f"--classes-per-batch {c.classes_per_batch} does not divide --batch {c.batch}")
 

@@ -215,6 +215,30 @@ def plain_msn(module, config, steps):
     print(json.dumps(dict(speed=half[len(half) // 2], memory=common.memory_gib(torch.device("cpu")), masks=[])))
 
 
+def bench_views(module, config, seconds=4.0):
+    """Images/s whose views are made, nothing else, on one thread: batched as `module` does, and one by one with PIL."""
+    torch.set_num_threads(1)
+    alone, random = common.World(0, 1, torch.device("cpu")), np.random.default_rng(0)
+    pixels = torch.from_numpy(random.integers(0, 256, (512, 3, config.image_size, config.image_size), dtype=np.uint8))
+    split = module.in_memory(pixels, torch.zeros(512).long(), [""] * 512, ["any"])
+    groups = module.view_groups(config)
+    views = module.Views(split, config, alone, config.batch, groups)
+    images = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pixels[: config.batch]]
+    kinds = [(size, scale) for count, size, scale in groups for _ in range(count)]
+    ways = {
+        "ours": lambda step: module.make_views(views[step], pixels, groups, alone.device),
+        "PIL": lambda step: [torch.stack([pil_view(x, config, *kind, random) for x in images]) for kind in kinds],
+    }
+    speeds = {}
+    for name, make in [*ways.items()] * 2:
+        begin, step = time.monotonic(), 0
+        while time.monotonic() - begin < seconds / 4:
+            make(step)
+            step += 1
+        speeds[name] = max(speeds.get(name, 0.0), step * config.batch / (time.monotonic() - begin))
+    return f"views alone, one thread: {speeds['ours']:.0f} images/s, with PIL {speeds['PIL']:.0f}"
+
+
 SCRIPTS = {  # module, FLOPs an image, the plain step, flags of both
     # the plain sampler makes official masks
     "ijepa": (ijepa, ijepa_work, plain_ijepa, ["--masks", "official", "--min-keep", "3"]),
@@ -306,6 +330,9 @@ def main():
             for row in rows:
                 print(f"| {row[0]} | {row[1]:.0f} | {row[2]:.2f} | {100 * row[3]:.0f} % |")
             print(f"\n{rows[0][1] / rows[1][1]:.2f} times the plain step", flush=True)
+            module = SCRIPTS[script][0]
+            if hasattr(module, "make_views"):
+                print(bench_views(module, common.parse_config(module.Config, module.PRESETS, {"*": "toy"}, shape)))
 
 
 if __name__ == "__main__":
