@@ -559,9 +559,10 @@ SETTINGS = [
 ]
 MORE_SETTINGS = {
     "ijepa": [("--group 48", "--batch 64"), ("--masks funny", "official"), ("--min-keep 30", "--min-keep")],
-    "msn": [("--drop 1.0", "--drop"), ("--mask-per pixel", "image"), ("--focal-size 2", "--focal-size")],
+    "msn": [("--drop 1.0", "--drop"), ("--mask-per pixel", "image"), ("--focal-size 2", "--focal-size"),
+            ("--labelled none.txt", "none.txt")],
     "pmsn": [("--prior cubic", "power-law"), ("--imbalance 0.5", "--imbalance"), ("--prior-kl up", "reverse"),
-             ("--classes-per-batch 3", "--classes-per-batch")],
+             ("--classes-per-batch 3", "--classes-per-batch"), ("--train-list none.txt", "none.txt")],
 }  # fmt: skip
 
 
