@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -396,6 +397,10 @@ def start_world(device=""):
     """Join the process group that torchrun describes, if any, or run alone. device: cuda | mps | cpu, '' = best."""
     if not device:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device not in ("cuda", "mps", "cpu"):
+        fail(f"--device {device!r} is not one of cuda, mps, cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        fail("--device mps, but this is no Mac whose GPU torch can use; use --device cpu")
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda, but this machine has no CUDA device that torch can see; use --device cpu")
     if device == "cuda":
@@ -746,6 +751,7 @@ class Log:
 TOY_CLASSES = ["stripes", "lines", "checks", "dots", "grid", "honeycomb", "zigzag", "quincunx", "rings", "weave"]
 
 
+@functools.lru_cache(maxsize=4)
 def toy_images(split, size=24):
     """Ten grey textures at any turn and phase, at varying scale and light, a little noise: to be learned in minutes.
 

@@ -43,6 +43,12 @@ def run(script, *flags, ranks=1, code=0, timeout=240, **env):
     return result.stdout + result.stderr
 
 
+def run_several(*lines, ranks):
+    """Run command lines, each [script's name, *flags], one after the other in the same processes, one per rank."""
+    words = [word for line in lines for word in ("--then", *line)][1:]
+    return run("tests/several.py", *words, ranks=ranks)
+
+
 def start(script, *flags, ranks=1):
     """Start a script and return its process, in a process group of its own."""
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)

@@ -475,3 +475,13 @@ def test_anchors_of_one_size_are_one_group():
     assert same[0].shape == (4, 3, 8, 8) and [a.shape[0] for a in same[1]] == [4]
     apart = msn.anchors_by_size([torch.zeros(2, 4, 3, 8, 8), torch.zeros(3, 4, 3, 4, 4)])
     assert [tuple(a.shape[::4]) for a in apart[1]] == [(1, 8), (3, 4)]
+
+
+def test_the_encoder_runs_once_per_view_size(monkeypatch):
+    model, _ = tiny()
+    sizes, forward = [], common.ViT.forward
+    monkeypatch.setattr(common.ViT, "forward", lambda self, x, *a: sizes.append(tuple(x.shape)) or forward(self, x, *a))
+    views = [torch.rand(2, 4, 3, 16, 16), torch.rand(3, 4, 3, 8, 8)]
+    _, anchors = msn.anchors_by_size(views)
+    model(anchors, msn.sample_keep(Config(**TINY), 0, 0, 4))
+    assert sizes == [(4, 3, 16, 16), (12, 3, 8, 8)]

@@ -1,0 +1,179 @@
+"""A server that speaks the OpenAI protocol as real ones do, faults included, and a model that solves the toy pairs.
+
+python tests/stand_in.py [PORT]      # serve at http://localhost:PORT/v1 until interrupted; answers at once
+"""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mvp_eval  # noqa: E402
+
+
+def solve(frames, prompt, row=None):
+    """The right answer to a toy question from the 16 default frames: an early one and a late one are compared."""
+    question, a, b = re.match(r"Question: (.*)\nOption:\n\(A\) (.*)\n\(B\) (.*) \n", prompt).groups()
+    source = next(name for name, (_, text, _) in mvp_eval.TOY.items() if text == question)
+    first, third, nineteenth, last = (np.asarray(frames[i], int).max(2) > 200 for i in (0, 2, 12, 15))
+
+    def middle(mask):
+        return np.argwhere(mask).mean(0) if mask.any() else np.full(2, 32.0)  # row, column
+
+    def balls(mask):
+        columns = mask.any(0).astype(int)
+        return int((np.diff(columns, prepend=0) == 1).sum())
+
+    if source == "toy_permanence":
+        even = first.any() == last.any()
+    elif source == "toy_turn":
+        even = (middle(first)[1] < 32) == (middle(last)[1] < 32)
+    elif source == "toy_count":
+        even = (balls(first) + balls(nineteenth)) % 2 == 0
+    else:
+        (y1, x1), (y2, x2) = middle(first) - 32, middle(third) - 32
+        even = x1 * y2 - y1 * x2 > 0  # clockwise, since y points down
+    answer = mvp_eval.TOY[source][2][0 if even else 1]
+    return f"Answer: {'AB'[[a, b].index(answer)]}"
+
+
+def solve_request(body):
+    """`solve` for the body of a chat completion request."""
+    parts = body["messages"][0]["content"]
+    images = [p["image_url"]["url"].split(",")[1] for p in parts if p["type"] == "image_url"]
+    frames = [Image.open(io.BytesIO(base64.b64decode(image))) for image in images]
+    return solve(frames, next(p["text"] for p in parts if p["type"] == "text" and p["text"].startswith("Question")))
+
+
+class StandIn:
+    """with StandIn(answer, fault) as server: server.url is an endpoint.
+
+    answer(body) -> text, or a whole choice as a dict. fault(body, nth) -> None or one of FAULTS or (status, text,
+    headers), where nth counts the requests with the same body from 0. `asked` lists (digest of the body, outcome).
+    """
+
+    FAULTS = ("hang", "cut", "half", "garbage", "null", "error", "empty stream")
+
+    def __init__(self, answer=lambda body: "Answer: A", fault=lambda body, nth: None, models=("stand-in",), port=0):
+        self.answer, self.fault, self.models = answer, fault, models
+        self.asked, self.bodies, self.keys, self.times = [], [], set(), {}
+        self.lock = threading.Lock()
+        self.hanging = threading.Event()
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+            wbufsize = -1
+
+            def log_message(self, *_):
+                pass
+
+            def reply(self, status, data, headers=()):
+                self.send_response(status)
+                for name, value in headers:
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def do_GET(self):
+                models = [{"id": name} for name in stand_in.models]
+                self.reply(200, json.dumps({"data": models}).encode())
+
+            def do_POST(self):
+                text = self.rfile.read(int(self.headers["Content-Length"]))
+                digest, body = hashlib.sha256(text).hexdigest(), json.loads(text)
+                with stand_in.lock:
+                    stand_in.keys.add(self.headers.get("Authorization"))
+                    nth = stand_in.times[digest] = stand_in.times.get(digest, -1) + 1
+                fault = stand_in.fault(body, nth)
+                with stand_in.lock:
+                    stand_in.asked.append((digest, fault or "ok"))
+                    stand_in.bodies.append(body if len(stand_in.bodies) < 10 else None)
+                stand_in.serve(self, body, fault)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def serve(self, handler, body, fault):
+        """Answer one request, or go wrong in the way that `fault` names."""
+        if isinstance(fault, tuple):
+            return handler.reply(fault[0], fault[1].encode(), fault[2].items())
+        if fault == "hang":
+            self.hanging.wait(20)
+        if fault in ("hang", "cut"):
+            handler.close_connection = True
+            return None
+        if fault == "garbage":
+            return handler.reply(200, b'{"choices": [{"mess')
+        if fault == "error":
+            return handler.reply(200, json.dumps({"error": {"message": "overloaded"}}).encode())
+        choice = {"content": None} if fault == "null" else self.answer(body)
+        choice = choice if isinstance(choice, dict) else {"content": choice}
+        outer = {"finish_reason": choice.pop("finish_reason", "stop"), "logprobs": choice.pop("logprobs", None)}
+        if body.get("stream"):
+            return self.stream(handler, choice, outer, cut=fault in ("half", "empty stream"))
+        data = {"choices": [{"index": 0, "message": {"role": "assistant", **choice}, **outer}], "usage": {"n": 1}}
+        data = json.dumps(data).encode()
+        if fault == "half":  # the connection breaks in the middle of the reply
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(data)))
+            handler.end_headers()
+            handler.wfile.write(data[: len(data) // 2])
+            handler.close_connection = True
+            return None
+        return handler.reply(200, data, [("Content-Type", "application/json")])
+
+    def stream(self, handler, message, outer, cut):
+        """Server-sent events in chunked encoding, the content in pieces of three letters."""
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream")
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        content = message.get("content")
+        deltas = [{"role": "assistant", "content": ""}, *({k: v} for k, v in message.items() if k != "content")]
+        deltas += [{"content": content[i : i + 3]} for i in range(0, len(content or ""), 3)]
+        events = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
+        events += [{"choices": [{"delta": {}, **outer}]}, {"choices": [], "usage": {"n": 1}}]
+        lines = [": keep-alive\n\n", *(f"data: {json.dumps(event)}\n\n" for event in events), "data: [DONE]\n\n"]
+        for line in lines[: len(lines) // 2] if cut else lines:
+            handler.wfile.write(f"{len(line.encode()):x}\r\n{line}\r\n".encode())
+        if not cut:
+            handler.wfile.write(b"0\r\n\r\n")
+        handler.close_connection = True
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.hanging.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def outcomes(self):
+        """{digest: [outcomes of its requests]}."""
+        found = {}
+        with self.lock:
+            for digest, outcome in self.asked:
+                found.setdefault(digest, []).append(outcome)
+        return found
+
+
+if __name__ == "__main__":
+    with StandIn(port=int(sys.argv[1]) if sys.argv[1:] else 0) as running:
+        print(running.url, flush=True)
+        while True:
+            time.sleep(1)
