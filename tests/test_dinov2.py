@@ -1,6 +1,7 @@
 """dinov2.py against the reference implementation's numbers (tests/golden/dinov2) and against its own promises."""
 
 import functools
+import inspect
 import itertools
 import math
 import os
@@ -1069,3 +1070,17 @@ def test_gpu_run_matches_cpu_run():
     for other in ("gpu", "compiled"):
         for a, b in zip(log_rows("cpu")[:3], log_rows(other)[:3], strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+def test_help_lists_every_flag_with_its_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--preset", "vitg14", "--help")
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert stop.value.code == 0 and "[1536]" in text
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(Config), re.MULTILINE))
+    for name in vars(Config()):
+        assert f"--{name.replace('_', '-')}" in text, name
+        assert name == "preset" or comments[name] in text, f"--{name} has no help"
+    with pytest.raises(SystemExit):
+        run("curate", "--help")
+    assert "--relative-threshold" in capsys.readouterr().out
