@@ -65,7 +65,7 @@ def view_pil(image, size, scale, blur_probability, second=False):
 
 
 def views_pil(image, sizes, locals_):
-    """Two global crops and `locals_` local ones, of these two sizes, with the probabilities of blur as they come out."""
+    """Two global crops and `locals_` local ones, of these two sizes, with blur as often as it really comes."""
     scales = ((0.32, 1.0), (0.05, 0.32))
     crops = [view_pil(image, sizes[0], scales[0], p, second) for p, second in ((0.0, False), (0.9, True))]
     return crops, [view_pil(image, sizes[1], scales[1], 0.5) for _ in range(locals_)]
@@ -108,5 +108,3 @@ def eval_transform_pil(image, resize, crop):
     image = image.resize(size, Image.BICUBIC)
     left, top = (int(round((side - crop) / 2.0)) for side in size)
     return np.array(image.crop((left, top, left + crop, top + crop)))
-
-
