@@ -34,8 +34,8 @@ The paper reports (ImageNet-1k, kNN / linear): ViT-S/14 79.0 / 81.1, B 82.1 / 84
 Measured here so far, on one busy CPU core: toy, seeds 0, 1, 2: kNN 94.3, 95.9, 92.7 % against 66.0, 67.5, 70.0 of a
 random backbone and 78.3 of raw pixels; linear 98.1, 98.6, 98.5 against 79.3, 80.0, 82.2. Curation of 10,000 CIFAR-10
 images, 2,000 planted near-duplicates and 500 leaks of the test set, by pixels at the default threshold: 96 % of the
-duplicates found with precision 97, 96 % of the leaks with 85, counting as wrong also the duplicates that CIFAR-10 has of
-its own; 60,000 images took 140 seconds and 0.9 GiB. Nothing was measured on a GPU yet.
+duplicates found with precision 97, 96 % of the leaks with 85, where duplicates that CIFAR-10 has of its own count as
+wrong; 60,000 images took 140 seconds and 0.9 GiB. Nothing was measured on a GPU yet.
 
 On small data (`--preset toy`). What was seen to matter: a cooler teacher (0.04 to 0.05) and twice the learning rate
 (peak 2e-3). With temperature 0.07 and peak 1e-3 the DINO loss stays near ln K for 800 steps and kNN ends at 88 instead
