@@ -36,7 +36,8 @@ random backbone and 78.3 of raw pixels; linear 98.1, 98.6, 98.5 against 79.3, 80
 images, 2,000 planted near-duplicates and 500 leaks of the test set, by pixels at the default threshold: 96 % of the
 duplicates found with precision 97, 96 % of the leaks with 85, where duplicates that CIFAR-10 has of its own count as
 wrong; 60,000 images took 140 seconds and 0.9 GiB. Not shown yet: a gain by distillation (a student 32 wide and 2 deep
-reached kNN 74.1 in 200 steps with the toy teacher of seed 0, and 79.4 in 400 steps without one). Nothing was measured on a GPU yet.
+reached kNN 74.1 in 200 steps with the toy teacher of seed 0, and 79.4 in 400 steps without one). Nothing was
+measured on a GPU yet.
 
 On small data (`--preset toy`). What was seen to matter: a cooler teacher (0.04 to 0.05) and twice the learning rate
 (peak 2e-3). With temperature 0.07 and peak 1e-3 the DINO loss stays near ln K for 800 steps and kNN ends at 88 instead
