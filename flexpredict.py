@@ -1318,10 +1318,11 @@ def low_shot(few, val, classes, ridge):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def toy_scenes(count, size, period, frames=1, objects=None, most=4, seed=0):
+def toy_scenes(count, size, period, frames=1, objects=None, most=4, clutter=1.0, seed=0):
     """Shapes of one grey texture before another, drifting: what tells them apart is texture, not lightness or colour.
 
     size: side, pixels; period: of the textures, pixels; objects: how many in each scene (0..most, default at random);
+    clutter: contrast of the background over that of the objects
     -> pixels uint8 [count, frames, 3, S, S]; labels uint8 [count, frames, S, S], 0 background, i the i-th object;
     objects int64 [count]; kinds int64 [count, most + 1]: 0 background, 1 disc, 2 square, 3 triangle.
     """
@@ -1347,6 +1348,7 @@ def toy_scenes(count, size, period, frames=1, objects=None, most=4, seed=0):
         u, v = (x * np.cos(turn) + y * np.sin(turn)) * pace + phase, (y * np.cos(turn) - x * np.sin(turn)) * pace
         texture = np.array([1, 0, 2])[np.arange(layers) % 3][:, None, None]  # stripes, checks, or both waves' sum
         grey = np.choose(texture, [1.41 * np.sin(u), 2 * np.sin(u) * np.sin(v), np.sin(u) + np.sin(v)])
+        grey[:, 0] *= clutter
         triangle = np.maximum(abs(x) * 0.87 - y * 0.5, y) * 1.7
         inside = [x * 0 + y * 0, np.hypot(x, y), np.maximum(abs(x), abs(y)) * 1.13 + y * 0, triangle]
         inside = np.choose(kinds[i, :layers, None, None], inside) < radius
@@ -1494,7 +1496,7 @@ def evaluate_count(encoder, config, world, log):
     """Linear probe on how many objects a toy scene holds (0 to 4), as the paper's CLEVR/Count: {"count": percent}."""
     features = []
     for seed, count in ((0, 2000), (1, 1000)):
-        pixels, _, objects, _ = toy_scenes(count, config.image_size, 0.45 * config.image_size, seed=seed)
+        pixels, _, objects, _ = toy_scenes(count, config.image_size, 0.45 * config.image_size, clutter=0.3, seed=seed)
         names = [str(i) for i in range(count)]
         split = in_memory(pixels[:, 0], objects, names, [str(i) for i in range(5)])
         features.append(extract(encoder, split, config, world, log))
