@@ -21,6 +21,7 @@ from PIL import Image
 import common
 import flexpredict
 import ijepa
+import iwm
 import msn
 import pmsn
 
@@ -52,6 +53,7 @@ NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")  #
 SCRIPTS = {
     "ijepa": Script(ijepa, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *BLOCKS], "jepa_loss", kills=8),
     "flexpredict": Script(flexpredict, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *BLOCKS], "jepa_loss"),
+    "iwm": Script(iwm, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR], "iwm_loss"),
     "msn": Script(msn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS], "msn_loss", noise=NORMED),
     "pmsn": Script(pmsn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS, "--imbalance", "0"], "pmsn_loss", noise=NORMED),
 }
@@ -563,6 +565,8 @@ MORE_SETTINGS = {
     "ijepa": [("--group 48", "--batch 64"), ("--masks funny", "official"), ("--min-keep 30", "--min-keep")],
     "flexpredict": [("--mode paper", "stop_paper"), ("--sigma -1", "--sigma"), ("--freeze 0", "--freeze"),
                     ("--davis nowhere --eval video", "ImageSets"), ("--min-keep 30", "--min-keep")],
+    "iwm": [("--conditioning token", "sequence"), ("--jitter 2 0 0 0", "--jitter"), ("--min-visible 15", "--min-visible"),
+            ("--loss l3", "smooth_l1"), ("--mrr-actions 999", "--mrr-bank"), ("--shard", "--init RUN/last.pt")],
     "msn": [("--drop 1.0", "--drop"), ("--mask-per pixel", "image"), ("--focal-size 2", "--focal-size")],
     "pmsn": [("--prior cubic", "power-law"), ("--imbalance 0.5", "--imbalance"), ("--prior-kl up", "reverse"),
              ("--classes-per-batch 3", "--classes-per-batch")],
