@@ -237,8 +237,8 @@ def check(config, world, training=True):
     sizes = [math.prod(block_size(u / 100, grid, c.block_scale, c.block_aspect, c.masks)) for u in range(101)]
     if min(sizes) < 1 or max(sizes) + max(1, c.min_visible) > grid * grid:
         fail(
-            f"on a {grid}x{grid} grid a hidden block has {min(sizes)} to {max(sizes)} patches, which is nothing or leaves "
-            f"less than --min-visible {c.min_visible}: change --block-scale, or use smaller patches"
+            f"on a {grid}x{grid} grid a hidden block has {min(sizes)} to {max(sizes)} patches, which is nothing or "
+            f"leaves less than --min-visible {c.min_visible}: change --block-scale, or use smaller patches"
         )
     if c.schedule_scale < 1:
         fail(f"--schedule-scale {c.schedule_scale} is below 1: the schedules would end before the run does")
@@ -270,8 +270,10 @@ def turn_hue(images, turns):
     step = span.clamp(min=1e-12)
     hue = torch.where(value == green, 2 + (blue - red) / step, 4 + (red - green) / step)
     hue = torch.where(value == red, (green - blue) / step, hue) + 6 * turns[:, None, None]
-    k = (torch.tensor([5.0, 3.0, 1.0]).to(hue)[:, None, None] + hue[:, None]) % 6  # a channel rises and falls in a turn
-    return value[:, None] - span[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    hue -= 6 * (hue / 6).floor()  # in 0..6, six colours in a turn: red 0, green 2, blue 4
+    places = torch.tensor([0.0, 2.0, 4.0], device=images.device)[:, None, None]
+    below = (hue[:, None] - places).abs_().sub_(3).abs_().neg_().add_(2).clamp_(0, 1)  # [B, 3, H, W], under `value`
+    return below.mul_(span[:, None]).neg_().add_(value[:, None])
 
 
 def jitter(images, theta):
@@ -279,11 +281,16 @@ def jitter(images, theta):
 
     The fixed order makes the action say all about the target; torchvision draws a random one.
     """
+    rows = max(1, 2**17 // images[0].numel()) if images.device.type == "cpu" else len(images)
+    if rows < len(images):  # what a processor's cache holds at a time is jittered twice as fast
+        return torch.cat([jitter(*part) for part in zip(images.split(rows), theta.split(rows), strict=True)])
     brightness, contrast, saturation = theta[:, :3, None, None, None].unbind(1)
-    images = (images * brightness).clamp(0, 1)
-    images = torch.lerp(luma(images).mean((2, 3), keepdim=True), images, contrast).clamp(0, 1)
-    images = torch.lerp(luma(images), images, saturation).clamp(0, 1)
-    return turn_hue(images, theta[:, 3]).clamp(0, 1)
+    images = (images * brightness).clamp_(0, 1)
+    mean = luma(images.mean((2, 3), keepdim=True))
+    images = images.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 1)
+    grey = luma(images).mul_(1 - saturation)
+    images = images.mul_(saturation).add_(grey).clamp_(0, 1)
+    return turn_hue(images, theta[:, 3]).clamp_(0, 1)
 
 
 def gaussian_blur(images, sigma, radius):
@@ -1006,7 +1013,7 @@ def train(model, target, split, config, world, out):
             waited, window, since = 0.0, done, now
             log.progress(done, **row)
             row |= dict(weight_decay=decay, momentum=momentum, gradient_norm=norm_now, feature_std=std)
-            row |= dict(feature_rank=rank, visible=keep.shape[1], hidden=mask.shape[1])
+            row |= dict(feature_rank=rank, context=keep.shape[1], target=mask.shape[1])
             log.write(step=done, **row, memory_gib=common.memory_gib(device))
             if bad_steps >= 3:
                 advice = f"{out}/last.pt holds the last good weights. Try a lower --lr, or --precision fp32."
