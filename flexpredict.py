@@ -1318,11 +1318,10 @@ def low_shot(few, val, classes, ridge):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def toy_scenes(count, size, period, frames=1, objects=None, most=4, clutter=1.0, seed=0):
-    """Shapes of one grey texture before another, drifting: what tells them apart is texture, not lightness or colour.
+def toy_scenes(count, size, frames=1, objects=None, most=4, noise=8.0, seed=0):
+    """Lighter and darker shapes of a faint texture, which drift before another texture.
 
-    size: side, pixels; period: of the textures, pixels; objects: how many in each scene (0..most, default at random);
-    clutter: contrast of the background over that of the objects
+    size: side, pixels; objects: how many in each scene (0..most, default at random); noise: std in each pixel, of 255
     -> pixels uint8 [count, frames, 3, S, S]; labels uint8 [count, frames, S, S], 0 background, i the i-th object;
     objects int64 [count]; kinds int64 [count, most + 1]: 0 background, 1 disc, 2 square, 3 triangle.
     """
@@ -1344,19 +1343,16 @@ def toy_scenes(count, size, period, frames=1, objects=None, most=4, clutter=1.0,
         centre[:, 1:] = low + room - abs((centre[:, 1:] - low) % (2 * room) - room)
         y, x = (line[:, None] - centre[..., 0, None, None], line - centre[..., 1, None, None])  # [T, L, S, S]
         turn, phase = random.uniform(0, 2 * np.pi, (2, layers, 1, 1))
-        pace = 2 * np.pi / (period * np.exp(random.uniform(-0.3, 0.3, (layers, 1, 1))))
-        u, v = (x * np.cos(turn) + y * np.sin(turn)) * pace + phase, (y * np.cos(turn) - x * np.sin(turn)) * pace
-        texture = np.array([1, 0, 2])[np.arange(layers) % 3][:, None, None]  # stripes, checks, or both waves' sum
-        grey = np.choose(texture, [1.41 * np.sin(u), 2 * np.sin(u) * np.sin(v), np.sin(u) + np.sin(v)])
-        grey[:, 0] *= clutter
+        pace = 2 * np.pi / (size * random.uniform(0.15, 0.3, (layers, 1, 1)))
+        wave = 12 * np.sin((x * np.cos(turn) + y * np.sin(turn)) * pace + phase)
+        grey = wave + np.array([0, 40, -40, 40, -40])[np.arange(layers) % 5][:, None, None]
         triangle = np.maximum(abs(x) * 0.87 - y * 0.5, y) * 1.7
         inside = [x * 0 + y * 0, np.hypot(x, y), np.maximum(abs(x), abs(y)) * 1.13 + y * 0, triangle]
         inside = np.choose(kinds[i, :layers, None, None], inside) < radius
         for layer in range(1, layers):
             labels[i][inside[:, layer]] = layer
         grey = np.take_along_axis(grey, labels[i][:, None].astype(int), 1)[:, 0]
-        gain, light = random.uniform(0.8, 1.2, (frames, 1, 1)), random.uniform(-25, 25, (frames, 1, 1))
-        grey = 128 + light + 40 * gain * grey + random.normal(0, 8, grey.shape)
+        grey = 128 + grey + random.normal(0, noise, grey.shape)
         pixels[i] = grey.clip(0, 255)
     pixels = torch.from_numpy(pixels)[:, :, None].expand(-1, -1, 3, -1, -1)
     return pixels, torch.from_numpy(labels), torch.from_numpy(objects), torch.from_numpy(kinds)
@@ -1424,15 +1420,19 @@ def boundary(mask):
 
 def region_and_contour(predicted, true):
     """DAVIS' J (intersection over union) and F (agreement of contours) of bool masks [n, H, W]: float64 [n, 2]."""
-    union, both = (predicted | true).sum((1, 2)).double(), (predicted & true).sum((1, 2)).double()
+
+    def count(masks):
+        return masks.sum((1, 2)).cpu().double()
+
+    union, both = count(predicted | true), count(predicted & true)
     j = torch.where(union > 0, both / union.clamp(min=1), 1.0)
     radius = math.ceil(0.008 * math.hypot(*true.shape[1:]))
     line = torch.arange(-radius, radius + 1, device=true.device)
     disk = ((line**2 + line[:, None] ** 2) <= radius**2).float()[None, None]
     edges = [boundary(mask) for mask in (predicted, true)]
     grown = [F.conv2d(edge[:, None].float(), disk, padding=radius)[:, 0] > 0.5 for edge in edges]
-    sizes = [edge.sum((1, 2)).double() for edge in edges]
-    matched = [(edge & other).sum((1, 2)).double() for edge, other in zip(edges, reversed(grown), strict=True)]
+    sizes = [count(edge) for edge in edges]
+    matched = [count(edge & other) for edge, other in zip(edges, reversed(grown), strict=True)]
     precision, recall = (m / size.clamp(min=1) for m, size in zip(matched, sizes, strict=True))
     f = 2 * precision * recall / (precision + recall).where(precision + recall > 0, 1.0)
     return torch.stack([j, f.where((sizes[0] > 0) | (sizes[1] > 0), 1.0)], dim=1)
@@ -1457,15 +1457,17 @@ def segment_video(encoder, frames, labels, config):
     soft = propagate_labels(tokens, F.one_hot(first).permute(2, 0, 1).float())
     found, statistics = label_maps(soft, config.patch, labels.shape[1:]), []
     for i in range(1, int(labels[0].max()) + 1):
-        values = region_and_contour(found == i, labels[1:] == i)[:-1].cpu()
+        values = region_and_contour(found == i, labels[1:] == i)[:-1]
         statistics.append(torch.stack([sequence_statistics(column) for column in values.T]))
     return found, torch.stack(statistics)
 
 
 def toy_videos(config, count=20, frames=12):
-    """Two drifting objects at twice the training image's side -> (normalised frames, labels) of each video."""
-    size, period = 2 * config.image_size, 0.45 * config.image_size
-    pixels, labels, _, _ = toy_scenes(count, size, period, frames, objects=2, seed=2)
+    """Two drifting objects at twice the training image's side -> (normalised frames, labels) of each video.
+
+    Under strong noise in each pixel, so that patches can't be compared as they are.
+    """
+    pixels, labels, _, _ = toy_scenes(count, 2 * config.image_size, frames, objects=2, noise=60.0, seed=2)
     return zip(normalize(pixels.flatten(0, 1)).unflatten(0, (count, frames)), labels, strict=True)
 
 
@@ -1485,7 +1487,7 @@ def evaluate_video(encoder, config, world):
     rows = [torch.zeros(0, 2, 3, dtype=torch.float64)]
     for frames, labels in videos:
         rows.append(segment_video(encoder, frames.to(world.device), labels.to(world.device), config)[1])
-    (j, f) = 100 * common.gather_over_ranks(torch.cat(rows).to(world.device)).mean(0).cpu()
+    j, f = 100 * common.gather_over_ranks(torch.cat(rows).float().to(world.device)).mean(0).cpu()
     result = {"J&F": ((j[0] + f[0]) / 2).item()}
     for name, values in (("J", j), ("F", f)):
         result |= {f"{name}{k}": v.item() for k, v in zip(("", " recall", " decay"), values, strict=True)}
@@ -1496,7 +1498,7 @@ def evaluate_count(encoder, config, world, log):
     """Linear probe on how many objects a toy scene holds (0 to 4), as the paper's CLEVR/Count: {"count": percent}."""
     features = []
     for seed, count in ((0, 2000), (1, 1000)):
-        pixels, _, objects, _ = toy_scenes(count, config.image_size, 0.45 * config.image_size, clutter=0.3, seed=seed)
+        pixels, _, objects, _ = toy_scenes(count, config.image_size, seed=seed)
         names = [str(i) for i in range(count)]
         split = in_memory(pixels[:, 0], objects, names, [str(i) for i in range(5)])
         features.append(extract(encoder, split, config, world, log))

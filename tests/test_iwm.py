@@ -312,7 +312,7 @@ def test_other_conditionings_train(conditioning):
 def test_tuning_leaves_the_encoder_frozen_and_learns():
     """An easy task, to be learned in seconds by head, predictor, or all; segmentation by patch."""
     config = Config(image_size=16, patch=8, width=16, depth=1, heads=2, predictor_width=16, predictor_depth=1,
-                    init_std=0.2, tune_epochs=12, tune_batch=32, tune_lr=1e-2)  # fmt: skip
+                    init_std=0.2, patch_std=0.2, tune_epochs=12, tune_batch=32, tune_lr=1e-2)  # fmt: skip
     log = common.Log("out", ALONE)
     model, target = iwm.build(config)
     labels = torch.arange(128) % 2
