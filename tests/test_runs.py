@@ -19,7 +19,9 @@ from helpers import kill_at_random, log_rows, run, run_several, start
 from PIL import Image
 
 import common
+import flexpredict
 import ijepa
+import iwm
 import msn
 import pmsn
 
@@ -46,10 +48,13 @@ TINY = "--width 16 --depth 2 --heads 2 --batch 16 --eval none --log-every 1 --de
 PREDICTOR = "--predictor-width 16 --predictor-depth 2".split()
 BLOCKS = "--image-size 32 --patch 8 --min-keep 0 --min-context 2 --target-scale 0.1 0.15".split()
 HEAD = "--head-hidden 16 --embedding 8 --prototypes 8".split()
+HIDDEN = "--image-size 32 --patch 8 --min-visible 4".split()
 VIEWS = "--image-size 32 --patch 8 --focal-size 16".split()
 NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")  # BatchNorm and softmax cancel them
 SCRIPTS = {
     "ijepa": Script(ijepa, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *BLOCKS], "jepa_loss", kills=8),
+    "flexpredict": Script(flexpredict, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *BLOCKS], "jepa_loss"),
+    "iwm": Script(iwm, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *HIDDEN], "iwm_loss"),
     "msn": Script(msn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS], "msn_loss", noise=NORMED),
     "pmsn": Script(pmsn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS, "--imbalance", "0"], "pmsn_loss", noise=NORMED),
 }
@@ -465,7 +470,7 @@ def poison(monkeypatch, script, when, value):
 def test_a_step_that_is_not_finite_is_not_applied(script, monkeypatch):
     """The weights after a poisoned third step are those after the second, and training goes on."""
     flags = [*script.small, "--save-every", "1"]
-    constant = {"ijepa": (1e-3, 0.04, 0.9)}.get(script.name, (1e-3, 0.04, 0.9, 0.25))
+    constant = (1e-3, 0.04, 0.9) + ((0.25,) if "prototypes" in vars(script.module.Config()) else ())
     monkeypatch.setattr(script.module, "schedules", lambda config, step, steps: constant)
     monkeypatch.setattr(script.module, "report", lambda *_: None)
     here(script, *flags, "--out", "two", "--steps", 2)
@@ -559,6 +564,11 @@ SETTINGS = [
 ]
 MORE_SETTINGS = {
     "ijepa": [("--group 48", "--batch 64"), ("--masks funny", "official"), ("--min-keep 30", "--min-keep")],
+    "flexpredict": [("--mode paper", "stop_paper"), ("--sigma -1", "--sigma"), ("--freeze 0", "--freeze"),
+                    ("--davis nowhere --eval video", "ImageSets"), ("--min-keep 30", "--min-keep")],
+    "iwm": [("--conditioning token", "sequence"), ("--jitter 2 0 0 0", "--jitter"), ("--loss l3", "smooth_l1"),
+            ("--min-visible 15", "--min-visible"), ("--mrr-actions 999", "--mrr-bank"),
+            ("--shard", "--init RUN/last.pt")],
     "msn": [("--drop 1.0", "--drop"), ("--mask-per pixel", "image"), ("--focal-size 2", "--focal-size"),
             ("--labelled none.txt", "none.txt")],
     "pmsn": [("--prior cubic", "power-law"), ("--imbalance 0.5", "--imbalance"), ("--prior-kl up", "reverse"),
