@@ -556,8 +556,8 @@ def build(config):
 def pixel_targets(patches, patch, tubelet):
     """The control's target: normalised patches [B, N, 3*t*p*p] -> pixels in the order (t, row, column, colour), each
     colour of a tubelet brought to mean 0 and std 1."""
-    mean, std = (torch.tensor(v, device=patches.device).view(3, 1) for v in (MEAN, STD))
-    pixels = patches.float().unflatten(2, (3, -1)) * std + mean  # [B, N, 3, t*p*p], in [0, 1]
+    pixels = patches.float().unflatten(2, (3, -1)) * torch.tensor(STD, device=patches.device)[:, None]  # [B, N, 3, t*p*p]
+    pixels = pixels - pixels[..., :1]  # exact where a tubelet is nearly flat; the mean of the whole does not matter
     pixels = (pixels - pixels.mean(3, keepdim=True)) / (pixels.std(3, keepdim=True) + 1e-6)
     return pixels.mT.flatten(2)
 
