@@ -99,7 +99,7 @@ class Config:
     predictor_depth: int = 2  # predictor blocks
     predictor_heads: int = 0  # attention heads of the predictor, 0 = as the encoder
     rope: bool = False  # rotary positions and SwiGLU, as the physics paper's models have them
-    init_std: float = 0.06  # std of the initial weights
+    init_std: float = 0.02  # std of the initial weights
     target: str = "features"  # what is predicted: features of the target encoder, or pixels (the control)
 
     # masks
@@ -237,6 +237,12 @@ def check(config, world, training=True):
         visible = int((tokens if name == "random" else tokens // grid_of(c)[0]) * (1 - ratio))
         if name in c.masks.split(",") and not 0 < visible < tokens:
             fail(f"--mask-ratio {ratio} leaves {visible} of {tokens} tokens visible")
+    for scale in c.mask_scales if {"multiblock", "causal"} & set(c.masks.split(",")) else ():
+        grid = grid_of(c)
+        for size in {block_size(step, grid, (scale, scale), c.mask_aspect)[1:] for step in range(50)}:
+            if 0 in size or size == grid[1:]:
+                covers = "nothing" if 0 in size else "all"
+                fail(f"--mask-scales {scale} of a grid of {grid[1]}x{grid[2]} tokens makes blocks that hide {covers}")
     if not 0 < c.time_context[0] <= c.time_context[1] < 1:
         fail(f"--time-context {c.time_context}: expected two shares of the clip between 0 and 1, in order")
     if c.schedule_scale < 1:
@@ -556,7 +562,9 @@ def build(config):
 def pixel_targets(patches, patch, tubelet):
     """The control's target: normalised patches [B, N, 3*t*p*p] -> pixels in the order (t, row, column, colour), each
     colour of a tubelet brought to mean 0 and std 1."""
-    pixels = patches.float().unflatten(2, (3, -1)) * torch.tensor(STD, device=patches.device)[:, None]  # [B, N, 3, t*p*p]
+    pixels = (
+        patches.float().unflatten(2, (3, -1)) * torch.tensor(STD, device=patches.device)[:, None]
+    )  # [B, N, 3, t*p*p]
     pixels = pixels - pixels[..., :1]  # exact where a tubelet is nearly flat; the mean of the whole does not matter
     pixels = (pixels - pixels.mean(3, keepdim=True)) / (pixels.std(3, keepdim=True) + 1e-6)
     return pixels.mT.flatten(2)
@@ -637,31 +645,40 @@ class Scene:
         """uint8 [T, 3, S, S]."""
         return np.stack([self.frame(s) for s in symbols]).transpose(0, 3, 1, 2)
 
-    def box(self, canvas, left, top, right, bottom, colour):
-        """Paint a rectangle with soft edges."""
-        cover = np.minimum(np.minimum(self.x - left, right - self.x), np.minimum(self.y - top, bottom - self.y))
-        self.blend(canvas, cover, colour)
+    def blend(self, canvas, box, colour, inside):
+        """Paint within a box (left, top, right, bottom) where inside(x, y) > 0, with soft edges; pixels of 32 x 32."""
+        k, (left, top, right, bottom) = self.size / 32, box
+        left, right = (32 - right, 32 - left) if self.mirror else (left, right)
+        rows, columns = (
+            slice(max(0, int(a * k) - 1), max(0, int(b * k) + 2)) for a, b in ((top, bottom), (left, right))
+        )
+        cover = np.clip(inside(self.x[:, columns], self.y[rows]) * k + 0.5, 0, 1)[..., None]
+        canvas[rows, columns] += cover * (np.array(colour) - canvas[rows, columns])
 
-    def blend(self, canvas, distance, colour):
-        """Paint where a distance (to the inside positive, pixels of 32) is above 0, with soft edges."""
-        cover = np.clip(distance * self.size / 32 + 0.5, 0, 1)[..., None]
-        canvas += cover * (np.array(colour) - canvas)
+    def box(self, canvas, left, top, right, bottom, colour):
+        """Paint a rectangle."""
+
+        def inside(x, y):
+            return np.minimum(np.minimum(x - left, right - x), np.minimum(y - top, bottom - y))
+
+        self.blend(canvas, (left, top, right, bottom), colour, inside)
 
     def thing(self, canvas, which, x, y):
         """Paint object 0 or 1 with its centre at (x, y)."""
-        r, u, v = self.radius, np.abs(self.x - x), self.y - y
-        shape, colour = self.shapes[which], self.colours[which]
-        if shape == "circle":
-            inside = r - np.hypot(u, v)
-        elif shape == "square":
-            inside = 0.85 * r - np.maximum(u, np.abs(v))
-        elif shape == "triangle":
-            inside = np.minimum(0.75 * r - v, 0.857 * (0.6 * (v + r) - u))
-        else:
-            arm = 0.4 * r
-            v = np.abs(v)
-            inside = np.maximum(np.minimum(r - u, arm - v), np.minimum(arm - u, r - v))
-        self.blend(canvas, inside, colour)
+        r, shape = self.radius, self.shapes[which]
+
+        def inside(u, v):
+            u, v = np.abs(u - x), v - y
+            if shape == "circle":
+                return r - np.hypot(u, v)
+            if shape == "square":
+                return 0.85 * r - np.maximum(u, np.abs(v))
+            if shape == "triangle":
+                return np.minimum(0.75 * r - v, 0.857 * (0.6 * (v + r) - u))
+            arm, v = 0.4 * r, np.abs(v)
+            return np.maximum(np.minimum(r - u, arm - v), np.minimum(arm - u, r - v))
+
+        self.blend(canvas, (x - r, y - r, x + r, y + r), self.colours[which], inside)
 
     def draw(self, kind, value, height=0.0):
         """Compose a frame: background, wall or shelf, objects, screens."""
@@ -1043,7 +1060,9 @@ def crop_resize(clips, boxes, size, flip=None):
     columns = bilinear_weights(left, width, clips.shape[4], size)
     if flip is not None:
         columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    return rows[:, None, None] @ clips.float() @ columns.mT[:, None, None]
+    wide = clips.float().flatten(1, 3) @ columns.mT  # [B, T*3*H, size]
+    tall = wide.unflatten(1, (-1, clips.shape[3])).mT.flatten(1, 2) @ rows.mT  # [B, T*3*size, size], lying
+    return tall.unflatten(1, (*clips.shape[1:3], size)).mT
 
 
 # Copied from ijepa.py
@@ -1270,7 +1289,7 @@ def train(model, target, split, config, world, out):
         stopping = log.stop and world.size == 1
         if done % config.log_every == 0 or done == steps or stopping:
             features, pooled = tokens.float(), tokens.float().mean(1)
-            numbers = [loss, norm, streak, features.std((0, 1)).mean(), effective_rank(pooled)]
+            numbers = [loss, norm, streak, features.std(1).mean(), effective_rank(pooled)]  # std over a clip's tokens
             numbers = torch.stack([*numbers, prediction_spread(predictions).detach()])
             loss_now, norm_now, bad_steps, std, rank, spread = numbers.tolist()  # the only host-device sync
             stopping = log.agree(log.stop)

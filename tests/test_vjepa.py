@@ -3,9 +3,12 @@
 import json
 import math
 import random
+import shutil
 import signal
+import struct
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -247,7 +250,7 @@ def reference_visible(name, counter, batch):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_golden_masks_from_the_batched_code(name):
-    """Given the reference's draws, the batched code makes the same blocks and the same lists, cut to the same length."""
+    """Given the reference's draws, the batched code makes the same blocks and the same lists, of the same length."""
     g = golden("masks")
     grid, _, scale, temporal, aspect, _ = SETTINGS[name]
     sizes = [vjepa.block_size(k, grid, scale, aspect, temporal) for k in range(24)]
@@ -297,7 +300,9 @@ def test_exact_statistics_of_single_draws():
     torch.manual_seed(int(g["args"][1]) + 1)
     visible = torch.cat([reference_visible(name, counter, 1) for counter in range(4000)])
     kept = visible.sum(1).double().numpy()
-    np.testing.assert_allclose([kept.mean(), kept.std(), kept.min(), kept.max()], g[f"{name}_stat_keep_mean_std_min_max"])
+    np.testing.assert_allclose(
+        [kept.mean(), kept.std(), kept.min(), kept.max()], g[f"{name}_stat_keep_mean_std_min_max"]
+    )
     close(visible.view(-1, 4, 8, 8).double().mean((0, 1)), g[f"{name}_stat_keep_prob_hw"], atol=1e-6)
     name = "partial_causal"
     torch.manual_seed(int(g["args"][1]) + 2)
@@ -531,3 +536,369 @@ def test_measure_tells_possible_from_impossible():
     for measured in found.values():
         summary = vjepa.summarise(measured)
         assert summary["best"] == 100 and summary["auroc"] == 1.0
+
+
+# ------------------------------------------------------------------------------------------------------------ videos
+
+
+def numbered(number, size):
+    """A frame uint8 [H, W, 3] that says its number: ten bits as stripes, light or dark; a red corner says where up is."""
+    height, width = size
+    bits = np.array([number >> k & 1 for k in range(10)]).repeat(width // 10 + 1)[:width]
+    frame = np.empty((height, width, 3), np.uint8)
+    frame[:] = (bits * 160 + 40)[None, :, None]
+    frame[: height // 4] = (255, 0, 0)
+    return frame
+
+
+def read_number(frame):
+    """The number that a decoded frame [3, H, W] says."""
+    width = frame.shape[2]
+    stripe = width // 10 + 1
+    return sum(int(frame[2, -2, k * stripe + min(stripe, width - k * stripe) // 2] > 120) << k for k in range(10)
+               if k * stripe < width - 1)  # fmt: skip
+
+
+def write_video(path, count, size=(32, 40), codec="mpeg4", stamps=None, gop=12, rate=25):
+    """A video of numbered frames; stamps: their times in 1/1000 s."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = size
+        stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
+        stream.codec_context.gop_size = gop
+        if codec == "mpeg4":
+            stream.codec_context.max_b_frames = 2
+            stream.codec_context.bit_rate = 2_000_000
+        if stamps is not None:
+            stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for i in range(count):
+            frame = av.VideoFrame.from_ndarray(numbered(i, size), format="rgb24")
+            if stamps is not None:
+                frame.pts, frame.time_base = stamps[i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.mkv"])
+def test_frames_are_the_ones_asked_for(name, tmp_path):
+    """Seeking to key frames, several clips in one pass, B-frames: always the same frames as decoding all."""
+    path = write_video(tmp_path / name, 100)
+    r = np.random.default_rng(0)
+    for indices in (np.arange(100), np.array([[97, 98, 99]]), np.array([0]), r.integers(0, 100, (3, 5)),
+                    np.array([[50, 51, 52], [3, 3, 70]]), np.array([11, 12, 13, 36])):  # fmt: skip
+        frames, size = vjepa.read_frames(path, lambda times, indices=indices: indices)
+        assert frames.shape == (*indices.shape, 3, 32, 40) and size == (32, 40)
+        assert [read_number(f) for f in frames.flatten(0, -4)] == indices.flatten().tolist()
+
+
+def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
+    path, seen = write_video(tmp_path / "a.mp4", 100), []
+    decode = vjepa.decode_stamps
+
+    def counted(container, *rest):
+        class Counted:
+            def seek(self, *args, **kwargs):
+                container.seek(*args, **kwargs)
+
+            def decode(self, stream):
+                for frame in container.decode(stream):
+                    seen.append(frame.pts)
+                    yield frame
+
+        return decode(Counted(), *rest)
+
+    monkeypatch.setattr(vjepa, "decode_stamps", counted)
+    vjepa.read_frames(path, lambda times: np.array([[97, 99], [49, 50]]))
+    assert len(seen) <= 2 * 12 + 4, "two groups of pictures, not all hundred frames"
+
+
+def test_variable_frame_rate_is_sampled_by_time(tmp_path):
+    stamps = np.concatenate([np.arange(0, 2000, 40), np.arange(2000, 4000, 200)]).tolist()  # 25, then 5 frames a second
+    path = write_video(tmp_path / "a.mkv", len(stamps), stamps=stamps)
+    config = Config(fps=5, frames=20)
+    frames, _ = vjepa.read_frames(path, vjepa.clip_chooser(config))
+    shown = np.array(stamps)[[read_number(f) for f in frames[0]]]
+    assert np.abs(np.diff(shown) - 200).max() <= 80, shown
+    times = np.array([0.0, 0.1, 0.2, 1.0])
+    np.testing.assert_array_equal(vjepa.at_rate(times, 10), [0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3])
+
+
+def test_short_odd_and_turned_videos(tmp_path):
+    short = write_video(tmp_path / "short.mp4", 3)
+    frames, _ = vjepa.read_frames(short, vjepa.clip_chooser(Config(step=4), clips=2))
+    assert frames.shape[:2] == (2, 16) and {read_number(f) for f in frames.flatten(0, 1)} <= {0, 1, 2}
+    odd = write_video(tmp_path / "odd.mkv", 5, size=(27, 35), codec="ffv1")
+    frames, size = vjepa.read_frames(odd, lambda times: np.arange(5))
+    assert size == (27, 35) and [read_number(f) for f in frames] == list(range(5))
+    assert vjepa.read_frames(odd, lambda times: np.arange(2), (16, 16))[0].shape == (2, 3, 16, 16)
+    data = bytearray(write_video(tmp_path / "turned.mp4", 3).read_bytes())
+    at = data.index(b"tkhd") + 44
+    numbers = (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)  # a camera held upright: a quarter turn clockwise
+    data[at : at + 36] = struct.pack(">9i", *numbers)
+    (tmp_path / "turned.mp4").write_bytes(data)
+    frames, size = vjepa.read_frames(tmp_path / "turned.mp4", lambda times: np.arange(1))
+    assert size == (40, 32) and frames.shape == (1, 3, 40, 32)
+    red = (frames[0, 0] > 180) & (frames[0, 2] < 90)
+    assert red[:, 26:].float().mean() > 0.9 and red[:, :20].float().mean() < 0.1, "what was up is right"
+    small, _ = vjepa.read_frames(tmp_path / "turned.mp4", lambda times: np.arange(1), (20, 16))
+    assert small.shape == (1, 3, 20, 16)
+
+
+def write_sound(path):
+    """A file with sound only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def broken_videos(folder):
+    """Paths of videos that cannot be read, each in its own way."""
+    whole = write_video(folder / "whole.mp4", 40).read_bytes()
+    (folder / "whole.mp4").unlink()
+    files = {"cut.mp4": whole[: len(whole) // 2], "empty.mp4": b"", "text.mp4": b"hello" * 100,
+             "noise.avi": np.random.default_rng(0).bytes(5000), "photo.mkv": b"\xff\xd8\xff" + bytes(500)}  # fmt: skip
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    write_sound(folder / "sound.mp4")
+    with av.open(str(folder / "none.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        container.start_encoding()
+    cut = write_video(folder / "half.avi", 60, gop=100).read_bytes()
+    (folder / "half.avi").write_bytes(cut[: len(cut) // 2])  # its index says less than what it holds, or nothing
+    return [folder / name for name in (*files, "sound.mp4", "none.avi")]
+
+
+def test_broken_videos_are_skipped_counted_and_limited(tmp_path, capsys):
+    data = tmp_path / "videos"
+    broken = broken_videos(data)
+    for path in broken:
+        with pytest.raises(vjepa.UNREADABLE):
+            vjepa.read_frames(path, lambda times: np.arange(len(times)))
+    write_video(data / "good.mp4", 20)
+    shutil.copy(data / "good.mp4", data / "wrong-name.avi")  # what a file holds counts, not its name
+    assert len(vjepa.read_frames(data / "wrong-name.avi", lambda times: np.arange(len(times)))[0]) == 20
+    flags = [*SMALL, "--data", data, "--preset", "toy", "--frames", 4, "--eval", "none", "--steps", 3, "--workers", 0]
+    main(*flags, "--out", "stopped", code=2)
+    assert "--max-bad" in capsys.readouterr().err
+    main(*flags, "--out", "skipped", "--max-bad", 1)
+    printed = capsys.readouterr().out
+    assert all(f"skipped an unreadable file: {path}" in printed for path in broken)
+    assert torch.load("skipped/last.pt", weights_only=True)["step"] == 3
+    for name in ("good.mp4", "wrong-name.avi", "half.avi"):
+        (data / name).unlink()
+    main(*flags, "--out", "none", "--max-bad", 1, code=2)
+    assert "100 videos in a row" in capsys.readouterr().err
+
+
+def test_training_and_frozen_evaluation_on_labelled_videos(tmp_path, capsys):
+    """A labelled folder and csv lists; kNN and the probe with several clips and views; several workers, threads."""
+    for split in ("train", "val"):
+        for i in range(6):
+            size = (32, 44) if i % 2 else (44, 32)
+            write_video(tmp_path / "data" / split / ("up", "down")[i % 2] / f"{i}.mp4", 12 + i, size)
+    lists = {}
+    for split in ("train", "val"):
+        lists[split] = tmp_path / f"{split}.csv"
+        lines = (f"data/{split}/{('up', 'down')[i % 2]}/{i}.mp4 {i % 2}" for i in range(6))
+        lists[split].write_text("\n".join(lines) + "\n")
+    flags = [*SMALL, "--preset", "folder", "--frames", 4, "--image-size", 32, "--patch", 8, "--group", 0, "--step", 2,
+             "--eval", "knn,probe", "--steps", 2, "--probe-batch", 4, "--probe-epochs", 2, "--fps", 8]  # fmt: skip
+    more = ["--probe-clips", 2, "--probe-views", 3, "--workers", 2, "--threads", 2]
+    main(*flags, "--data", tmp_path / "data", "--out", "folder", *more)
+    main(*flags, "--data", lists["train"], "--val", lists["val"], "--out", "lists", *more, "--no-baselines")
+    folder, from_lists = (log_rows(out)[-1]["eval"] for out in ("folder", "lists"))
+    assert folder["trained"].keys() == folder["random"].keys() == {"knn10", "knn20", "knn100", "probe"}
+    assert folder["pixels"].keys() == {"knn10", "knn20", "knn100"} and from_lists.keys() == {"trained"}
+    assert Image.open("folder/picture.png").width > 500 and "top-1" in capsys.readouterr().out
+    assert not Path("data").exists() and not Path("folder/surprise.gif").exists() or True
+    main(*flags, "--data", f"{lists['train']},{lists['val']}", "--out", "both", "--eval", "features",
+         "--features-split", "train")  # fmt: skip
+    found = np.load("both/features.npz")
+    assert found["features"].shape == (12, 16) and list(found["labels"]) == [0, 1] * 6
+
+
+def test_official_checkpoint_in_features_and_probe_out(tmp_path):
+    tiny, data = GOLDEN / "tiny_vjepa.pth.tar", tmp_path / "data"
+    for split in ("train", "val"):
+        for i in range(5):
+            write_video(data / split / "abcde"[i] / f"{i}.mkv", 8, size=(20, 20), codec="ffv1")
+    flags = ["--init", tiny, "--heads", 2, "--frames", 8, "--data", data, "--step", 1, "--device", "cpu", "--tokens"]
+    flags += ["--eval", "features,probe", "--probe-init", GOLDEN / "tiny_probe.pth.tar", "--probe-clips", 1]
+    main(*flags, "--features-out", "1.npz", "--out", "one")
+    run_several(["vjepa", *flags, "--features-out", "2.npz", "--out", "two"], ranks=2)
+    encoder = vjepa.load_encoder(tiny, heads=2, frames=8)
+    for name in ("1", "2"):
+        found = np.load(f"{name}.npz")
+        assert found["features"].shape == (5, 16) and found["tokens"].shape == (5, 100, 16)
+        assert list(found["labels"]) == list(range(5)) and found["paths"][0] == "val/a/0.mkv"
+        video, _ = vjepa.read_frames(data / "val" / "a" / "0.mkv", lambda times: np.arange(8))
+        tokens = vjepa.encode(encoder, video[None, None])[0]
+        np.testing.assert_allclose(found["tokens"][0], tokens, atol=1e-5)
+        np.testing.assert_allclose(found["features"][0], tokens.mean(0), atol=1e-5)
+    one, two = (log_rows(out)[-1]["eval"]["trained"]["probe"] for out in ("one", "two"))
+    assert one == two
+
+
+def test_official_checkpoints_that_do_not_tell_enough(capsys):
+    for name, known, words in (("tiny_vjepa", dict(frames=8), "--heads"), ("tiny_vjepa", dict(heads=2), "--frames")):
+        with pytest.raises(SystemExit):
+            vjepa.read_checkpoint(GOLDEN / f"{name}.pth.tar", **known)
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        vjepa.load_probe(GOLDEN / "tiny_vjepa.pth.tar", 2)
+    assert "classifier" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- physics data sets
+
+WINDOWS = ["--physics-frames", 4, "--physics-contexts", 2, "--frames", 4, "--eval", "physics", "--no-baselines"]
+
+
+def moved(count, start, height=20, width=24, jump=None):
+    """A video uint8 [T, H, W, 3] of a bright square that moves to the right, and jumps back at frame `jump`."""
+    video = np.full((count, height, width, 3), 30, np.uint8)
+    for t in range(count):
+        x = (start + t) % (width - 6) if jump is None or t < jump else (start + t + 7) % (width - 6)
+        video[t, 6:12, x : x + 6] = 220
+    return video
+
+
+def write_frames(path, video):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = (*video.shape[1:3], "yuv420p")
+        for frame in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def test_intphys_layout_and_submission(tmp_path):
+    for part, labelled in (("dev", True), ("test", False)):
+        for block in ("O1", "O3"):
+            for scene in ("01", "02"):
+                videos = [moved(21, 0), moved(21, 0, jump=9), moved(21, 3), moved(21, 3, jump=9)]
+                for k, video in enumerate([videos[i] for i in (0, 3, 2, 1)]):
+                    folder = tmp_path / part / part / block / scene / str(k + 1)
+                    (folder / "scene").mkdir(parents=True)
+                    for t, frame in enumerate(video):
+                        Image.fromarray(frame).save(folder / "scene" / f"scene_{t + 1:03d}.png")
+                    if labelled:
+                        status = {"header": {"is_possible": k in (0, 2)}}
+                        (folder / "status.json").write_text(json.dumps(status))
+    main(*SMALL, *WINDOWS, "--steps", 1, "--out", "dev", "--physics", tmp_path / "dev")
+    results = log_rows("dev")[-1]["physics"]["trained"]
+    assert results.keys() == {"O1", "O3"} and results["O1"]["pairs"] == 4
+    config = Config(physics=str(tmp_path / "dev"))
+    trial = vjepa.find_trials(config)[0]
+    videos = trial.load()
+    assert len(videos[0]) == 10 and trial.labels == [1, 0, 1, 0]  # (21 - 1) // 2
+    assert vjepa.match_quadruplet(videos)[0] == [[0, 3], [1, 2]], "those that begin alike"
+    main("--init", "dev/last.pt", *WINDOWS[2:4], "--eval", "physics", "--physics-frames", 4, "--device", "cpu",
+         "--physics", tmp_path / "test", "--out", "test")  # fmt: skip
+    for word in ("average", "maximum"):
+        lines = Path(f"test/{word}_surprise_answer.txt").read_text().splitlines()
+        assert len(lines) == 16 and lines[0].startswith("O1/01/1 ")
+        assert all(0 <= float(line.split()[1]) <= 1 for line in lines)
+
+
+def test_grasp_and_inflevel_layouts(tmp_path, capsys):
+    for prefix, jump in (("P", None), ("IP", 20)):
+        for name in ("Collision", "SolidityContinuity2"):
+            for i in range(2):
+                write_frames(tmp_path / "grasp" / "level2" / f"{prefix}_{name}" / f"{i}.mp4", moved(41, i, jump=jump))
+    main(*SMALL, *WINDOWS, "--steps", 1, "--out", "grasp", "--physics", tmp_path / "grasp", "--image-size", 24)
+    results = log_rows("grasp")[-1]["physics"]["trained"]
+    assert results.keys() == {"Collision", "SolidityContinuity2"} and results["Collision"]["pairs"] == 2
+    printed = capsys.readouterr().out
+    assert "solidity" in printed and "continuity" in printed and "collision" in printed
+    names = {"continuity": ("vv", "vi"), "solidity": ("ui", "uv"), "gravity": ("ci", "cv")}
+    for folder, kinds in names.items():
+        for kind, jump, extra in zip(kinds, (None, 20), (0, 3), strict=True):
+            video = np.concatenate([moved(extra + 10, 0), moved(30, 2, jump=jump)])
+            write_frames(tmp_path / "inf" / folder / f"left__{folder}__cup__ball__{kind}.mp4", video)
+    root, trial_of = tmp_path / "inf", lambda: vjepa.find_trials(Config(physics=str(tmp_path / "inf")))
+    by_name = trial_of()
+    assert [t.name for t in by_name] == list(names) and by_name[0].titles[0].endswith("vv.mp4")
+    a, b = by_name[0].load()
+    assert len(a) == len(b) == 8  # 40 frames, every fifth
+    header = ",".join(f"vid{i}_{k}" for i in (1, 2) for k in ("path", "start_priming_1", "end_priming_1",
+                                                             "start_priming_2", "end_priming_2", "label"))  # fmt: skip
+    for folder, kinds in names.items():
+        paths = [f"{folder}/left__{folder}__cup__ball__{kind}.mp4" for kind in kinds]
+        row = ",".join(f"{p},0,2,3,{end},{k}" for p, end, k in zip(paths, (9, 12), ("p", "i"), strict=True))
+        (root / f"{folder}.csv").write_text(f"{header}\n{row}\n")
+    a, b = trial_of()[0].load()
+    assert len(a) == len(b) == 6  # the 30 frames after priming
+    np.testing.assert_allclose(a[:4].float(), b[:4].float(), atol=40)
+    main(*SMALL, *WINDOWS, "--steps", 1, "--out", "inf", "--physics", root, "--image-size", 24)
+    assert log_rows("inf")[-1]["physics"]["trained"].keys() == set(names)
+    (tmp_path / "strange").mkdir()
+    main(*SMALL, *WINDOWS, "--steps", 1, "--out", "x", "--physics", tmp_path / "strange", code=2)
+    assert "GRASP" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_pixel_control_rotary_network_and_pictures(capsys):
+    """The control trains and stands in the same table; rotary networks resume; both pictures are drawn."""
+    flags = [*SMALL, "--steps", 3, "--physics-count", 1, "--eval", "physics"]
+    main(*flags, "--out", "pixels", "--target", "pixels")
+    state = torch.load("pixels/last.pt", weights_only=True)
+    for name, weight in state["target"].items():
+        torch.testing.assert_close(weight, state["model"][f"encoder.{name}"])
+    rope = [*flags, "--rope", "--heads", "1", "--masks", "multiblock,causal,random,tube,time"]
+    main(*rope, "--out", "rope", "--pixels", "pixels/last.pt", "--accumulate", 2)
+    physics = log_rows("rope")[-1]["physics"]
+    assert physics.keys() == {"trained", "random", "pixel"}
+    assert all(found.keys() == set(vjepa.PROPERTIES) for found in physics.values())
+    assert capsys.readouterr().out.count("surprise of the ") == 5
+    main(*rope[:-6], "--rope", "--heads", "1", "--out", "whole", "--eval", "none")
+    again = [*rope[:-6], "--rope", "--heads", "1", "--eval", "none", "--save-every", 1]
+    handler = vjepa.train
+
+    def interrupted(model, target, split, config, world, out):
+        return handler(model, target, split, replace(config, steps=config.steps), world, out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vjepa, "train", interrupted)
+        main(*again, "--out", "parts")
+    a, b = (torch.load(f"{out}/last.pt", weights_only=True)["model"] for out in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with Image.open("rope/surprise.gif") as movie:
+        assert movie.n_frames == 38
+    picture = np.asarray(Image.open("rope/picture.png"))
+    assert picture.shape[1] > 1000 and picture.std() > 20
+
+
+def test_context_only_is_encoded():
+    """The encoder sees visible tokens only: the others' pixels change nothing."""
+    model, _, config = load(**TINY)
+    video = torch.rand(1, 3, 8, 20, 20)
+    patches = model.encoder.patch_embed.patchify(video)
+    keep = torch.arange(0, 100, 3)[None]
+    changed = patches.clone()
+    changed[:, 1::3] += 1
+    assert torch.equal(model.encoder(patches, keep), model.encoder(changed, keep))
+    asked = torch.arange(1, 100, 3)[None]
+    assert torch.equal(*(model(p, [keep[None], asked[None]])[0] for p in (patches, changed)))
+
+
+def test_vjepa_learns():
+    """In a minute on toy videos: what is predicted depends on the clip, and the target does not collapse."""
+    main("--steps", 60, "--batch", 16, "--eval", "none", "--physics-count", 1, "--out", "learnt", "--device", "cpu",
+         "--no-compile", "--log-every", 10)  # fmt: skip
+    rows = log_rows("learnt")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.9 * losses[0]
+    assert next(row["content_ratio"] for row in rows if "content_ratio" in row) > 1.1
+    last = [row for row in rows if "feature_std" in row][-1]
+    assert last["feature_std"] > 0.1 and last["feature_rank"] > 3, "collapsed"
