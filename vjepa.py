@@ -1830,17 +1830,24 @@ def eval_clips(split, config, world, log, clips=1, views=1):
         yield pixels.to(world.device), indices.where(torch.tensor([not e for e in errors]), -1)
 
 
+def collect(rows, device):
+    """Join all ranks' [(indices [B], tensor [B, ...], ...)] into (indices [N], tensor [N, ...], ...) in the order of their
+    Split, without videos that were unreadable or came twice; the indices are on the CPU."""
+    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+    kept, order = np.unique(indices.cpu().numpy(), return_index=True)
+    order = torch.from_numpy(order[kept >= 0]).to(device)
+    return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
+
+
 def extract(encoder, split, config, world, log, tokens=False):
     """(pooled features [N, D], labels [N], paths, tokens [N, T, D] or None) of a Split on all ranks, in its order."""
     rows = []
     for pixels, indices in eval_clips(split, config, world, log):
         found = encode(encoder, pixels[:, 0])
         rows.append((indices.to(world.device), found.mean(1), found if tokens else found[:, :0]))
-    indices, pooled, found = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
-    kept, order = np.unique(indices.cpu().numpy(), return_index=True)
-    kept, order = torch.from_numpy(kept[kept >= 0]), torch.from_numpy(order[kept >= 0]).to(world.device)
-    paths, labels = [split.paths[i] for i in kept.tolist()], split.labels[kept].to(world.device)
-    return pooled[order], labels, paths, found[order] if tokens else None
+    kept, pooled, found = collect(rows, world.device)
+    paths = [split.paths[i] for i in kept.tolist()]
+    return pooled, split.labels[kept].to(world.device), paths, found if tokens else None
 
 
 def raw_pixels(split, config, world, log):
@@ -1849,8 +1856,9 @@ def raw_pixels(split, config, world, log):
     for pixels, indices in eval_clips(split, config, world, log):
         frames = normalize(pixels[:, 0, 0, ::4])  # [B, T/4, 3, S, S]
         small = F.adaptive_avg_pool2d(frames.flatten(0, 1), min(16, frames.shape[-1])).unflatten(0, frames.shape[:2])
-        rows.append((small.flatten(1)[indices >= 0], split.labels[indices[indices >= 0]].to(world.device)))
-    return (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+        rows.append((indices.to(world.device), small.flatten(1)))
+    kept, found = collect(rows, world.device)
+    return found, split.labels[kept].to(world.device)
 
 
 # Copied from ijepa.py
@@ -1903,13 +1911,12 @@ def train_probe(encoder, split, config, world, log):
 @torch.no_grad()
 def probe_accuracy(probe, encoder, val, config, world, log):
     """Top-1 in percent of an attentive probe on a Split; --probe-clips clips a video, softmax averaged over views."""
-    scores, labels = [], []
+    rows = []
     for pixels, indices in eval_clips(val, config, world, log, config.probe_clips, config.probe_views):
         views = [probe(encode(encoder, view)).softmax(1) for view in pixels.unbind(1)]
-        scores.append(torch.stack(views).mean(0)[indices >= 0])
-        labels.append(val.labels[indices[indices >= 0]].to(world.device))
-    scores, labels = (common.gather_over_ranks(torch.cat(x)) for x in (scores, labels))
-    return accuracy(scores, labels).item()
+        rows.append((indices.to(world.device), torch.stack(views).mean(0)))
+    kept, scores = collect(rows, world.device)
+    return accuracy(scores, val.labels[kept].to(world.device)).item()
 
 
 def evaluate(model, target, config, world, log, train_split=None):

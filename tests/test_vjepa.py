@@ -542,7 +542,7 @@ def test_measure_tells_possible_from_impossible():
 
 
 def numbered(number, size):
-    """A frame uint8 [H, W, 3] that says its number: ten bits as stripes, light or dark; a red corner says where up is."""
+    """A frame uint8 [H, W, 3] that says its number: ten bits as stripes, light or dark; a red bar says where up is."""
     height, width = size
     bits = np.array([number >> k & 1 for k in range(10)]).repeat(width // 10 + 1)[:width]
     frame = np.empty((height, width, 3), np.uint8)
@@ -717,7 +717,6 @@ def test_training_and_frozen_evaluation_on_labelled_videos(tmp_path, capsys):
     assert folder["trained"].keys() == folder["random"].keys() == {"knn10", "knn20", "knn100", "probe"}
     assert folder["pixels"].keys() == {"knn10", "knn20", "knn100"} and from_lists.keys() == {"trained"}
     assert Image.open("folder/picture.png").width > 500 and "top-1" in capsys.readouterr().out
-    assert not Path("data").exists() and not Path("folder/surprise.gif").exists() or True
     main(*flags, "--data", f"{lists['train']},{lists['val']}", "--out", "both", "--eval", "features",
          "--features-split", "train")  # fmt: skip
     found = np.load("both/features.npz")
@@ -738,8 +737,9 @@ def test_official_checkpoint_in_features_and_probe_out(tmp_path):
         found = np.load(f"{name}.npz")
         assert found["features"].shape == (5, 16) and found["tokens"].shape == (5, 100, 16)
         assert list(found["labels"]) == list(range(5)) and found["paths"][0] == "val/a/0.mkv"
-        video, _ = vjepa.read_frames(data / "val" / "a" / "0.mkv", lambda times: np.arange(8))
-        tokens = vjepa.encode(encoder, video[None, None])[0]
+        choose = vjepa.clip_chooser(Config(frames=8), 1, True)
+        video, _ = vjepa.read_frames(data / "val" / "a" / "0.mkv", choose)  # [1, 8, 3, 20, 20]
+        tokens = vjepa.encode(encoder, video[None])[0]
         np.testing.assert_allclose(found["tokens"][0], tokens, atol=1e-5)
         np.testing.assert_allclose(found["features"][0], tokens.mean(0), atol=1e-5)
     one, two = (log_rows(out)[-1]["eval"]["trained"]["probe"] for out in ("one", "two"))
@@ -775,6 +775,7 @@ def write_frames(path, video):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=25)
         stream.height, stream.width, stream.pix_fmt = (*video.shape[1:3], "yuv420p")
+        stream.codec_context.bit_rate = 4_000_000
         for frame in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -837,7 +838,8 @@ def test_grasp_and_inflevel_layouts(tmp_path, capsys):
         (root / f"{folder}.csv").write_text(f"{header}\n{row}\n")
     a, b = trial_of()[0].load()
     assert len(a) == len(b) == 6  # the 30 frames after priming
-    np.testing.assert_allclose(a[:4].float(), b[:4].float(), atol=40)
+    differences = (a.float() - b.float()).abs().mean((1, 2, 3))
+    assert differences[:4].max() < 0.3 * differences[4:].min(), "they part after 20 frames"
     main(*SMALL, *WINDOWS, "--steps", 1, "--out", "inf", "--physics", root, "--image-size", 24)
     assert log_rows("inf")[-1]["physics"]["trained"].keys() == set(names)
     (tmp_path / "strange").mkdir()
@@ -861,20 +863,30 @@ def test_pixel_control_rotary_network_and_pictures(capsys):
     assert physics.keys() == {"trained", "random", "pixel"}
     assert all(found.keys() == set(vjepa.PROPERTIES) for found in physics.values())
     assert capsys.readouterr().out.count("surprise of the ") == 5
-    main(*rope[:-6], "--rope", "--heads", "1", "--out", "whole", "--eval", "none")
-    again = [*rope[:-6], "--rope", "--heads", "1", "--eval", "none", "--save-every", 1]
-    handler = vjepa.train
+    short = [*SMALL, "--steps", 3, "--eval", "none", "--rope", "--heads", 1, "--save-every", 1, "--physics-count", 1]
+    main(*short, "--out", "whole")
+    make, calls = vjepa.make_clips, []
 
-    def interrupted(model, target, split, config, world, out):
-        return handler(model, target, split, replace(config, steps=config.steps), world, out)
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return make(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vjepa, "train", interrupted)
-        main(*again, "--out", "parts")
+        patch.setattr(vjepa, "make_clips", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(*short, "--out", "parts")
+    assert torch.load("parts/last.pt", weights_only=True)["step"] == 2
+    main(*short, "--out", "parts", "--resume")
     a, b = (torch.load(f"{out}/last.pt", weights_only=True)["model"] for out in ("whole", "parts"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     with Image.open("rope/surprise.gif") as movie:
-        assert movie.n_frames == 38
+        durations = []
+        for i in range(movie.n_frames):  # frames that are alike are stored once, and last longer
+            movie.seek(i)
+            durations.append(movie.info["duration"])
+    assert sum(durations) == 38 * 150
     picture = np.asarray(Image.open("rope/picture.png"))
     assert picture.shape[1] > 1000 and picture.std() > 20
 
