@@ -1831,8 +1831,10 @@ def eval_clips(split, config, world, log, clips=1, views=1):
 
 
 def collect(rows, device):
-    """Join all ranks' [(indices [B], tensor [B, ...], ...)] into (indices [N], tensor [N, ...], ...) in the order of their
-    Split, without videos that were unreadable or came twice; the indices are on the CPU."""
+    """Join all ranks' rows, (indices [B], tensor [B, ...], ...), to (indices [N] on the CPU, tensor [N, ...], ...).
+
+    In order of the indices, without videos that were unreadable or came twice.
+    """
     indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
     kept, order = np.unique(indices.cpu().numpy(), return_index=True)
     order = torch.from_numpy(order[kept >= 0]).to(device)

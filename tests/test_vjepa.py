@@ -731,7 +731,15 @@ def test_official_checkpoint_in_features_and_probe_out(tmp_path):
     flags = ["--init", tiny, "--heads", 2, "--frames", 8, "--data", data, "--step", 1, "--device", "cpu", "--tokens"]
     flags += ["--eval", "features,probe", "--probe-init", GOLDEN / "tiny_probe.pth.tar", "--probe-clips", 1]
     main(*flags, "--features-out", "1.npz", "--out", "one")
-    run_several(["vjepa", *flags, "--features-out", "2.npz", "--out", "two"], ranks=2)
+    physics = [*SMALL, "--steps", 1, "--eval", "physics", "--no-baselines", "--physics-count", 1]
+    main(*physics, "--out", "physics-1")
+    lines = [[*flags, "--features-out", "2.npz", "--out", "two"], [*physics, "--out", "physics-2"]]
+    run_several(*(["vjepa", *line] for line in lines), ranks=2)
+    one, two = (log_rows(f"physics-{n}")[-1]["physics"]["trained"] for n in (1, 2))
+    for name in vjepa.PROPERTIES:
+        assert one[name]["metrics"]["filtered"] == pytest.approx(
+            two[name]["metrics"]["filtered"], rel=1e-4, nan_ok=True
+        )
     encoder = vjepa.load_encoder(tiny, heads=2, frames=8)
     for name in ("1", "2"):
         found = np.load(f"{name}.npz")
