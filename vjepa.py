@@ -27,7 +27,10 @@ same frames in a possible order: violation of expectation, as developmental psyc
     python vjepa.py --init vitl16.pth.tar --eval physics --physics IntPhys/dev
 
 The papers report (ViT-H): Kinetics-400 82.0, Something-Something-v2 71.4 (frozen, attentive probe); IntPhys 98 % of
-pairs right (pixel prediction, language models and random networks: near 50).
+pairs right (pixel prediction, language models and random networks: near 50). README has what was measured here.
+
+The toy world is made so that only memory helps: a possible and an impossible video consist of the very same frames, and
+of the same short runs of frames. (In `gravity` a short memory is enough; its line is to be read apart.)
 
 Where paper and released code differ, this follows the code: weight decay along a cosine; masks cut to the shortest of a
 GPU's batch by keeping the first tokens, so late frames are dropped; weights normal(0, 0.02) without the rescaling that
@@ -73,9 +76,7 @@ class Config:
     """Every field is a flag, and the comment beside it is its help text."""
 
     preset: str = ""  # a name of PRESETS; by default the one that fits --data
-    data: str = (
-        "toy"  # toy; a folder of videos (or images), also below $DATA (default ./data); or csv lists: a.csv,b.csv
-    )
+    data: str = "toy"  # toy; a folder of videos or images, also one of $DATA (default ./data); csv lists: a.csv,b.csv
     val: str = ""  # folder or csv of the validation videos, default val/ beside train/
 
     # clips
@@ -221,9 +222,6 @@ def check(config, world, training=True):
                 fail(f"--{flag} {name!r} is not one of {', '.join(known)}")
     if len(c.mask_blocks) != len(c.mask_scales):
         fail(f"--mask-blocks names {len(c.mask_blocks)} ranges and --mask-scales {len(c.mask_scales)}")
-    for context in c.physics_contexts:
-        if context % c.tubelet or not 0 < context < (c.physics_frames or c.frames):
-            fail(f"--physics-contexts {context} is no multiple of --tubelet {c.tubelet} inside a window of frames")
     if not training:
         return
     micro = micro_batch(c, world)
@@ -1386,7 +1384,11 @@ def protocol(config):
     if name == "toy":
         contexts = tuple(c for c in contexts if c % config.tubelet == 0 and c < config.frames) or (config.frames // 2,)
     frames, step = config.physics_frames or frames or config.frames, config.physics_step or step
-    return name, frames, step, config.physics_contexts or contexts, aspect
+    contexts = config.physics_contexts or contexts
+    if frames % config.tubelet or any(c % config.tubelet or not 0 < c < frames for c in contexts):
+        lengths = f"--physics-contexts {' '.join(map(str, contexts))} in a window of {frames} frames (--physics-frames)"
+        fail(f"{lengths}: all must be multiples of the tubelet, {config.tubelet}, and contexts shorter than the window")
+    return name, frames, step, contexts, aspect
 
 
 def find_trials(config):
@@ -1468,7 +1470,7 @@ def grasp_trials(config, root, step):
 
 
 def inflevel_trials(config, root, step):
-    """InfLevel-lab: PROPERTY/*.mp4 with a csv of pairs and priming times; without it, pairs by name, nothing cut off.
+    """InfLevel-lab: PROPERTY/*.mp4 with a csv of pairs and priming times; without it, pairs by name, and no priming.
 
     Frames after the priming count; where one video has more of them, its first ones are dropped, so both end together.
     """
@@ -1485,15 +1487,17 @@ def inflevel_trials(config, root, step):
                     if None not in found:
                         pairs.append((found, ends))
         else:
-            for possible, impossible in (
-                (("vv", "vi"), ("ii", "iv")) if name == "continuity" else (("ui", "uv"), ("ci", "cv"))
-            ):
-                for path in sorted(folder.glob("*.mp4")):
-                    fields = path.stem.split("__")
-                    if len(fields) > 4 and (name, fields[4]) in (("continuity", possible), (name, possible)):
+            if folder.is_dir():
+                print(
+                    f"{folder}: no csv, so pairs are made by name and whole videos count, priming included", flush=True
+                )
+            kinds = (("vv", "vi"), ("ii", "iv")) if name == "continuity" else (("ui", "uv"), ("ci", "cv"))
+            for path in sorted(folder.glob("*.mp4")):
+                fields = path.stem.split("__")
+                for possible, impossible in kinds:
+                    if len(fields) > 4 and fields[4] == possible:
                         other = folder / ("__".join([*fields[:4], impossible, *fields[5:]]) + ".mp4")
-                        if other.is_file():
-                            pairs.append(([path, other], [0, 0]))
+                        pairs += [([path, other], [0, 0])] if other.is_file() else []
 
         def load(paths, starts):
             videos = [read_all(p, 1, config, s) for p, s in zip(paths, starts, strict=True)]
@@ -1551,7 +1555,7 @@ def surprise_token(config):
 def video_surprise(model, target, video, config, frames, contexts, aspect, device):
     """Surprise of a whole video, uint8 [T, 3, H, W]: windows of `frames` frames, every second one -> [K, W] on the CPU.
 
-    Equal windows are measured once. Raises ValueError if the video is shorter than a window.
+    Raises ValueError if the video is shorter than a window.
     """
     if len(video) < frames:
         raise ValueError(
@@ -1593,6 +1597,8 @@ def measure(model, target, trials, config, world, log):
         dist.all_gather_object(parts, (rows, bad))
         rows, bad = sorted((r for part, _ in parts for r in part), key=lambda r: r[0]), [b for _, x in parts for b in x]
     log.skip(bad, len(trials), config.max_bad)
+    if not rows:
+        fail(f"none of the {len(trials)} sets of videos in {config.physics} could be measured: {bad[0]}")
     found = {}
     for name in dict.fromkeys(trials[i].name for i, _, _ in rows):
         own = [(trials[i], j, x) for i, j, x in rows if trials[i].name == name]
@@ -1963,13 +1969,13 @@ def evaluate(model, target, config, world, log, train_split=None):
             scores = knn(bank, bank_labels, test)
             result |= {f"knn{k}": accuracy(s, labels).item() for k, s in scores.items()}
         if "probe" in wanted:
+            if config.probe_init and name != "trained":
+                continue  # it reads the features of one encoder only
             if config.probe_init:
                 probe = load_probe(config.probe_init, encoder.heads).to(world.device)
             else:
                 probe = train_probe(encoder, train, config, world, log)
             result["probe"] = probe_accuracy(probe, encoder, val, config, world, log)
-            if config.probe_init:
-                break  # it reads the features of one encoder only
     if config.baselines and "knn" in wanted:
         (bank, bank_labels), (test, labels) = (raw_pixels(split, config, world, log) for split in (some, val))
         results["pixels"] = {f"knn{k}": accuracy(s, labels).item() for k, s in knn(bank, bank_labels, test).items()}
@@ -2164,8 +2170,8 @@ def read_checkpoint(path, heads=0, frames=0, image_size=0):
         frames, image_size = frames or 16, image_size or 14 * patch
     else:
         tokens = target["pos_embed"].shape[1]
-        times = [frames // tubelet] if frames else [8] if is_square(tokens, 8) else range(1, tokens + 1)
-        times = [t for t in times if is_square(tokens, t)]
+        usual = [t for t in (frames // tubelet, 8) if t and is_square(tokens, t)]  # as given, or as released
+        times = usual[:1] or [t for t in range(1, tokens + 1) if is_square(tokens, t)]
         if len(times) != 1:
             fail(f"{path} has positions for {tokens} tokens, which divide into frames in no single way: give --frames")
         frames, image_size = times[0] * tubelet, patch * math.isqrt(tokens // times[0])
@@ -2282,7 +2288,8 @@ def report(model, target, train_split, config, world, log):
         log.say(f"loss on unseen clips {loss:.4f}; {other}")
         log.write(val_loss=loss, content_ratio=ratio)
     picture = draw_masks(clips[:3], config)
-    drawn = picture_surprise(model, target, config, world.device)
+    wanted = config.data == "toy" or "physics" in config.eval.split(",")
+    drawn = picture_surprise(model, target, config, world.device) if wanted else None
     if drawn:
         strips, movie = drawn
         both = Image.new("RGB", (max(picture.width, strips.width), picture.height + 8 + strips.height), "white")
@@ -2305,8 +2312,7 @@ def run(config, given):
     if config.init:
         known = {k: getattr(config, k) if k in given else 0 for k in ("heads", "frames", "image_size")}
         weights = read_checkpoint(config.init, **known)
-        keep = given - {"frames"} if "frames" in given and not weights["architecture"]["rope"] else given
-        config = replace(config, **{k: v for k, v in weights["architecture"].items() if k not in keep})
+        config = replace(config, **{k: v for k, v in weights["architecture"].items() if k not in given})
     training = not config.init or bool({"steps", "epochs"} & given)
     check(config, world, training)
     if "physics" in config.eval.split(","):
