@@ -692,8 +692,9 @@ class Scene:
         else:
             hop = 4 * eased * (1 - eased)
             if self.name == "solidity":
-                self.box(canvas, 15, 11, 17, FLOOR, (30, 30, 30))
-                self.thing(canvas, 0, left + eased * (right - left), ground - hop * (18 - r / 2))
+                self.box(canvas, 15, 13, 17, FLOOR, (30, 30, 30))
+                over = 1 - (2 * eased - 1) ** 6  # up first, then across: it clears the wall
+                self.thing(canvas, 0, left + eased * (right - left), ground - 17 * over)
             else:
                 if self.name != "continuity":
                     self.thing(canvas, 1, right - eased * (right - left), ground)
