@@ -1204,7 +1204,8 @@ def make_optimizer(model):
 def train(model, target, split, config, world, out):
     """Train (model, target encoder) on a Split. Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
     device, dtype = world.device, common.choose_precision(config.precision, world.device)
-    steps, pixels = steps_of(config, split), config.target == "pixels"
+    steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
+    pixels = config.target == "pixels"
     model, target = model.to(device), target.to(device)
     if config.compile:
         model.compile(dynamic=True)  # the numbers of tokens change from step to step
@@ -1312,11 +1313,6 @@ def train(model, target, split, config, world, out):
             raise SystemExit(0)
     log.close()
     return plain, target
-
-
-def steps_of(config, split):
-    """Steps of the run."""
-    return config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1701,7 +1697,8 @@ def summarise(measured):
         "auroc": float(table[-1, 9]),
         "auroc_interval": list(bca_interval(lambda w: np.einsum("ri,ij,rj->r", w, wins, w) / w.sum(1) ** 2, n)),
         "metrics": {
-            name: dict(zip(METRICS, row, strict=True)) for name, row in zip(names, table.tolist(), strict=True)
+            name: {key: None if math.isnan(x) else x for key, x in zip(METRICS, row, strict=True)}
+            for name, row in zip(names, table.tolist(), strict=True)
         },
     }
 
