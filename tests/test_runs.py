@@ -24,6 +24,7 @@ import ijepa
 import iwm
 import msn
 import pmsn
+import vjepa
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -37,6 +38,8 @@ class Script:
     folder: list  # the same for images of 32 pixels
     loss: str
     kills: int = 3
+    stream: tuple = ("--cache", 0)  # flags that make it read files in workers
+    probes: str = "knn,linear"  # evaluations that need labels
     noise: tuple = ()  # parameters without a gradient but for rounding, which Adam turns into steps
 
     @property
@@ -49,6 +52,7 @@ PREDICTOR = "--predictor-width 16 --predictor-depth 2".split()
 BLOCKS = "--image-size 32 --patch 8 --min-keep 0 --min-context 2 --target-scale 0.1 0.15".split()
 HEAD = "--head-hidden 16 --embedding 8 --prototypes 8".split()
 HIDDEN = "--image-size 32 --patch 8 --min-visible 4".split()
+CLIPS = [*PREDICTOR, "--frames", "4", "--physics-count", "1", "--group", "0"]
 VIEWS = "--image-size 32 --patch 8 --focal-size 16".split()
 NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")  # BatchNorm and softmax cancel them
 SCRIPTS = {
@@ -57,6 +61,7 @@ SCRIPTS = {
     "iwm": Script(iwm, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *HIDDEN], "iwm_loss"),
     "msn": Script(msn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS], "msn_loss", noise=NORMED),
     "pmsn": Script(pmsn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS, "--imbalance", "0"], "pmsn_loss", noise=NORMED),
+    "vjepa": Script(vjepa, [*TINY, *CLIPS], [*TINY, *CLIPS, *VIEWS[:4]], "vjepa_loss", stream=(), probes="knn,probe"),
 }
 SMALL, FOLDER = SCRIPTS["ijepa"].small, SCRIPTS["ijepa"].folder
 
@@ -173,7 +178,7 @@ def test_two_ranks_are_one_process(script):
 def test_number_of_workers_changes_nothing(script, tmp_path):
     data = photographs(tmp_path / "photos")
     for workers in (0, 2):
-        flags = ["--data", data, "--steps", 3, "--workers", workers, "--cache", 0]
+        flags = ["--data", data, "--steps", 3, "--workers", workers, *script.stream]
         here(script, *script.folder, *flags, "--out", f"w{workers}")
     assert_same("w0", "w2")
 
@@ -386,8 +391,8 @@ def test_images_in_memory_and_from_disk_look_the_same(tmp_path):
 
 def test_flat_folder_trains_and_says_that_probes_are_skipped(script, tmp_path, capsys):
     photographs(tmp_path / "flat", splits=(".",), classes=(".",))
-    here(script, *script.folder, "--data", tmp_path / "flat", "--steps", 1, "--eval", "knn,linear")
-    assert "knn, linear: skipped" in capsys.readouterr().out
+    here(script, *script.folder, "--data", tmp_path / "flat", "--steps", 1, "--eval", script.probes)
+    assert f"{script.probes.replace(',', ', ')}: skipped" in capsys.readouterr().out
 
 
 def test_names_resolve_below_the_data_variable(tmp_path):
@@ -439,17 +444,19 @@ def test_corrupt_images_are_skipped_counted_and_limited(script, tmp_path, capsys
     broken = [data / "train" / "cat" / "0.jpg", data / "train" / "dog" / "1.jpg"]
     broken[0].write_bytes(broken[0].read_bytes()[:200])
     broken[1].write_bytes(b"not an image")
-    for name, cache in (("streamed", 0), ("cached", 2)):
-        flags = [*script.folder, "--data", data, "--steps", 15, "--cache", cache, "--out", name, "--workers", 1]
+    regimes = {"streamed": script.stream} | ({"cached": ("--cache", 2)} if script.stream else {})
+    for name, cache in regimes.items():
+        flags = [*script.folder, "--data", data, "--steps", 15, *cache, "--out", name, "--workers", 1]
         here(script, *flags, "--eval", "knn", "--no-baselines")
         output = capsys.readouterr().out
         assert all(output.count(f"skipped an unreadable file: {path}") >= 1 for path in broken)
-        images = log_rows(name)[-1]["images"]
-        assert (images["train"], images["val"]) == (198 if cache else 200, 200)
+        row = log_rows(name)[-1]
+        images = row["images"] if "images" in row else row["videos"]
+        assert (images["train"], images["val"]) == (198 if name == "cached" else 200, 200)
     for i in range(2, 8):
         (data / "train" / ("cat", "dog")[i % 2] / f"{i}.jpg").write_bytes(b"")
-    for cache in (0, 2):
-        flags = [*script.folder, "--data", data, "--steps", 40, "--cache", cache, "--workers", 0]
+    for cache in regimes.values():
+        flags = [*script.folder, "--data", data, "--steps", 40, *cache, "--workers", 0]
         here(script, *flags, code=2)
         assert "--max-bad" in capsys.readouterr().err
     here(script, *script.folder, "--data", data, "--steps", 2, "--max-bad", 0.1, "--workers", 0)
@@ -556,7 +563,7 @@ SETTINGS = [
     ("--image-size 30", "--patch"),
     ("--width 66", "heads"),
     ("--wdith 32", "--width"),
-    ("--preset cifra10", "cifar10"),
+    ("--preset folde", "folder"),
     ("--eval knnn", "knn"),
     ("--precision fp8", "bf16"),
     ("--schedule-scale 0.5", "--schedule-scale"),
@@ -573,6 +580,11 @@ MORE_SETTINGS = {
             ("--labelled none.txt", "none.txt")],
     "pmsn": [("--prior cubic", "power-law"), ("--imbalance 0.5", "--imbalance"), ("--prior-kl up", "reverse"),
              ("--classes-per-batch 3", "--classes-per-batch"), ("--train-list none.txt", "none.txt")],
+    "vjepa": [("--group 48", "--batch 32"), ("--masks funny", "multiblock"), ("--frames 15", "--tubelet"),
+              ("--mask-scales 0.01", "nothing"), ("--mask-scales 0.99", "all"), ("--rope --heads 16", "--rope"),
+              ("--masks random --mask-ratio 1", "--mask-ratio"), ("--time-context 0.5 1", "--time-context"),
+              ("--mask-blocks 8 2", "--mask-scales"), ("--physics-contexts 3", "--physics-contexts"),
+              ("--physics nowhere", "IntPhys"), ("--target edges", "pixels")],
 }  # fmt: skip
 
 
