@@ -1101,16 +1101,25 @@ def eval_images(split, config, world, log):
 
 
 # Copied from ijepa.py
+def collect(rows, device):
+    """Join all ranks' rows, (indices [B], tensor [B, ...], ...), to (indices [N] on the CPU, tensor [N, ...], ...).
+
+    In order of the indices, without those that were unreadable (-1) or came twice.
+    """
+    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+    kept, order = np.unique(indices.cpu().numpy(), return_index=True)
+    order = torch.from_numpy(order[kept >= 0]).to(device)
+    return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
+
+
+# Copied from ijepa.py
 def extract(encoder, split, config, world, log, tokens=False):
     """Features of a whole Split on all ranks, in its order; unreadable images are left out."""
     rows = []
     for images, indices in eval_images(split, config, world, log):
         pooled, concat4, all_tokens = encode(encoder, images)
         rows.append((indices.to(world.device), pooled, concat4, all_tokens if tokens else all_tokens[:, :0]))
-    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
-    kept, order = np.unique(indices.cpu().numpy(), return_index=True)
-    kept, order = torch.from_numpy(kept[kept >= 0]), torch.from_numpy(order[kept >= 0]).to(world.device)
-    pooled, concat4, all_tokens = (column[order] for column in columns)
+    kept, pooled, concat4, all_tokens = collect(rows, world.device)
     paths = [split.paths[i] for i in kept.tolist()]
     return Features(pooled, concat4, all_tokens if tokens else None, split.labels[kept].to(world.device), paths)
 
@@ -1121,8 +1130,9 @@ def raw_pixels(split, config, world, log):
     rows = []
     for images, indices in eval_images(split, config, world, log):
         small = F.adaptive_avg_pool2d(images, min(32, images.shape[-1])).flatten(1)
-        rows.append((small[indices >= 0], split.labels[indices[indices >= 0]].to(world.device)))
-    return (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+        rows.append((indices.to(world.device), small))
+    kept, pixels = collect(rows, world.device)
+    return pixels, split.labels[kept].to(world.device)
 
 
 # Copied from ijepa.py

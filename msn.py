@@ -27,7 +27,10 @@ makes training cheaper; and few labels go far on such features.
 
 The paper reports (ImageNet-1k, top-1): ViT-S/16 with 1 / 2 / 5 images a class 47.1 / 55.8 / 62.8, with 1 % of the
 labels 67.2, linear probe 76.9; ViT-L/7 57.1 / 66.4 / 72.1, 1 % 75.1, linear 80.7; ViT-B/16 fine-tuned 83.4.
-@@MEASURED@@
+Measured here on two CPU cores (README has the tables): toy, three seeds, kNN 98 % against 68 to 69 of a random encoder
+and 77 of raw pixels, linear 98 against 67 to 70, with one label a class 60 to 67 against 18 to 20; CIFAR-10,
+`cifar10-cpu`, about 47 CPU minutes on one core, kNN 49.9 (raw pixels 45.4, random encoder 30.7), linear 51.1 (34.2).
+Nothing was measured on a GPU yet.
 
 Where paper and released code differ, this follows the code: one permutation of the patches masks the whole batch
 (`--mask-per image` is the paper's reading); features are the class token before the final norm; schedules span 1.25
@@ -1099,16 +1102,25 @@ def eval_images(split, config, world, log):
 
 
 # Copied from ijepa.py
+def collect(rows, device):
+    """Join all ranks' rows, (indices [B], tensor [B, ...], ...), to (indices [N] on the CPU, tensor [N, ...], ...).
+
+    In order of the indices, without those that were unreadable (-1) or came twice.
+    """
+    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+    kept, order = np.unique(indices.cpu().numpy(), return_index=True)
+    order = torch.from_numpy(order[kept >= 0]).to(device)
+    return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
+
+
+# Copied from ijepa.py
 def extract(encoder, split, config, world, log, tokens=False):
     """Features of a whole Split on all ranks, in its order; unreadable images are left out."""
     rows = []
     for images, indices in eval_images(split, config, world, log):
         pooled, concat4, all_tokens = encode(encoder, images)
         rows.append((indices.to(world.device), pooled, concat4, all_tokens if tokens else all_tokens[:, :0]))
-    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
-    kept, order = np.unique(indices.cpu().numpy(), return_index=True)
-    kept, order = torch.from_numpy(kept[kept >= 0]), torch.from_numpy(order[kept >= 0]).to(world.device)
-    pooled, concat4, all_tokens = (column[order] for column in columns)
+    kept, pooled, concat4, all_tokens = collect(rows, world.device)
     paths = [split.paths[i] for i in kept.tolist()]
     return Features(pooled, concat4, all_tokens if tokens else None, split.labels[kept].to(world.device), paths)
 
@@ -1119,8 +1131,9 @@ def raw_pixels(split, config, world, log):
     rows = []
     for images, indices in eval_images(split, config, world, log):
         small = F.adaptive_avg_pool2d(images, min(32, images.shape[-1])).flatten(1)
-        rows.append((small[indices >= 0], split.labels[indices[indices >= 0]].to(world.device)))
-    return (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+        rows.append((indices.to(world.device), small))
+    kept, pixels = collect(rows, world.device)
+    return pixels, split.labels[kept].to(world.device)
 
 
 # Copied from ijepa.py
@@ -1324,13 +1337,10 @@ def finetune(encoder, split, val, classes, config, world, log):
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    scores, labels = [], []
     with torch.no_grad():
-        for images, indices in eval_images(val, c, world, log):
-            scores.append(model(images)[indices >= 0])
-            labels.append(val.labels[indices[indices >= 0]].to(device))
-    scores, labels = (common.gather_over_ranks(torch.cat(rows)) for rows in (scores, labels))
-    return accuracy(scores, labels).item()
+        rows = [(indices.to(device), model(images)) for images, indices in eval_images(val, c, world, log)]
+    kept, scores = collect(rows, device)
+    return accuracy(scores, val.labels[kept].to(device)).item()
 
 
 def evaluate(encoder, config, world, log, train_split=None):

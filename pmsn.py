@@ -22,7 +22,9 @@ the divergence is log K minus the entropy, which is MSN, term for term.
 
 The paper's tables could not be had when this was written, so none of its numbers stand here; what it claims is a
 direction: on long-tailed data a power-law prior gives better features than the uniform one, on balanced data worse.
-@@MEASURED@@
+Measured here on two CPU cores (README has the tables): on long-tailed toy images, three seeds, cluster sizes end near
+the prior they are given (KL to it 0.014 and 0.027, to the other one 0.034 and 0.101), and the linear probe is 1.7 to
+2.7 points above MSN's, kNN 0.0 to 0.2. Nothing was measured on a GPU yet.
 
 Decisions where sources are silent or disagree. Exponent 0.25, in every re-implementation; it is mild. The divergence is
 KL(mean || prior), which alone reduces to MSN; one library in circulation computes KL(prior || mean), against its own
@@ -1249,16 +1251,25 @@ def eval_images(split, config, world, log):
 
 
 # Copied from ijepa.py
+def collect(rows, device):
+    """Join all ranks' rows, (indices [B], tensor [B, ...], ...), to (indices [N] on the CPU, tensor [N, ...], ...).
+
+    In order of the indices, without those that were unreadable (-1) or came twice.
+    """
+    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+    kept, order = np.unique(indices.cpu().numpy(), return_index=True)
+    order = torch.from_numpy(order[kept >= 0]).to(device)
+    return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
+
+
+# Copied from ijepa.py
 def extract(encoder, split, config, world, log, tokens=False):
     """Features of a whole Split on all ranks, in its order; unreadable images are left out."""
     rows = []
     for images, indices in eval_images(split, config, world, log):
         pooled, concat4, all_tokens = encode(encoder, images)
         rows.append((indices.to(world.device), pooled, concat4, all_tokens if tokens else all_tokens[:, :0]))
-    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
-    kept, order = np.unique(indices.cpu().numpy(), return_index=True)
-    kept, order = torch.from_numpy(kept[kept >= 0]), torch.from_numpy(order[kept >= 0]).to(world.device)
-    pooled, concat4, all_tokens = (column[order] for column in columns)
+    kept, pooled, concat4, all_tokens = collect(rows, world.device)
     paths = [split.paths[i] for i in kept.tolist()]
     return Features(pooled, concat4, all_tokens if tokens else None, split.labels[kept].to(world.device), paths)
 
@@ -1269,8 +1280,9 @@ def raw_pixels(split, config, world, log):
     rows = []
     for images, indices in eval_images(split, config, world, log):
         small = F.adaptive_avg_pool2d(images, min(32, images.shape[-1])).flatten(1)
-        rows.append((small[indices >= 0], split.labels[indices[indices >= 0]].to(world.device)))
-    return (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+        rows.append((indices.to(world.device), small))
+    kept, pixels = collect(rows, world.device)
+    return pixels, split.labels[kept].to(world.device)
 
 
 # Copied from ijepa.py
@@ -1482,13 +1494,10 @@ def finetune(encoder, split, val, classes, config, world, log):
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    scores, labels = [], []
     with torch.no_grad():
-        for images, indices in eval_images(val, c, world, log):
-            scores.append(model(images)[indices >= 0])
-            labels.append(val.labels[indices[indices >= 0]].to(device))
-    scores, labels = (common.gather_over_ranks(torch.cat(rows)) for rows in (scores, labels))
-    return accuracy(scores, labels).item()
+        rows = [(indices.to(device), model(images)) for images, indices in eval_images(val, c, world, log)]
+    kept, scores = collect(rows, device)
+    return accuracy(scores, val.labels[kept].to(device)).item()
 
 
 def by_frequency(predicted, labels, counts):

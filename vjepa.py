@@ -1834,10 +1834,11 @@ def eval_clips(split, config, world, log, clips=1, views=1):
         yield pixels.to(world.device), indices.where(torch.tensor([not e for e in errors]), -1)
 
 
+# Copied from ijepa.py
 def collect(rows, device):
     """Join all ranks' rows, (indices [B], tensor [B, ...], ...), to (indices [N] on the CPU, tensor [N, ...], ...).
 
-    In order of the indices, without videos that were unreadable or came twice.
+    In order of the indices, without those that were unreadable (-1) or came twice.
     """
     indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
     kept, order = np.unique(indices.cpu().numpy(), return_index=True)
