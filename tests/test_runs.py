@@ -639,7 +639,7 @@ def test_every_preset_can_be_built(script):
 
 
 def learn(script, steps, **changes):
-    """Train the toy preset (two threads), evaluate kNN and probe -> (rows of the log, results)."""
+    """Train the toy preset with these changes, and evaluate -> rows of the log."""
     config = replace(
         script.module.Config(preset="toy"), steps=steps, out="learnt", device="cpu", compile=False, **changes
     )
@@ -647,7 +647,7 @@ def learn(script, steps, **changes):
         f"--{k.replace('_', '-')}={v}" for k, v in vars(config).items() if k in ("steps", "out", "device", *changes)
     ]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         script.module.main([*flags, "--no-compile"])
     finally:
@@ -667,14 +667,13 @@ def test_ijepa_learns():
     assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
 
 
-@pytest.mark.parametrize("name", ["msn"])
-def test_msn_learns(name):
+def test_msn_learns():
     """In a minute, on the toy images: anchors find their image's cluster, and features beat a random encoder's."""
-    rows = learn(SCRIPTS[name], 250, probe_epochs=5, eval="knn,linear", eval_limit=3000)
+    rows = learn(SCRIPTS["msn"], 400, batch=64, eval="knn,lowshot", eval_limit=2000)
     results, found = rows[-1]["eval"], next(row for row in rows if "match_ratio" in row)
-    assert found["match_ratio"] > 1.15 and found["clusters_used"] > 8 and found["clusters_nmi"] > 0.25
-    assert results["trained"]["knn20"] > results["random"]["knn20"] + 5
-    assert results["trained"]["linear"] > results["random"]["linear"] + 5
+    assert found["match_ratio"] > 1.1 and found["clusters_used"] > 8 and found["clusters_nmi"] > 0.25
+    assert results["trained"]["knn20"] > results["random"]["knn20"] + 7
+    assert results["trained"]["5-shot"] > results["random"]["5-shot"] + 8
     last = [row for row in rows if "feature_std" in row][-1]
     assert last["feature_std"] > 0.3 and last["feature_rank"] > 3, "collapsed"
 
