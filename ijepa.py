@@ -975,7 +975,7 @@ def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
 
 def accuracy(scores, labels):
     """Top-1 accuracy in percent of scores [..., N, C], labels [N]; ties go to the lower class."""
-    return 100 * (scores.argmax(-1) == labels).double().mean(-1)
+    return 100 * (scores.argmax(-1) == labels).float().mean(-1)
 
 
 def lars_step(weights, gradients, momenta, lr, decay, momentum=0.9, eta=0.001):

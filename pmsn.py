@@ -1302,7 +1302,7 @@ def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
 # Copied from ijepa.py
 def accuracy(scores, labels):
     """Top-1 accuracy in percent of scores [..., N, C], labels [N]; ties go to the lower class."""
-    return 100 * (scores.argmax(-1) == labels).double().mean(-1)
+    return 100 * (scores.argmax(-1) == labels).float().mean(-1)
 
 
 # Copied from msn.py
@@ -1508,6 +1508,7 @@ def by_frequency(predicted, labels, counts):
     the rarest 30 %; `many`, `medium`, `few`: classes with more than 100, 20 to 100, less than 20 images, where there
     are such; `spread`: standard deviation over classes. All are means of per-class accuracies.
     """
+    predicted, labels = predicted.cpu(), labels.cpu()
     per_class = torch.stack([100 * (predicted[labels == k] == k).double().mean() for k in range(len(counts))])
     counts = torch.tensor(counts)
     order = counts.argsort(descending=True, stable=True)
@@ -1516,7 +1517,7 @@ def by_frequency(predicted, labels, counts):
     sizes = dict(many=counts > 100, medium=(counts >= 20) & (counts <= 100), few=counts < 20)
     groups |= {name: mask.nonzero()[:, 0] for name, mask in sizes.items()}
     result = {"balanced": per_class.mean(), "spread": per_class.std(correction=0)}
-    result |= {name: per_class[rows.to(per_class.device)].mean() for name, rows in groups.items() if len(rows)}
+    result |= {name: per_class[rows].mean() for name, rows in groups.items() if len(rows)}
     return {name: value.item() for name, value in result.items()} | {"per_class": per_class.tolist()}
 
 

@@ -1884,7 +1884,7 @@ def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
 # Copied from ijepa.py
 def accuracy(scores, labels):
     """Top-1 accuracy in percent of scores [..., N, C], labels [N]; ties go to the lower class."""
-    return 100 * (scores.argmax(-1) == labels).double().mean(-1)
+    return 100 * (scores.argmax(-1) == labels).float().mean(-1)
 
 
 def train_probe(encoder, split, config, world, log):

@@ -217,6 +217,7 @@ def plain_msn(module, config, steps):
 
 def bench_views(module, config, seconds=4.0):
     """Images/s whose views are made, nothing else, on one thread: batched as `module` does, and one by one with PIL."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     alone, random = common.World(0, 1, torch.device("cpu")), np.random.default_rng(0)
     pixels = torch.from_numpy(random.integers(0, 256, (512, 3, config.image_size, config.image_size), dtype=np.uint8))
@@ -236,6 +237,7 @@ def bench_views(module, config, seconds=4.0):
             make(step)
             step += 1
         speeds[name] = max(speeds.get(name, 0.0), step * config.batch / (time.monotonic() - begin))
+    torch.set_num_threads(threads)
     return f"views alone, one thread: {speeds['ours']:.0f} images/s, with PIL {speeds['PIL']:.0f}"
 
 
