@@ -2123,6 +2123,7 @@ ARCHITECTURE = ("image_size", "patch", "frames", "tubelet", "width", "depth", "h
 ARCHITECTURE += ("predictor_depth", "predictor_heads", "rope", "target", "masks", "mask_blocks", "mask_scales")
 
 
+# Copied from msn.py
 def read_own_checkpoint(path, config=None):
     """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
     state, script = common.load_checkpoint(path), Path(__file__).stem
