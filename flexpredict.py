@@ -21,6 +21,7 @@ So its factor is tied to the matrix W that brings context tokens s into the pred
 
     python flexpredict.py                                                  # toy images, a few minutes on a laptop
     python flexpredict.py --mode ijepa                                     # the same with exact positions
+    python flexpredict.py --data scenes                                    # shapes under noise: labels through a video
     python flexpredict.py --data ~/photos                                  # ViT-S/16 on any folder of images, one GPU
     torchrun --nproc-per-node 8 flexpredict.py --data imagenet             # the released ViT-B/16
     python flexpredict.py --init vit-b16.pth.tar --data imagenet --eval lowshot,video --davis DAVIS
@@ -48,6 +49,7 @@ import copy
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -79,7 +81,7 @@ class Config:
     """Every field is a flag, and the comment beside it is its help text."""
 
     preset: str = ""  # a name of PRESETS; by default the one that fits --data
-    data: str = "toy"  # toy, cifar10, imagenet, another folder of $DATA (default ./data), or a path
+    data: str = "toy"  # toy, scenes, cifar10, imagenet, another folder of $DATA (default ./data), or a path
 
     # model
     image_size: int = 24  # side of the image, pixels
@@ -200,15 +202,18 @@ FOLDER = dict(
 )  # fmt: skip
 
 PRESETS = {
-    "toy": dict(steps=1000, probe_epochs=15, eval="knn,linear,video,count"),  # the defaults of Config
+    "toy": dict(steps=1000, probe_epochs=15),  # the defaults of Config
+    # what no prediction uses, such as noise, is forgotten only as fast as weights decay
+    "toy-scenes": dict(data="scenes", steps=1000, probe_epochs=15, weight_decay=0.5, weight_decay_final=0.5,
+                       eval="knn,linear,video,count"),
     "cifar10-cpu": CIFAR10_CPU,
     "cifar10": CIFAR10,
     "folder": FOLDER,
     "vit_b16_in1k": PAPER | dict(width=768, depth=12, heads=12, predictor_depth=6),
     "vit_l16_in1k": PAPER | dict(width=1024, depth=24, heads=16, predictor_depth=12),
     "vit_h16_in1k": PAPER | HUGE,
-}
-DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10", "imagenet": "vit_b16_in1k", "*": "folder"}
+}  # fmt: skip
+DATA_PRESETS = {"toy": "toy", "scenes": "toy-scenes", "cifar10": "cifar10", "imagenet": "vit_b16_in1k", "*": "folder"}
 EVALUATIONS = ("knn", "linear", "lowshot", "video", "count", "features")
 
 
@@ -568,6 +573,21 @@ def open_split(config, name):
     names = [p.split("/")[1] for p in paths]
     number = {c: i for i, c in enumerate(sorted(set(names)))}
     return Split(root, paths, torch.tensor([number[n] for n in names]), list(number))
+
+
+def open_data(config, name):
+    """`open_split`; with --data scenes, quarters of toy scenes under strong noise, labelled by the shape they show."""
+    if config.data != "scenes":
+        return open_split(config, name)
+    count, size = {"train": 2000, "val": 250}[name], config.image_size
+    pixels, labels, _, kinds = toy_scenes(count, 2 * size, noise=60.0, seed={"train": 5, "val": 6}[name])
+    images, shapes = [], []
+    for rows, columns in itertools.product((slice(size), slice(size, None)), repeat=2):
+        images.append(pixels[:, 0, :, rows, columns])
+        which = labels[:, 0, rows, columns].flatten(1).amax(1, keepdim=True)  # there is at most one object in a quarter
+        shapes.append(kinds.gather(1, which.long())[:, 0])
+    names = [f"{name}/{i:05d}" for i in range(4 * count)]
+    return in_memory(torch.cat(images), torch.cat(shapes), names, ["none", "disc", "square", "triangle"])
 
 
 # Copied from ijepa.py
@@ -1475,9 +1495,9 @@ def segment_video(encoder, frames, labels, config):
 def toy_videos(config, count=20, frames=12):
     """Two drifting objects at twice the training image's side -> (normalised frames, labels) of each video.
 
-    Under strong noise in each pixel, so that patches can't be compared as they are.
+    Under noise in each pixel, so that patches can't be compared as they are.
     """
-    pixels, labels, _, _ = toy_scenes(count, 2 * config.image_size, frames, objects=2, noise=60.0, seed=2)
+    pixels, labels, _, _ = toy_scenes(count, 2 * config.image_size, frames, objects=2, noise=24.0, seed=2)
     return zip(normalize(pixels.flatten(0, 1)).unflatten(0, (count, frames)), labels, strict=True)
 
 
@@ -1526,7 +1546,7 @@ def evaluate(encoder, config, world, log, train_split=None):
     wanted = [name for name in wanted if name not in made]
     train = val = None
     if wanted:
-        train, val = train_split or open_split(config, "train"), open_split(config, "val")
+        train, val = train_split or open_data(config, "train"), open_data(config, "val")
     if "features" in wanted:
         write_features(encoder, train if config.features_split == "train" or val is None else val, config, world, log)
         wanted.remove("features")
@@ -1752,10 +1772,9 @@ def load_encoder(path, image_size=0, encoder="target", heads=0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from ijepa.py
 def report(model, target, train_split, config, world, log):
     """After training: is content used, not only position? And the picture."""
-    split = open_split(config, "val") or train_split
+    split = open_data(config, "val") or train_split
     some = split.subset(torch.randperm(len(split), generator=generator(config.seed, "report"))[:256])
     alone = World(0, 1, world.device)  # all ranks look at the same images, since a sharded model runs on all
     images = next(eval_images(some, replace(config, eval_batch=256), alone, log))[0]
@@ -1783,7 +1802,7 @@ def run(config, given):
         encoder = load_encoder(config.init, config.image_size, config.encoder, heads).to(world.device)
         evaluate(encoder, config, world, Log(out, world))
         return
-    split = cache_pixels(open_split(config, "train"), config, world, Log(out, world))
+    split = cache_pixels(open_data(config, "train"), config, world, Log(out, world))
     model, target = build(config)
     if config.init:
         load_weights(model, target, read_checkpoint(config.init, config.encoder, heads), config.init)

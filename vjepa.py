@@ -99,6 +99,7 @@ class Config:
     predictor_width: int = 64  # predictor width
     predictor_depth: int = 2  # predictor blocks
     predictor_heads: int = 0  # attention heads of the predictor, 0 = as the encoder
+    align: bool = True  # queries and keys of the predictor start equal, so places first look at places like them
     rope: bool = False  # rotary positions and SwiGLU, as the physics paper's models have them
     init_std: float = 0.02  # std of the initial weights
     target: str = "features"  # what is predicted: features of the target encoder, or pixels (the control)
@@ -172,7 +173,7 @@ PAPER = dict(
     init_std=0.02, masks="multiblock", mask_blocks=(8, 2), mask_scales=(0.15, 0.7), group=24, crop_scale=(0.3, 1.0),
     flip=True, batch=3072, steps=90_000, warmup=40 / 300, lr=6.25e-4, lr_start=2e-4, weight_decay_final=0.4,
     momentum=0.998, seed=234, log_every=50, eval="probe", eval_limit=0, probe_batch=256, probe_clips=8, probe_views=3,
-    eval_batch=8,
+    eval_batch=8, align=False,
 )  # fmt: skip
 LARGE = dict(width=1024, depth=24, heads=16)
 HUGE = dict(width=1280, depth=32, heads=16)
@@ -529,6 +530,12 @@ class VJEPA(nn.Module):
             grid, c.width, c.predictor_width, c.predictor_depth, heads, len(mask_kinds(c)), c.rope, out
         )
         self.apply(functools.partial(common.init_weights, std=c.init_std))
+        if c.align:  # else short runs end on a plateau: the prediction is the scene's average, whatever is in its place
+            for block in self.predictor.predictor_blocks:
+                queries, keys, values = block.attn.qkv.weight.data.chunk(3)
+                for part in (queries, values):
+                    nn.init.normal_(part, std=c.predictor_width**-0.5)
+                keys.copy_(queries)
 
     def forward(self, patches, masks, tokens=None, normalize_context=False):
         """Predictions [B, Kp, D] of each kind of mask, as a list.
@@ -765,9 +772,9 @@ def walk(scene, frames, r):
     state, symbols, offset = int(r.integers(2)), [], int(r.integers(12))
     while len(symbols) < offset + frames:
         event = r.random()
-        if event < 0.3:
-            symbols += [("state", state)] * int(r.integers(1, 6))
-        elif event < 0.75 and scene.name != "gravity":
+        if event < 0.5:
+            symbols += [("state", state)] * int(r.integers(2, 9))
+        elif event < 0.88 and scene.name != "gravity":
             symbols += occlusion(state, state, int(r.integers(1, 4)), int(r.integers(1, 6)))
         elif scene.name == "gravity":
             symbols += change(state, int(r.integers(8, 15)), "lift" if state else "change")

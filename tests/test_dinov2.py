@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, log_rows
+from helpers import ROOT, kill_at_random, log_rows
 from helpers import run as launch
 from PIL import Image
 from reference_dinov2 import eval_transform_pil, infinite_order, sharded_order, views_pil
@@ -629,6 +629,20 @@ def test_resume_is_bitwise(monkeypatch, centering):
     for other in ("died", "stopped"):
         assert_same("whole", other)
         assert [row["step"] for row in log_rows(other) if "step" in row] == list(range(1, 10))
+
+
+def test_kill_and_resume_is_bitwise():
+    """kill -9 at random moments, most of them while last.pt is written, then the same command again."""
+    flags = [*SMALL, "--steps", 40, "--save-every", 1, "--drop-path", 0.3]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes that are killed: the order of sums depends on it
+    run(*flags, "--out", "whole")
+    killed = kill_at_random("dinov2.py", *flags, "--out", "killed", times=2, seed=0, longest=6.0)
+    assert killed, "none was killed before its end"
+    run(*flags, "--out", "killed", "--resume")
+    torch.set_num_threads(threads)
+    assert_same("whole", "killed")
+    assert [row["step"] for row in log_rows("killed") if "step" in row] == list(range(1, 41))
 
 
 def test_two_ranks_are_one_process(tmp_path):

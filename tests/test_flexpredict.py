@@ -329,6 +329,19 @@ def test_toy_scenes_are_what_their_labels_say():
     assert (labels[:, 1:] != labels[:, :-1]).flatten(2).any(2).all(), "everything moves"
 
 
+def test_scenes_to_train_on_are_quarters_with_the_shape_that_their_class_says():
+    split = flexpredict.open_data(Config(data="scenes"), "val")
+    pixels, labels, _, kinds = flexpredict.toy_scenes(250, 48, noise=60.0, seed=6)
+    assert len(split) == 1000 and split.classes == ["none", "disc", "square", "triangle"]
+    assert split.labels.bincount(minlength=4).min() > 50
+    for quarter, (row, column) in enumerate(((0, 0), (0, 24), (24, 0), (24, 24))):
+        for scene in (0, 100, 249):
+            i, rows, columns = quarter * 250 + scene, slice(row, row + 24), slice(column, column + 24)
+            assert torch.equal(split.pixels[i], pixels[scene, 0, :, rows, columns])
+            shown = labels[scene, 0, rows, columns].unique()
+            assert len(shown) <= 2 and split.labels[i] == kinds[scene, shown[-1].long()]
+
+
 def test_video_evaluation_of_a_perfect_and_of_a_blind_encoder():
     """An encoder that sees the labels scores high; one that sees nothing cannot follow."""
     config = Config(image_size=24, patch=4)
