@@ -667,6 +667,28 @@ def test_ijepa_learns():
     assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
 
 
+def test_flexpredict_learns():
+    """In a minute, on the toy images: content is predicted, and features beat a random encoder's."""
+    rows = learn(SCRIPTS["flexpredict"], 300, eval="knn")
+    results, found = rows[-1]["eval"], next(row for row in rows if "content_ratio" in row)
+    assert found["content_ratio"] > 1.2
+    assert results["trained"]["knn20"] > results["random"]["knn20"] + 5
+    last = [row for row in rows if "feature_std" in row][-1]
+    assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
+    assert last["position_noise"] > 0.02, "the noise on positions was trained away"
+
+
+def test_iwm_learns():
+    """In a minute, on the toy images: the predictor uses the action, and finds the transformed view among others."""
+    rows = learn(SCRIPTS["iwm"], 300, eval="mrr")
+    results, found = rows[-1]["eval"]["trained"], next(row for row in rows if "action_ratio" in row)
+    assert found["action_ratio"] > 1.5 and found["content_ratio"] > 1.3
+    assert results["mrr"] > 2 * results["mrr chance"] and results["mrr"] > 1.5 * results["mrr rolled"]
+    assert results["mrr rolled"] < 1.5 * results["mrr chance"]
+    last = [row for row in rows if "feature_std" in row][-1]
+    assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
+
+
 def test_msn_learns():
     """In a minute, on the toy images: anchors find their image's cluster, and features beat a random encoder's."""
     rows = learn(SCRIPTS["msn"], 400, batch=64, eval="knn,lowshot", eval_limit=2000)
