@@ -204,7 +204,7 @@ FOLDER = dict(
 PRESETS = {
     "toy": dict(steps=1000, probe_epochs=15),  # the defaults of Config
     # what no prediction uses, such as noise, is forgotten only as fast as weights decay
-    "toy-scenes": dict(data="scenes", steps=600, probe_epochs=15, weight_decay=0.5, weight_decay_final=0.5,
+    "toy-scenes": dict(data="scenes", steps=1000, probe_epochs=15, weight_decay=0.5, weight_decay_final=0.5,
                        eval="knn,linear,video,count"),
     "cifar10-cpu": CIFAR10_CPU,
     "cifar10": CIFAR10,

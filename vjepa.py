@@ -2319,7 +2319,8 @@ def report(model, target, train_split, config, world, log):
     if world.rank == 0:
         folder = log.path.parent
         picture.save(folder / "picture.png")
-        log.say(f"{folder / 'picture.png'}: clips, their context, what is predicted; surprise at pairs of videos")
+        pairs = "; surprise at pairs of videos" if drawn else ""
+        log.say(f"{folder / 'picture.png'}: clips, their context, what is predicted{pairs}")
         if drawn:
             movie[0].save(folder / "surprise.gif", save_all=True, append_images=movie[1:], duration=150, loop=0)
             log.say(f"{folder / 'surprise.gif'}: the clearest of these pairs, moving")
