@@ -1,0 +1,487 @@
+"""pixel_vit.py against the numbers of MAE, DiT and timm (tests/golden/pixel_vit) and its own promises.
+
+What it shares with ijepa.py byte for byte is tested there; what all scripts promise, in test_runs.py.
+"""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+import pixel_vit
+from pixel_vit import Config, Diffusion, World
+
+GOLDEN = Path(__file__).parent / "golden" / "pixel_vit"
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def golden(name):
+    return np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
+
+
+def tensor(array, dtype=None):
+    found = torch.from_numpy(np.array(array))
+    return found.to(dtype) if dtype else found
+
+
+def close(actual, expected, atol=0.0, rtol=0.0):
+    """Assert that two arrays are equal within tolerances."""
+    actual = torch.as_tensor(actual).detach().double()
+    torch.testing.assert_close(actual, tensor(expected, torch.float64), atol=atol, rtol=rtol)
+
+
+def near(actual, expected, share=1e-4):
+    """Assert that two arrays differ by no more than a share of the largest value."""
+    close(actual, expected, atol=share * float(np.abs(expected).max()))
+
+
+def gradient_norms(model, loss, names):
+    """L2 norm of the gradient of each named parameter."""
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(loss, [parameters[str(n)] for n in names], retain_graph=True)
+    return torch.stack([g.norm() for g in gradients])
+
+
+def log_rows(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------- parity: classifier and MAE
+
+
+def classifier(readout="gap", **changes):
+    """The golden ViT on 6 x 6 pixels; its cls variant uses fc_norm as norm."""
+    config = Config(image_size=6, width=12, depth=2, heads=3, classes=5, readout=readout, **changes)
+    model = pixel_vit.build(config)[0]
+    state = torch.load(GOLDEN / "vit_pixel_ckpt.pth", weights_only=True)["model"]
+    if readout == "cls":
+        state = {k.replace("fc_norm", "norm"): v for k, v in state.items()}
+    model.load_state_dict(state)
+    return model, config
+
+
+@pytest.mark.parametrize("readout", ["gap", "cls"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_classifier(readout, recompute):
+    g = golden("vit_pixel")
+    model, config = classifier(readout, checkpoint=recompute)
+    images, labels = tensor(g["imgs"]), tensor(g["labels"])
+    read, tokens = model(images, features=True)
+    close(read, g[f"{readout}_features"], atol=1e-5)
+    if readout == "gap":
+        close(tokens, g["gap_tokens_prenorm"], atol=1e-5)
+    logits = model(images)
+    close(logits, g[f"{readout}_logits"], atol=1e-5)
+    loss = pixel_vit.classification_loss(logits, pixel_vit.smooth_targets(labels, 5, 0.0))
+    close(loss, g[f"{readout}_ce"], rtol=1e-4)
+    close(gradient_norms(model, loss, g["gradnorm_names"]), g[f"{readout}_gradnorm"], rtol=1e-4)
+
+
+def test_pixels_in_another_order():
+    """Permuted pixels change the output, positions permuted alike change it back, no positions make it invariant."""
+    g = golden("vit_pixel")
+    images, order = tensor(g["imgs"]), tensor(g["perm"])
+    model, _ = classifier()
+    model.permutation = order
+    close(model(images), g["perm_logits_learned_pe"], atol=1e-5)
+    with torch.no_grad():
+        model.pos_embed[:, 1:] = model.pos_embed[:, 1:][:, order]
+    close(model(images), g["perm_logits_perm_pe"], atol=1e-5)
+    close(model(images), g["gap_logits"], atol=1e-5)
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    close(model(images), g["nope_logits_perm"], atol=1e-5)
+    model.permutation = None
+    close(model(images), g["nope_logits"], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["patch", "pixel"])
+def test_mae(kind):
+    g, path = golden(f"mae_{kind}"), GOLDEN / f"mae_{kind}_ckpt.pth"
+    model, config = pixel_vit.load_model(path, heads=2 if kind == "patch" else 3, decoder_heads=2)
+    assert config.task == "mae" and config.patch == (2 if kind == "patch" else 1)
+    model.requires_grad_(True)
+    images, noise = tensor(g["imgs"]), tensor(g["noise"])
+    keep, restore, mask = pixel_vit.random_masking(noise, float(g["mask_ratio"]))
+    np.testing.assert_array_equal(keep, g["ids_keep"])
+    np.testing.assert_array_equal(restore, g["ids_restore"])
+    np.testing.assert_array_equal(mask, g["mask"])
+    close(model.norm(model.run(common.gather_tokens(model.embed(images), keep))), g["latent"], atol=1e-5)
+    everything = common.gather_tokens(model.embed(images), noise.argsort(1))
+    close(model.norm(model.run(everything)), g["latent_mask0"], atol=1e-5)
+    close(model.run(model.embed(images)), g["plain_tokens_prenorm"], atol=1e-5)
+    pooled, tokens = model(images, features=True)
+    close(tokens, g["plain_tokens_norm"], atol=1e-5)
+    close(pooled, g["plain_tokens_norm"][:, 1:].mean(1), atol=1e-5)
+    prediction, mask = model(images, noise)
+    close(prediction, g["pred"], atol=1e-5)
+    close(pixel_vit.patchify(images, config.patch), g["patchify"])
+    close(pixel_vit.unpatchify(prediction, config.patch), g["unpatchify_of_pred"], atol=1e-5)
+    for name, norm_pix in (("", False), ("_normpix", True)):
+        loss = pixel_vit.mae_loss(prediction, pixel_vit.mae_target(images, config.patch, norm_pix), mask)
+        close(loss, g[f"loss{name}"], rtol=1e-4)
+        close(gradient_norms(model, loss, g["gradnorm_names"]), g[f"gradnorm{name}"], rtol=1e-4)
+
+
+def test_masking_counts_and_frequencies():
+    g = golden("misc_masking")
+    for tokens, ratio, kept in g["len_keep_table"]:
+        assert pixel_vit.kept_tokens(int(tokens), float(ratio)) == max(1, int(kept))
+    noise = torch.rand(2000, 64, generator=torch.Generator().manual_seed(1238))
+    mask = pixel_vit.random_masking(noise, 0.75)[2]
+    close(1 - mask.mean(0), g["keep_fraction_per_position"], atol=1e-6)
+
+
+def test_position_tables():
+    g = golden("pos_embed")
+    for name in (n for n in g.files if n[:4] in ("mae_", "dit_")):
+        width, grid = (int(part[1:]) for part in name.split("_")[1:])
+        table = pixel_vit.make_positions("sincos", 0.0, width, grid, special=int(name.startswith("mae")))
+        close(table[0], g[name], atol=1e-6)
+        assert not table.requires_grad
+    model = pixel_vit.build(Config(image_size=6, width=8, depth=1, heads=2, classes=2))[0]
+    found = pixel_vit.resize_positions({"pos_embed": tensor(g["interp_in"])}, model, "a file")
+    close(found["pos_embed"], g["interp_out"], atol=1e-5)
+    learned = pixel_vit.make_positions("learned", 0.02, 64, 20, special=1)
+    assert learned.requires_grad and abs(learned.std().item() - 0.02) < 1e-3
+    assert pixel_vit.make_positions("learned-sincos", 0.02, 64, 20, special=1).requires_grad
+    assert not pixel_vit.make_positions("none", 0.02, 64, 20).any()
+
+
+# ----------------------------------------------------------------------------------------------- parity: optimisation
+
+
+def test_learning_rate_schedule():
+    g = golden("lr_schedule")
+    config = Config(lr=float(g["arg_lr"]), lr_final=float(g["arg_min_lr"]), warmup=5 / 40)
+    for epoch, expected in zip(g["epoch"], g["lr"]):
+        steps = 40 * 1000
+        lr = pixel_vit.schedules(config, round(epoch * 1000), steps)[0]
+        assert lr == pytest.approx(float(expected), rel=1e-4 if abs(epoch * 1000 % 1) > 1e-6 else 1e-9, abs=1e-12)
+
+
+def test_layers_learn_at_their_own_rate():
+    g = golden("layer_decay")
+    config = Config(depth=int(g["depth"]), layer_decay=float(g["layer_decay"]))
+    shapes = {name: p.dim() for name, p in classifier()[0].named_parameters()}
+    assert set(map(str, g["names"])) == set(shapes)
+    for name, layer, scale, decay in zip(g["names"], g["layer_id"], g["lr_scale"], g["weight_decay"]):
+        found = pixel_vit.parameter_rule(str(name), shapes[str(name)], config)
+        assert found[0] == layer and found[1] == pytest.approx(float(scale)) and found[2] == (decay > 0), name
+    assert pixel_vit.parameter_rule("cls_token", 3, replace(config, task="mae"))[2], "MAE decays its tokens"
+
+
+def test_average_of_weights():
+    g = golden("ema")
+    source, target = torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(3, 2, bias=False)
+    target.weight.data = tensor(g["ema0_w"])
+    ema = common.EMA(target, source)
+    for i, decay in enumerate((0.9999, 0.9999, 0.9)):
+        source.weight.data = tensor(g["model_w_seq"][i])
+        ema.update(decay)
+        close(target.weight, g[f"ema{i + 1}_w"], atol=1e-6)
+        ema = common.EMA(target, source.requires_grad_(True))
+
+
+def test_stochastic_depth():
+    g = golden("drop_path")
+    torch.manual_seed(int(g["seed"]))
+    kept = torch.empty(16).bernoulli_(1 - float(g["p"]))
+    close(common.stochastic_depth(torch.ones(16, 3, 2), float(g["p"]), kept), g["out_of_ones"], atol=1e-6)
+    model = pixel_vit.build(Config(depth=12, width=8, heads=2, classes=2, drop_path=0.1))[0]
+    close(torch.tensor([block.drop_path for block in model.blocks]), g["linspace_rates_depth12_rate0p1"], atol=1e-8)
+
+
+def test_linear_probe():
+    g = golden("linprobe")
+    for decay in (0.0, 0.01):
+        weights = [tensor(g["w0"])[None].clone(), tensor(g["b0"])[None].clone()]
+        momenta = [torch.zeros_like(w) for w in weights]
+        for step in range(3):
+            rate, none = torch.tensor([0.5]), torch.zeros(1)
+            gradients = [tensor(g["grad_w"][step])[None], tensor(g["grad_b"][step])[None]]
+            pixel_vit.lars_step(weights[:1], gradients[:1], momenta[:1], rate, torch.tensor([decay]))
+            pixel_vit.lars_step(weights[1:], gradients[1:], momenta[1:], rate, none)
+            close(weights[0][0], g[f"wd{decay}_step{step}_w"], rtol=1e-5, atol=1e-7)
+            close(weights[1][0], g[f"wd{decay}_step{step}_b"], rtol=1e-5, atol=1e-7)
+    x, weight, bias = tensor(g["feat"]), tensor(g["head_w"]), tensor(g["head_b"])
+    variance, mean = torch.var_mean(x, dim=0, correction=0)
+    close(pixel_vit.standardise(x, mean, variance) @ weight.T + bias, g["train_out"], atol=1e-5)
+    close(pixel_vit.standardise(x, tensor(g["running_mean"]), tensor(g["running_var"])) @ weight.T + bias,
+          g["eval_out_after_one_step"], atol=1e-5)  # fmt: skip
+    close(0.1 * mean, g["running_mean"], atol=1e-6)
+    close(0.9 + 0.1 * variance * 6 / 5, g["running_var"], atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- parity: augmentation
+
+
+def test_operations_of_randaugment():
+    g = golden("randaugment_ops")
+    image = tensor(g["img"]).permute(2, 0, 1)[None].float()
+    names = [str(name) for name in g["names"]]
+    assert len(names) == len(pixel_vit.OPERATIONS)
+    ours = [name.replace("Increasing", "").replace("Rel", "") for name in names]
+    for name, simple in zip(names, ours):
+        mine = next(o for o in pixel_vit.OPERATIONS if o.replace(" ", "") == simple.lower())
+        arguments = g[f"{name}/args"]
+        for sign in (-1.0, 1.0):
+            value = pixel_vit.operation_value(mine, torch.tensor([9.0]), torch.tensor([sign]))
+            if len(arguments) and abs(float(value) - float(arguments[0])) < 1e-4:
+                break
+        else:
+            assert not len(arguments), f"{mine} takes {arguments}, not {value}"
+        found = pixel_vit.operate(mine, image.repeat(2, 1, 1, 1), value.repeat(2))
+        expected = tensor(g[f"{name}/out"]).permute(2, 0, 1).float()
+        worst = (found[1] - expected).abs().max().item()
+        assert worst <= 1, f"{mine}: {worst}"
+        assert torch.equal(found[0], found[1]) and (found == found.round()).all()
+
+
+def test_crops_have_the_golden_statistics():
+    """The same distribution as torchvision's, drawn for a batch at once."""
+    g = golden("crops")
+    sizes = torch.tensor([[50, 40]]).expand(20000, 2)
+    boxes = pixel_vit.random_crops(sizes, (0.2, 1.0), torch.Generator().manual_seed(0))
+    expected, spread = g["tvcrop_stat_mean_i_j_h_w"], g["tvcrop_stat_std"]
+    assert (np.abs(boxes.double().mean(0).numpy() - expected) < 4 * spread / math.sqrt(3000)).all()
+    assert (np.abs(boxes.double().std(0).numpy() - spread) < 0.05 * spread).all()
+
+
+def test_centre_crop():
+    g = golden("crops")
+    for size in (16, 28, 40):
+        found = pixel_vit.centre_crop(Image.fromarray(g["src"]), size).permute(1, 2, 0)
+        assert (found.int() - tensor(g[f"dit_center_crop_{size}"]).int()).abs().max() <= 1
+
+
+def test_mixing():
+    g = golden("mixup")
+    x, y = tensor(g["x"]), tensor(g["y"])
+    for b in range(6):
+        box = [int(v) for v in g[f"b{b}_bbox_yl_yh_xl_xh"]] if g[f"b{b}_use_cutmix"] else None
+        lam = float(g[f"b{b}_lam_final"])
+        close(pixel_vit.mix_images(x, x.flip(0), lam, box), g[f"b{b}_x"], atol=1e-5)
+        targets = pixel_vit.smooth_targets(y, 5, 0.1)
+        close(torch.lerp(targets.flip(0), targets, lam), g[f"b{b}_target"], atol=1e-5)
+    logits = tensor(g["logits"])
+    close(pixel_vit.classification_loss(logits, tensor(g["b0_target"])), g["soft_target_ce_b0"], rtol=1e-5)
+    smoothed = pixel_vit.smooth_targets(y, 5, 0.1)
+    close(pixel_vit.classification_loss(logits, smoothed), g["label_smoothing_ce_0.1"], rtol=1e-5)
+    close(F.cross_entropy(logits, y, label_smoothing=0.1), g["torch_ce_label_smoothing_0.1"], rtol=1e-5)
+
+
+def test_mixing_is_drawn_as_the_reference_draws():
+    """Shares and moments of the draws, and for given box centres the reference's boxes and corrected lam."""
+    g, random = golden("mixup"), np.random.default_rng(0)
+    draws = [pixel_vit.draw_mix(random, 1000, 0.8, 1.0) for _ in range(4000)]
+    lams = {kind: np.array([lam for lam, box in draws if (box is not None) == kind]) for kind in (False, True)}
+    assert abs(len(lams[True]) / 4000 - float(g["stat_frac_cutmix"])) < 0.03
+    mean, std = g["stat_lam_mean_std_mixup"]
+    assert abs(lams[False].mean() - mean) < 0.03 and abs(lams[False].std() - std) < 0.03
+    drawn = [pixel_vit.draw_mix(random, 10**6, 0.0, 1.0) for _ in range(4000)]
+    inside = [1 - lam for lam, (top, bottom, left, right) in drawn
+              if min(top, left) > 0 and max(bottom, right) < 10**6]  # fmt: skip
+    assert len(inside) > 500 and all(0 <= lam <= 1 for lam, _ in drawn)
+
+    class Given:
+        """Random numbers as recorded: the coin, lam, and the centre."""
+
+        def __init__(self, lam, centre):
+            self.lam, self.centre = lam, centre
+
+        def beta(self, *_):
+            return self.lam
+
+        def integers(self, *_):
+            return self.centre
+
+    for b in (2, 4):
+        expected, drawn = [int(v) for v in g[f"b{b}_bbox_yl_yh_xl_xh"]], float(g[f"b{b}_lam_drawn"])
+        found = [pixel_vit.draw_mix(Given(drawn, (cy, cx)), 6, 0.0, 1.0) for cy in range(6) for cx in range(6)]
+        matching = [lam for lam, box in found if box == expected]
+        assert matching and matching[0] == pytest.approx(float(g[f"b{b}_lam_final"]))
+
+
+# ------------------------------------------------------------------------------------------------------ parity: diffusion
+
+
+def dit(kind, **changes):
+    heads = dict(patch=2, pixel=3)[kind]
+    model, config = pixel_vit.load_model(GOLDEN / f"dit_{kind}_ckpt.pt", heads=heads, **changes)
+    return model, config
+
+
+@pytest.mark.parametrize("kind", ["patch", "pixel"])
+def test_dit(kind):
+    g, name = golden("dit"), dict(patch="dit2", pixel="dit1")[kind]
+    model, config = dit(kind)
+    assert config.task == "diffusion" and config.classes == (5 if kind == "patch" else 7)
+    assert config.image_size == (48 if kind == "patch" else 4) and config.channels == (4 if kind == "patch" else 3)
+    x, t, y = (tensor(g[f"{name}_{k}"]) for k in "xty")
+    close(model(x, t, y), g[f"{name}_out"], atol=1e-5)
+    condition = model.t_embedder(t) + model.y_embedder(y)
+    close(model.t_embedder(t), g[f"{name}_t_emb"], atol=1e-5)
+    close(model.y_embedder(y), g[f"{name}_y_emb"], atol=1e-5)
+    tokens = model.x_embedder(model.x_embedder.patchify(x)) + model.pos_embed
+    close(tokens, g[f"{name}_tokens0"], atol=1e-5)
+    close(model.blocks[0](tokens, condition), g[f"{name}_tokens1"], atol=1e-5)
+    x, t, y = (tensor(g[f"{name}_cfg_{k}"])[:2] for k in "xty")
+    for scale in (1.5, 4.0):
+        close(pixel_vit.guided(model, x, t, y, scale, 3), g[f"{name}_cfg_out_{scale}"][:2], atol=1e-5)
+    tokens = tensor(g[f"{name}_unpatchify_in"])
+    close(pixel_vit.unpatchify(tokens, config.patch), g[f"{name}_unpatchify_out"])
+
+
+def test_embeddings_of_time_and_label():
+    g = golden("dit")
+    for width in (8, 7, 256):
+        found = pixel_vit.timestep_embedding(tensor(g["timestep_embedding_t"]), width)
+        close(found, g[f"timestep_embedding_{width}"], atol=2e-5)
+    labels = tensor(g["label_drop_labels"])
+    uniform = torch.rand(200, generator=torch.Generator().manual_seed(int(g["label_drop_seed"])))
+    np.testing.assert_array_equal(pixel_vit.drop_labels(labels, uniform, 0.1, 10), g["label_drop_out"])
+    forced = 1.0 - tensor(g["label_drop_forced_ids"], torch.float32)
+    np.testing.assert_array_equal(pixel_vit.drop_labels(labels, forced, 0.5, 10), g["label_drop_forced_out"])
+    assert (pixel_vit.drop_labels(torch.tensor([-1, 3]), torch.ones(2), 0.1, 10)).tolist() == [10, 3]
+
+
+def test_an_untrained_dit_gives_zero_and_all_start_alike():
+    config = Config(task="diffusion", image_size=4, width=16, depth=2, heads=2, classes=3)
+    model = pixel_vit.build(config)[0]
+    out = model(torch.randn(2, 3, 4, 4), torch.tensor([0, 999]), torch.tensor([0, 3]))
+    assert out.shape == (2, 6, 4, 4) and not out.any()
+    linear = model.blocks[0].attn.qkv.weight
+    assert linear.abs().max() <= math.sqrt(6 / (16 + 48)) + 1e-6 and linear.std() > 0.9 * math.sqrt(2 / 64)
+
+
+def process(spec="1000", schedule="linear"):
+    return Diffusion(pixel_vit.noise_betas(schedule, 1000), pixel_vit.space_timesteps(1000, spec))
+
+
+def test_diffusion_tables():
+    g, linear = golden("gaussian_diffusion"), process()
+    for name in (n for n in g.files if n.startswith("lin1000/")):
+        close(linear.tables[name.split("/")[1]][g["t_index"]], g[name], rtol=1e-12, atol=1e-300)
+    cosine = pixel_vit.noise_betas("cosine", 1000)
+    close(torch.from_numpy(cosine[g["t_index"]]), g["cos1000/betas"], rtol=1e-12)
+    close(torch.from_numpy(np.cumprod(1 - cosine)[g["t_index"]]), g["cos1000/alphas_cumprod"], rtol=1e-12)
+    for name in (n for n in g.files if n.startswith("steps/")):
+        _, timesteps, spec = name.split("/")
+        assert pixel_vit.space_timesteps(int(timesteps), spec) == g[name].tolist(), name
+    ten = process(str(int(g["resp"])))
+    for name in (n for n in g.files if n.startswith("resp10/") and "map" not in n):
+        close(ten.tables[name.split("/")[1]], g[name], rtol=1e-12)
+    np.testing.assert_array_equal(ten.timestep_map, g["resp10/timestep_map"])
+    betas = process("250").tables["betas"]
+    close(torch.cat([betas[:5], betas[-5:]]), g["resp250/betas_first5_last5"], rtol=1e-12)
+    for spec in ("ddim999", "1001", "3,999", "few"):
+        with pytest.raises(SystemExit):
+            pixel_vit.space_timesteps(1000, spec)
+
+
+def test_denoising_step():
+    g, d = golden("gaussian_diffusion"), process()
+    model, _ = dit("pixel")
+    x_start, noise, t, y = (tensor(g[k]) for k in ("x_start", "noise", "t", "y"))
+    x = d.q_sample(x_start, t, noise)
+    close(x, g["q_sample"], atol=1e-6)
+    near(d.posterior_mean(x_start, x, t), g["q_posterior_mean"])
+    close(d.tables["posterior_variance"][t], g["q_posterior_variance"], rtol=1e-6)
+    close(d.tables["posterior_log_variance_clipped"][t], g["q_posterior_log_variance"], rtol=1e-6)
+    output = model(x, t, y)
+    for clip in (0, 1):
+        for value, name in zip(d.denoise(output, x, t, bool(clip)), ("mean", "log_variance", "pred_xstart")):
+            near(value, g[f"p_mean_variance_clip{clip}/{name}"])
+    close(d.prior_bits(x_start), g["prior_bpd"], rtol=1e-4)
+    found = pixel_vit.discretised_log_likelihood(x_start, 0.3 * noise, torch.tensor(-1.0))
+    close(found, g["discretized_ll"], rtol=1e-4, atol=1e-5)
+
+
+VARIANTS = dict(default={}, rescaled_mse=dict(diffusion_loss="rescaled_mse"), kl=dict(diffusion_loss="kl"),
+                fixed_sigma=dict(learn_sigma=False), predict_xstart=dict(predict="image"), respaced={})  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_diffusion_losses(variant):
+    g, config = golden("gaussian_diffusion"), Config(**VARIANTS[variant])
+    d = process("10" if variant == "respaced" else "1000")
+    model, _ = dit("pixel")
+    model.requires_grad_(True)
+    x_start, noise, y = (tensor(g[k]) for k in ("x_start", "noise", "y"))
+    k = tensor(g["resp_t" if variant == "respaced" else "t"])
+    x = d.q_sample(x_start, k, noise)
+    output = model(x, d.timestep_map[k], y)
+    output = output[:, :3] if variant == "fixed_sigma" else output
+    terms = pixel_vit.diffusion_loss(d, output, x_start, x, k, noise, config)
+    expected = [n.split("/")[1] for n in g.files if n.startswith(f"loss_{variant}/") and "gradnorm" not in n]
+    assert set(expected) == set(terms)
+    for name in expected:
+        close(terms[name], g[f"loss_{variant}/{name}"], rtol=1e-4, atol=1e-7)
+    names = [n for n in g["gradnorm_names"]]
+    close(gradient_norms(model, terms["loss"].mean(), names), g[f"loss_{variant}/gradnorm"], rtol=1e-4, atol=1e-9)
+
+
+SAMPLERS = dict(ddpm_noclip=dict(clip_samples=False), ddpm_clip={}, ddim_eta0=dict(sampler="ddim", clip_samples=False))
+SAMPLERS["ddim_eta0.5_clip"] = dict(sampler="ddim", eta=0.5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers(name):
+    g, d = golden("gaussian_diffusion"), process("10")
+    model, _ = dit("pixel")
+    y, noise = tensor(g["sample_y"]), tensor(g["sample_step_noise"])
+    config = Config(**SAMPLERS[name])
+    steps = list(pixel_vit.sample_loop(d, lambda x, t: model(x, t, y), tensor(g["sample_zT"]), lambda i: noise[i], config))
+    near(steps[-1][0], g[f"sample_{name}"])
+    if name == "ddpm_clip":
+        for i in range(3):
+            near(steps[i][0], g["traj_ddpm_clip_sample"][i])
+            near(steps[i][1], g["traj_ddpm_clip_pred_xstart"][i])
+
+
+def test_guided_sampler():
+    g, d = golden("gaussian_diffusion"), process("10")
+    model, _ = dit("pixel")
+    y, noise, scale = tensor(g["sample_y"]), tensor(g["cfg_sample_step_noise"])[:, :2], float(g["cfg_sample_scale"])
+    loop = pixel_vit.sample_loop(d, lambda x, t: pixel_vit.guided(model, x, t, y, scale, 3), tensor(g["sample_zT"]),
+                                 lambda i: noise[i], Config())  # fmt: skip
+    near(list(loop)[-1][0], g["cfg_sample_full"][:2])
+
+
+def test_bits_per_dimension():
+    g, d = golden("gaussian_diffusion"), process("5")
+    model, _ = dit("pixel")
+    y, noise = tensor(g["y"]), tensor(g["bpd5_noise"])
+    found = pixel_vit.bits_per_dimension(d, lambda x, t: model(x, t, y), tensor(g["x_start"]), lambda i: noise[i], Config())
+    for name, value in found.items():
+        close(value, g[f"bpd5/{name}"], rtol=1e-4)
+
+
+def test_metrics_of_samples():
+    g = golden("gen_metrics")
+    real, fake = tensor(g["feat_real"]), tensor(g["feat_fake"])
+    for name, x in (("real", real), ("fake", fake)):
+        mean, covariance = pixel_vit.moments(x)
+        close(mean, g[f"mu_{name}"], rtol=1e-8)
+        close(covariance, g[f"sigma_{name}"], rtol=1e-8, atol=1e-12)
+    distance = pixel_vit.frechet_distance(*pixel_vit.moments(real), *pixel_vit.moments(fake))
+    assert distance == pytest.approx(float(g["fd"]), rel=1e-8)
+    assert distance == pytest.approx(float(g["fd_scipy_sqrtm"]), rel=1e-8)
+    n = int(g["singular_n"])
+    few = pixel_vit.frechet_distance(*pixel_vit.moments(real[:n]), *pixel_vit.moments(fake[:n]))
+    assert few == pytest.approx(float(g["fd_singular"]), rel=1e-5)
+    means = tensor(g["mu_real"]), tensor(g["mu_fake"])
+    diagonal = pixel_vit.frechet_distance(means[0], tensor(g["diag1"]).diag(), means[1], tensor(g["diag2"]).diag())
+    assert diagonal == pytest.approx(float(g["fd_diag"]), rel=1e-8)
+    probabilities = tensor(g["is_probs"])
+    assert pixel_vit.inception_score(probabilities, 1)[0] == pytest.approx(float(g["inception_score_1split"]), rel=1e-8)
+    assert pixel_vit.inception_score(probabilities) == pytest.approx(g["inception_score_10split_mean_std"], rel=1e-8)
+    assert pixel_vit.precision_recall(real, fake) == pytest.approx(tuple(g["precision_recall_k3"]), abs=1e-8)
