@@ -211,7 +211,7 @@ DIT = dict(
 FOLDER = SMALL | dict(data="folder", heads=6, image_size=64, patch=2, flip=True, epochs=100, log_every=50)
 
 PRESETS = {
-    "toy": dict(steps=1500, lr=3e-3, positions="learned-sincos", eval="accuracy,knn"),  # and the defaults of Config
+    "toy": dict(batch=32, steps=1000, lr=2e-3, positions="learned-sincos", eval="accuracy,knn"),  # and the defaults of Config
     "toy-mae": TOY_MAE,
     "toy-diffusion": TOY_DIFFUSION,
     "cifar10-cpu": CIFAR10 | CPU | dict(randaugment=0, mixup=0.0, cutmix=0.0, drop_path=0.0, init_std=0.0),
@@ -278,6 +278,8 @@ def check(config, world, training=True):
         fail(f"--mask-ratio {c.mask_ratio} is not in 0 to 1")
     if not 0 <= c.permute <= c.image_size**2 // 2:
         fail(f"--permute {c.permute}: an image of {c.image_size**2} pixels has {c.image_size**2 // 2} pairs")
+    if c.permute and c.task != "classify":
+        fail(f"--permute is a study of classifiers, not of --task {c.task}")
     if c.task == "diffusion":
         space_timesteps(c.timesteps, c.sampler_steps)
     if c.sweep and c.task != "classify":
@@ -640,7 +642,7 @@ def unpatchify(tokens, patch):
 
 
 def run_blocks(blocks, x, recompute, *arguments):
-    """Apply blocks in turn, with activation checkpointing if asked; arguments: one sequence an argument, a block each."""
+    """Apply blocks in turn, with activation checkpointing if asked; arguments: sequences with an entry a block."""
     for i, block in enumerate(blocks):
         given = [None if a is None else a[i] for a in arguments]
         x = (
@@ -2069,8 +2071,7 @@ def sample_images(model, config, first, last, device, codec=None, labels=None):
     def network(x, t):
         return guided(model, x, t, labels, c.guidance if c.classes and c.label_drop else 1, c.guided_channels)
 
-    for x, _ in sample_loop(diffusion, network, draw(-1), draw, c):
-        pass
+    *_, (x, _) = sample_loop(diffusion, network, draw(-1), draw, c)
     with torch.no_grad():
         x = x if codec is None else codec.decode(x / c.latent_scale)
     return (127.5 * x + 128).clamp(0, 255).byte(), labels
@@ -2109,7 +2110,7 @@ def load_judge(config, world, log):
     """
     path, device = config.features, world.device
     if not path and config.data == "toy":
-        c = replace(Config(), **PRESETS["toy"] | dict(steps=600, image_size=config.image_size))
+        c = replace(Config(), **PRESETS["toy"] | dict(steps=400, image_size=config.image_size))
         c = replace(c, classes=len(TOY_CLASSES), compile=config.compile, precision=config.precision)
         log.say("training a classifier to judge the samples")
         model = train(*build(c), open_data(c, "train"), c, world, log.path.parent / "judge")[1]
@@ -2389,9 +2390,7 @@ def read_checkpoint(path, heads=0):
     )
     if tokeniser is None or "pos_embed" not in weights:
         found = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
-        fail(
-            f"{path} is no checkpoint of this script, MAE or DiT: expected pos_embed and a patch projection, found {found}"
-        )
+        fail(f"{path} is no checkpoint of this script, MAE or DiT: expected pos_embed and a projection, found {found}")
 
     def count(prefix):
         return 1 + max((int(k.split(".")[1]) for k in weights if k.startswith(prefix)), default=-1)
@@ -2436,26 +2435,26 @@ def resize_positions(weights, model, path):
 
 
 def load_weights(model, weights, path):
-    """Put a state dict of `read_checkpoint` into a model. A classifier takes an MAE's trunk and keeps its own head, which
-    then starts at nearly 0, as one for other classes does; an MAE without decoder keeps its own. Exits with 2 if more differs."""
-    own, weights = model.state_dict(), resize_positions(weights, model, path)
-    fresh = [k for k in own if k.startswith(("head.", "fc_norm.", "norm.", "permutation"))] * isinstance(
-        model, Classifier
-    )
-    if isinstance(model, Classifier) and "head.weight" in weights:
-        fresh = ["head.weight", "head.bias"] * (weights["head.weight"].shape != own["head.weight"].shape)
-    elif isinstance(model, Classifier):
+    """Put a state dict of `read_checkpoint` into a model. Exits with 2 if keys or shapes do not fit.
+
+    A classifier takes the trunk of an MAE, and no head but for the same number of classes: its head then starts at
+    nearly 0. An MAE keeps its own decoder where the file has none. What starts anew is named.
+    """
+    own, weights, fresh = model.state_dict(), resize_positions(weights, model, path), ()
+    if isinstance(model, Classifier) and "head.weight" not in weights:
         weights = {k: v for k, v in weights.items() if not k.startswith(("decoder_", "mask_token", "norm."))}
-        if "norm.weight" in own:
-            fresh += []
+        fresh = ("head.", "fc_norm.", "norm.", "permutation")
+    elif isinstance(model, Classifier) and weights["head.weight"].shape != own["head.weight"].shape:
+        fresh = ("head.",)
     elif isinstance(model, MAE) and "mask_token" not in weights:
-        fresh = [k for k in own if k.startswith(("decoder_", "mask_token"))]
-    common.load_state(model, weights | {k: own[k] for k in fresh}, path)
-    if "head.weight" in fresh:
+        fresh = ("decoder_", "mask_token")
+    kept = {k: v for k, v in own.items() if k.startswith(fresh)}
+    common.load_state(model, weights | kept, path)
+    if "head.weight" in kept:
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
         nn.init.zeros_(model.head.bias)
-    if fresh:
-        print(f"{path} has no {', '.join(fresh[:4])}{', ...' if len(fresh) > 4 else ''}: these start anew", flush=True)
+    if kept:
+        print(f"{path} has no {', '.join([*kept][:4])}{', ...' if len(kept) > 4 else ''}: new ones", flush=True)
 
 
 def load_model(path, heads=0, **changes):
@@ -2551,9 +2550,7 @@ def with_classes(config, split):
     """The config with the number of classes of the data, if it is not given. A classifier needs labels (exit 2)."""
     classes = config.classes or len(split.classes)
     if config.task == "classify" and len(split.classes) < 2:
-        fail(
-            f"--task classify needs images in train/CLASS/ of at least two classes; {config.data} has {len(split.classes)}"
-        )
+        fail(f"--task classify needs train/CLASS/* of at least two classes; {config.data} has {len(split.classes)}")
     if len(split.classes) > classes and config.task != "mae":
         fail(f"{config.data} has {len(split.classes)} classes, the model {classes}: change --classes")
     return replace(config, classes=classes)

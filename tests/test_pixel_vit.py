@@ -3,8 +3,10 @@
 What it shares with ijepa.py byte for byte is tested there; what all scripts promise, in test_runs.py.
 """
 
+import argparse
 import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import run_several
 from PIL import Image
 
 import common
@@ -439,7 +442,9 @@ def test_samplers(name):
     model, _ = dit("pixel")
     y, noise = tensor(g["sample_y"]), tensor(g["sample_step_noise"])
     config = Config(**SAMPLERS[name])
-    steps = list(pixel_vit.sample_loop(d, lambda x, t: model(x, t, y), tensor(g["sample_zT"]), lambda i: noise[i], config))
+    steps = list(
+        pixel_vit.sample_loop(d, lambda x, t: model(x, t, y), tensor(g["sample_zT"]), lambda i: noise[i], config)
+    )
     near(steps[-1][0], g[f"sample_{name}"])
     if name == "ddpm_clip":
         for i in range(3):
@@ -460,7 +465,9 @@ def test_bits_per_dimension():
     g, d = golden("gaussian_diffusion"), process("5")
     model, _ = dit("pixel")
     y, noise = tensor(g["y"]), tensor(g["bpd5_noise"])
-    found = pixel_vit.bits_per_dimension(d, lambda x, t: model(x, t, y), tensor(g["x_start"]), lambda i: noise[i], Config())
+    found = pixel_vit.bits_per_dimension(
+        d, lambda x, t: model(x, t, y), tensor(g["x_start"]), lambda i: noise[i], Config()
+    )
     for name, value in found.items():
         close(value, g[f"bpd5/{name}"], rtol=1e-4)
 
@@ -485,3 +492,306 @@ def test_metrics_of_samples():
     assert pixel_vit.inception_score(probabilities, 1)[0] == pytest.approx(float(g["inception_score_1split"]), rel=1e-8)
     assert pixel_vit.inception_score(probabilities) == pytest.approx(g["inception_score_10split_mean_std"], rel=1e-8)
     assert pixel_vit.precision_recall(real, fake) == pytest.approx(tuple(g["precision_recall_k3"]), abs=1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------------- own promises
+
+TINY = "--image-size 8 --width 16 --depth 2 --heads 2 --batch 16 --device cpu --no-compile --log-every 1".split()
+TASKS = {
+    "classify": "--randaugment 2 --mixup 0.8 --cutmix 1 --smoothing 0.1 --erase 0.5 --drop-path 0.3 --jitter 0.4",
+    "mae": "--task mae --decoder-width 16 --decoder-heads 2 --decoder-depth 1",
+    "diffusion": "--task diffusion --clip 1 --sampler-steps 4 --sample 5",
+}
+FOUR_STEPS = "--steps 4 --eval none --lr 1e-5 --lr-start 1e-5 --flip".split()
+
+
+def main(*flags, code=None):
+    """The command line in this process, on one thread, its signal handlers undone; expect to leave with `code`."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if code is None:
+            return pixel_vit.main(list(map(str, flags)))
+        with pytest.raises(SystemExit) as stop:
+            pixel_vit.main(list(map(str, flags)))
+        assert stop.value.code == code
+    finally:
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def weights(out):
+    state = torch.load(Path(out) / "last.pt", weights_only=True)
+    return {**state["model"], **{f"target.{k}": v for k, v in state["target"].items()}}
+
+
+def largest_difference(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_stopped_and_resumed_is_bitwise(task, monkeypatch):
+    flags = [*TINY, *TASKS[task].split(), "--steps", 6, "--eval", "none"]
+    main(*flags, "--out", "whole")
+    progress = common.Log.progress
+
+    def stop_at_three(log, step, **shown):
+        progress(log, step, **shown)
+        if step == 3 and log.start == 0:
+            log.stop = signal.SIGTERM
+
+    monkeypatch.setattr(common.Log, "progress", stop_at_three)
+    main(*flags, "--out", "parts", code=0)
+    assert torch.load("parts/last.pt", weights_only=True)["step"] == 3
+    main(*flags, "--out", "parts", "--resume")
+    assert largest_difference("whole", "parts") == 0
+    assert [row["loss"] for row in log_rows("whole") if "loss" in row] == [
+        row["loss"] for row in log_rows("parts") if "loss" in row
+    ]
+    if task == "diffusion":
+        one, two = (np.load(f"{out}/samples.npz") for out in ("whole", "parts"))
+        np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
+        assert one["arr_0"].shape == (5, 8, 8, 3) and one["labels"].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """Runs of every task on two ranks, plain and sharded, made by one pair of processes."""
+    folder, lines = tmp_path_factory.mktemp("ranks"), []
+    for task, flags in TASKS.items():
+        line = ["pixel_vit", *TINY, *flags.split(), *FOUR_STEPS, "--out"]
+        lines += [[*line, folder / task / "two"], [*line, folder / task / "shard", "--shard"]]
+    run_several(*lines, ranks=2)
+    return folder
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_two_ranks_are_one_process(task, on_two_ranks):
+    flags = [*TINY, *TASKS[task].split(), *FOUR_STEPS]
+    main(*flags, "--out", "one")
+    main(*flags, "--out", "parts", "--accumulate", 4, "--checkpoint")
+    for other in (on_two_ranks / task / "two", on_two_ranks / task / "shard", "parts"):
+        assert largest_difference("one", other) < 1e-5
+        for a, b in zip(log_rows("one"), log_rows(other), strict=False):
+            if "loss" in a:
+                assert b["loss"] == pytest.approx(a["loss"], rel=5e-5)
+                assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=5e-5)
+    if task == "diffusion":
+        one, two = (np.load(Path(out) / "samples.npz")["arr_0"] for out in ("one", on_two_ranks / task / "two"))
+        assert np.abs(one.astype(int) - two).max() <= 1
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    config = Config(task="diffusion", image_size=4, width=16, depth=2, heads=2, classes=3, sampler_steps="5")
+    model = pixel_vit.build(config)[0].eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    together, labels = pixel_vit.sample_images(model, config, 60, 70, "cpu")
+    assert labels.tolist() == [i % 3 for i in range(60, 70)] and together.shape == (10, 3, 4, 4)
+    alone = torch.cat([pixel_vit.sample_images(model, config, i, i + 1, "cpu")[0] for i in range(60, 70)])
+    assert (together.int() - alone.int()).abs().max() <= 1
+    shared = pixel_vit.sample_share(model, replace(config, sample_batch=7), 70, ALONE)[0]
+    assert (shared[60:].int() - together.int()).abs().max() <= 1
+    other = pixel_vit.sample_images(model, replace(config, seed=1), 60, 70, "cpu")[0]
+    assert (other.int() - together.int()).abs().float().mean() > 5
+    only = pixel_vit.sample_images(model, replace(config, sample_class=2), 60, 70, "cpu")[1]
+    assert only.tolist() == [2] * 10
+
+
+def test_guidance_uses_the_label_that_is_none():
+    model, _ = dit("pixel")
+    x, t, y = torch.randn(2, 3, 4, 4), torch.tensor([5, 500]), torch.tensor([1, 2])
+    plain, null = model(x, t, y), model(x, t, torch.tensor([7, 7]))
+    found = pixel_vit.guided(model, x, t, y, 3.0)
+    torch.testing.assert_close(found[:, :3], null[:, :3] + 3 * (plain - null)[:, :3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[:, 3:], plain[:, 3:], atol=1e-5, rtol=1e-5)
+    assert torch.equal(pixel_vit.guided(model, x, t, y, 1), plain)
+
+
+def test_augmentation_follows_the_draws():
+    images = torch.randint(0, 256, (400, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    config = Config(batch=400, randaugment=2)
+    draws = pixel_vit.draw_augmentation(400, config, common.generator(0))
+    applied = draws["operation"] >= 0
+    assert abs(applied.double().mean() - 0.5) < 0.06 and draws["level"].mean().item() == pytest.approx(9, abs=0.1)
+    assert set(draws["operation"].flatten().tolist()) == set(range(-1, 15))
+    changed = pixel_vit.augment(images, draws)
+    assert ((changed >= 0) & (changed <= 255)).all()
+    assert torch.equal(changed[~applied.any(1)], images[~applied.any(1)])
+    part = {k: v[100:200] for k, v in draws.items()}
+    assert torch.equal(pixel_vit.augment(images[100:200], part), changed[100:200]), "a sample is augmented by itself"
+    boxes = pixel_vit.draw_erasing(4000, 32, 0.25, common.generator(0))
+    share = (boxes[:, 2] * boxes[:, 3]).double() / 32**2
+    assert abs((share > 0).double().mean() - 0.25) < 0.03 and 0.015 < share[share > 0].min() and share.max() < 0.36
+    assert ((boxes[:, :2] >= 0) & (boxes[:, :2] + boxes[:, 2:] <= 32)).all()
+    erased = pixel_vit.erase(torch.zeros(4000, 3, 32, 32), boxes, torch.ones(4000, 3, 32, 32))
+    torch.testing.assert_close(erased.mean((1, 2, 3)).double(), share)
+    targets = torch.eye(4)
+    assert torch.equal(pixel_vit.neighbours(targets), targets[[1, 0, 3, 2]])
+
+
+def test_pixels_trade_places():
+    for pairs, distance in ((0, 0), (5, 0), (72, 0), (20, 2)):
+        order = pixel_vit.pixel_permutation(12, pairs, distance, seed=1)
+        assert sorted(order.tolist()) == list(range(144))
+        assert torch.equal(order[order], torch.arange(144)), "each pixel moves once at most"
+        moved = (order != torch.arange(144)).nonzero()[:, 0]
+        assert len(moved) == 2 * pairs
+        if distance:
+            apart = (moved // 12 - order[moved] // 12).abs() + (moved % 12 - order[moved] % 12).abs()
+            assert apart.max() <= distance
+    assert not torch.equal(pixel_vit.pixel_permutation(12, 5, 0, 1), pixel_vit.pixel_permutation(12, 5, 0, 2))
+    main(*TINY, "--steps", 1, "--permute", 9, "--out", "permuted", "--eval", "none")
+    model, config = pixel_vit.load_model("permuted/last.pt")
+    assert config.permute == 9 and torch.equal(model.permutation, pixel_vit.pixel_permutation(8, 9, 0, 0))
+
+
+def test_work_and_size_are_those_of_the_paper():
+    """Parameters and multiply-adds of the specification's tables."""
+    tiny = Config(image_size=32, classes=100, **pixel_vit.TINY)
+    assert sum(p.numel() for p in pixel_vit.build(tiny)[0].parameters()) / 1e6 == pytest.approx(5.56, abs=0.01)
+    assert pixel_vit.forward_work(tiny) / 1e9 == pytest.approx(10.3, rel=0.02)
+    small = Config(image_size=32, patch=2, **pixel_vit.SMALL)
+    assert pixel_vit.forward_work(small) / 1e9 == pytest.approx(6, rel=0.03)
+    large = Config(task="diffusion", image_size=256, downsample=8, channels=4, **pixel_vit.LARGE)
+    assert pixel_vit.forward_work(large) / 1e9 == pytest.approx(360, rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_mae_becomes_a_classifier(capsys):
+    """Pretrain, then tune: the trunk is the MAE's, the head starts at nearly nothing, positions follow the size."""
+    main(*TINY, *TASKS["mae"].split(), "--steps", 1, "--eval", "none", "--out", "mae")
+    flags = "--task classify --init mae/last.pt --steps 1 --eval accuracy --no-baselines --lr 0 --lr-final 0".split()
+    main(*TINY, *flags, "--out", "tuned")
+    before, after = weights("mae"), weights("tuned")
+    for name in ("pos_embed", "blocks.1.mlp.fc1.weight", "cls_token"):
+        assert torch.equal(before[name], after[name])
+    assert after["head.weight"].abs().max() < 1e-4 and after["head.weight"].any() and "norm.weight" not in after
+    assert {"top1", "top5"} == log_rows("tuned")[-1]["eval"]["trained"].keys()
+    main(*TINY[2:], *flags, "--image-size", 12, "--out", "larger")
+    assert "interpolated from 8x8 to 12x12" in capsys.readouterr().out
+    assert weights("larger")["pos_embed"].shape == (1, 145, 16)
+
+
+def test_official_checkpoints_with_arguments_and_other_heads(tmp_path):
+    """MAE's files of pretraining (encoder only) and training (with a Namespace), DiT's with `ema` and `module.`."""
+    state = torch.load(GOLDEN / "mae_pixel_ckpt.pth", weights_only=True)["model"]
+    encoder = {k: v for k, v in state.items() if not k.startswith(("decoder", "mask_token"))}
+    torch.save({"model": encoder}, "encoder.pth")
+    torch.save({"model": state, "args": argparse.Namespace(lr=1.0), "epoch": 3}, "training.pth")
+    images = tensor(golden("mae_pixel")["imgs"])
+    for path in ("encoder.pth", "training.pth"):
+        model, _ = pixel_vit.load_model(path, heads=3)
+        close(model(images, features=True)[1], golden("mae_pixel")["plain_tokens_norm"], atol=1e-5)
+    model, config = pixel_vit.load_model("encoder.pth", heads=3, task="classify", classes=5)
+    close(model.run(model.embed(images)), golden("mae_pixel")["plain_tokens_prenorm"], atol=1e-5)
+    weights = torch.load(GOLDEN / "dit_pixel_ckpt.pt", weights_only=True)
+    torch.save(
+        {"ema": {f"module.{k}": v for k, v in weights.items()}, "opt": {}, "args": argparse.Namespace()}, "dit.pt"
+    )
+    model, _ = pixel_vit.load_model("dit.pt", heads=3)
+    g = golden("dit")
+    close(model(*(tensor(g[f"dit1_{k}"]) for k in "xty")), g["dit1_out"], atol=1e-5)
+    main("--init", "dit.pt", "--heads", 3, "--sample", 3, "--sampler-steps", 3, "--device", "cpu", "--out", "sampled")
+    assert np.load("sampled/samples.npz")["arr_0"].shape == (3, 4, 4, 3)
+    main("--init", "encoder.pth", "--heads", 3, "--eval", "features,knn", "--no-baselines", "--tokens", "--device", "cpu",
+         "--eval-limit", 300, "--out", "features")  # fmt: skip
+    found = np.load("features/features.npz")
+    assert found["features"].shape == (2000, 12) and found["tokens"].shape == (2000, 37, 12)
+    with pytest.raises(SystemExit):
+        pixel_vit.load_model("encoder.pth")  # 12 channels: how many heads?
+
+
+class Codec(torch.nn.Module):
+    """A stand-in for a frozen autoencoder: 2 x 2 averages and a fourth channel."""
+
+    @torch.jit.export
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        small = torch.nn.functional.avg_pool2d(images, 2)
+        return torch.cat([small, small.mean(1, keepdim=True)], dim=1)
+
+    @torch.jit.export
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+class Judge(torch.nn.Module):
+    """A stand-in for a feature network: channel means, and scores of three classes."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        means = images.float().mean((2, 3))
+        return means, means / 10
+
+
+def test_diffusion_in_latents_judged_by_a_file(capsys):
+    torch.jit.script(Codec()).save("codec.ts")
+    torch.jit.script(Judge()).save("judge.ts")
+    flags = "--task diffusion --codec codec.ts --channels 4 --downsample 2 --no-clip-samples --sampler-steps 3".split()
+    main(*TINY, *flags, "--steps", 2, "--out", "latent", "--features", "judge.ts", "--generate", 12)
+    results = log_rows("latent")[-1]["eval"]
+    assert {"real", "samples", "guided", "untrained"} == results.keys()
+    for result in results.values():
+        assert {"frechet", "inception, own", "precision", "recall"} <= result.keys()
+        assert "of the asked class" not in result, "three classes are not the ten that were asked for"
+    saved = np.load("latent/statistics.npz")
+    assert saved["mu"].shape == (3,) and saved["sigma"].shape == (3, 3) and saved["count"] == 12
+    assert weights("latent")["x_embedder.proj.weight"].shape == (16, 4, 1, 1)
+    for wrong, words in (
+        (["--channels", 3], "--channels"),
+        (["--codec", ""], "--codec"),
+        (["--codec", "x"], "TorchScript"),
+    ):
+        capsys.readouterr()
+        main(*TINY, *flags, *wrong, "--steps", 1, "--out", "wrong", "--resume", code=2)
+        assert words in capsys.readouterr().err
+
+
+def test_sweep_prints_a_table_and_goes_on_where_it_stopped(capsys):
+    flags = [*TINY, "--steps", 2, "--sweep", "patch", "--sweep-values", 2, 1, "--sweep-seeds", 2, "--out", "sweep"]
+    main(*flags)
+    printed = capsys.readouterr().out
+    assert "patch 2" in printed and "patch 1" in printed and "tokens" in printed
+    (row,) = [row["sweep"] for row in log_rows("sweep") if "sweep" in row]
+    assert [r["tokens"] for r in row] == [16, 64] and all(len(r["top1"]) == 2 for r in row)
+    assert row[1]["multiply_adds"] > 3 * row[0]["multiply_adds"]
+    assert Image.open("sweep/picture.png").size == (560, 360)
+    main(*flags, "--resume")
+    assert "step 1/2" not in capsys.readouterr().out, "finished runs are not trained again"
+    assert [row["sweep"] for row in log_rows("sweep") if "sweep" in row][-1] == row
+    for sweep, values in (("input", [1, 2]), ("permute", [0, 8])):
+        variants = pixel_vit.sweep_variants(Config(image_size=8, sweep=sweep, sweep_values=tuple(values)))
+        assert (
+            len(variants) == 2
+            and variants[1][1] == dict(input=dict(patch=2, image_size=16), permute=dict(permute=8))[sweep]
+        )
+
+
+def test_classifier_needs_labels_and_diffusion_does_not(tmp_path, capsys):
+    for i in range(16):
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (12, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "flat" / f"{i}.png")
+    flags = [*TINY, "--data", tmp_path / "flat", "--patch", 1, "--steps", 2, "--workers", 0]
+    main(*flags, "--eval", "none", code=2)
+    assert "train/CLASS" in capsys.readouterr().err
+    for cache in (0, 2):
+        main(
+            *flags,
+            "--task",
+            "diffusion",
+            "--eval",
+            "none",
+            "--sampler-steps",
+            2,
+            "--cache",
+            cache,
+            "--out",
+            f"d{cache}",
+        )
+        assert weights(f"d{cache}")["y_embedder.embedding_table.weight"].shape == (1, 16)
