@@ -313,7 +313,7 @@ def test_mixing_is_drawn_as_the_reference_draws():
         assert matching and matching[0] == pytest.approx(float(g[f"b{b}_lam_final"]))
 
 
-# ------------------------------------------------------------------------------------------------------ parity: diffusion
+# ---------------------------------------------------------------------------------------------------- parity: diffusion
 
 
 def dit(kind, **changes):
@@ -494,13 +494,13 @@ def test_metrics_of_samples():
     assert pixel_vit.precision_recall(real, fake) == pytest.approx(tuple(g["precision_recall_k3"]), abs=1e-8)
 
 
-# ---------------------------------------------------------------------------------------------------------- own promises
+# --------------------------------------------------------------------------------------------------------- own promises
 
 TINY = "--image-size 8 --width 16 --depth 2 --heads 2 --batch 16 --device cpu --no-compile --log-every 1".split()
 TASKS = {
     "classify": "--randaugment 2 --mixup 0.8 --cutmix 1 --smoothing 0.1 --erase 0.5 --drop-path 0.3 --jitter 0.4",
     "mae": "--task mae --decoder-width 16 --decoder-heads 2 --decoder-depth 1",
-    "diffusion": "--task diffusion --clip 1 --sampler-steps 4 --sample 5",
+    "diffusion": "--task diffusion --clip 1 --sampler-steps 4",
 }
 FOUR_STEPS = "--steps 4 --eval none --lr 1e-5 --lr-start 1e-5 --flip".split()
 
@@ -535,7 +535,7 @@ def largest_difference(a, b):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_stopped_and_resumed_is_bitwise(task, monkeypatch):
-    flags = [*TINY, *TASKS[task].split(), "--steps", 6, "--eval", "none"]
+    flags = [*TINY, *TASKS[task].split(), "--steps", 6, "--eval", "none", "--sample", 5 * (task == "diffusion")]
     main(*flags, "--out", "whole")
     progress = common.Log.progress
 
@@ -564,7 +564,8 @@ def on_two_ranks(tmp_path_factory):
     folder, lines = tmp_path_factory.mktemp("ranks"), []
     for task, flags in TASKS.items():
         line = ["pixel_vit", *TINY, *flags.split(), *FOUR_STEPS, "--out"]
-        lines += [[*line, folder / task / "two"], [*line, folder / task / "shard", "--shard"]]
+        lines += [[*line, folder / task / "shard", "--shard"]]
+        lines += [[*line, folder / task / "two", "--sample", 5 * (task == "diffusion"), "--sample-batch", 3]]
     run_several(*lines, ranks=2)
     return folder
 
@@ -572,7 +573,7 @@ def on_two_ranks(tmp_path_factory):
 @pytest.mark.parametrize("task", TASKS)
 def test_two_ranks_are_one_process(task, on_two_ranks):
     flags = [*TINY, *TASKS[task].split(), *FOUR_STEPS]
-    main(*flags, "--out", "one")
+    main(*flags, "--out", "one", "--sample", 5 * (task == "diffusion"))
     main(*flags, "--out", "parts", "--accumulate", 4, "--checkpoint")
     for other in (on_two_ranks / task / "two", on_two_ranks / task / "shard", "parts"):
         assert largest_difference("one", other) < 1e-5
@@ -661,7 +662,7 @@ def test_work_and_size_are_those_of_the_paper():
     assert pixel_vit.forward_work(large) / 1e9 == pytest.approx(360, rel=0.02)
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def test_mae_becomes_a_classifier(capsys):
@@ -700,8 +701,8 @@ def test_official_checkpoints_with_arguments_and_other_heads(tmp_path):
     close(model(*(tensor(g[f"dit1_{k}"]) for k in "xty")), g["dit1_out"], atol=1e-5)
     main("--init", "dit.pt", "--heads", 3, "--sample", 3, "--sampler-steps", 3, "--device", "cpu", "--out", "sampled")
     assert np.load("sampled/samples.npz")["arr_0"].shape == (3, 4, 4, 3)
-    main("--init", "encoder.pth", "--heads", 3, "--eval", "features,knn", "--no-baselines", "--tokens", "--device", "cpu",
-         "--eval-limit", 300, "--out", "features")  # fmt: skip
+    main("--init", "encoder.pth", "--heads", 3, "--eval", "features,knn", "--no-baselines", "--tokens",
+         "--device", "cpu", "--eval-limit", 300, "--out", "features")  # fmt: skip
     found = np.load("features/features.npz")
     assert found["features"].shape == (2000, 12) and found["tokens"].shape == (2000, 37, 12)
     with pytest.raises(SystemExit):
