@@ -18,9 +18,9 @@ tokens are four times the work, which is why tokens and multiply-adds stand besi
       |-- mae:       a quarter of the tokens -> blocks -> norm -> narrow decoder, with mask tokens -> all pixels
       '-- diffusion: of a noisy image; blocks scaled by time and class -> noise and variance, pixel by pixel
 
-    python pixel_vit.py                                        # toy images, three minutes on a laptop; --task mae, diffusion
-    python pixel_vit.py --sweep patch --sweep-seeds 3          # the paper's curves: patch, input, permute
-    python pixel_vit.py --data cifar10 --task mae              # one GPU; then --init runs/pixel_vit/last.pt --task classify
+    python pixel_vit.py                                      # toy images, a few minutes on a laptop; --task mae ...
+    python pixel_vit.py --sweep patch --sweep-seeds 3        # the paper's curves: patch, input, permute
+    python pixel_vit.py --data cifar10 --task mae            # one GPU; then tune it: --task classify --init LAST.PT ...
     torchrun --nproc-per-node 8 pixel_vit.py --data imagenet --preset vit_b1_imagenet28
     python pixel_vit.py --init DiT-XL-2-256x256.pt --codec vae.ts --sample 16 --guidance 4 --data imagenet
 
@@ -1635,9 +1635,12 @@ def load_codec(config, device):
 def load_torchscript(path, device):
     """A frozen TorchScript module. Exits with 2 if the file is none."""
     try:
-        return torch.jit.load(path, map_location=device).eval().requires_grad_(False)
+        module = torch.jit.load(path, map_location=device).eval()
     except (OSError, RuntimeError, ValueError) as error:
         fail(f"{path} is no TorchScript file: {str(error).splitlines()[0][:150]}")
+    for p in module.parameters():
+        p.requires_grad_(False)
+    return module
 
 
 @torch.no_grad()
