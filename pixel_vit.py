@@ -30,11 +30,11 @@ Measured here so far: @@MEASURED@@
 
 There is no official code. What follows MAE, DiT and timm equals their numbers (tests/golden/pixel_vit). Choices of our
 own, where paper and readers say nothing: the decoder at small widths, no normalised targets with patch 1 (they would
-lose the brightness). Departures: the partner of an image in mixup and CutMix is its neighbour in the shuffled batch, not
-the batch in reverse, so that ranks need no exchange; RandAugment, erasing and crops are drawn by torch, batched, with
-the released distribution and not its stream of numbers; the linear probe runs on features computed once, MAE's on
-random crops. The toy's positions start as sines (`--positions learned` starts as noise, and takes longer). CIFAR-100 is
-read from a folder train/CLASS/*.png, since its archive is pickled.
+lose the brightness). Departures: the partner of an image in mixup and CutMix is its neighbour in the shuffled batch,
+not the batch in reverse, so that ranks need no exchange; RandAugment, erasing and crops are drawn by torch, batched,
+from the released distribution and not with its stream of numbers; the linear probe runs on features computed once,
+MAE's on random crops. The toy's positions start as sines (`--positions learned` starts as noise, and takes longer).
+CIFAR-100 is read from a folder cifar100/train/CLASS/*.png, since its archive is pickled.
 """
 
 import argparse
@@ -319,6 +319,8 @@ def check(config, world, training=True):
             fail(f"--features {c.features}: no such file")
         if c.shard and (c.sample or c.eval != "none"):
             fail("--shard trains only; sample and evaluate afterwards with --init RUN/last.pt")
+    if c.sample and c.task != "diffusion":
+        fail(f"--sample needs a model of --task diffusion, not of {c.task}")
     if c.sweep and c.task != "classify":
         fail(f"--sweep compares classifiers, not --task {c.task}")
     if not training:
@@ -2139,6 +2141,8 @@ def sample_share(model, config, count, world, codec=None):
 
 def write_samples(model, config, world, log):
     """--sample N: samples.npz (arr_0 uint8 [N, S, S, 3], labels) and samples.png in the run's folder."""
+    if config.sample_class >= max(1, config.classes):
+        fail(f"--sample-class {config.sample_class}: the model knows {config.classes} classes, the first is 0")
     images, labels = sample_share(model.eval(), config, config.sample, world, load_codec(config, world.device))
     if world.rank == 0:
         folder = log.path.parent
