@@ -2086,8 +2086,7 @@ def write_features(model, split, config, world, log):
     path = Path(config.features_out or log.path.parent / "features.npz")
     if world.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, paths=np.array(paths), **{k: v.float().cpu().numpy() if k != "labels" else v.cpu().numpy()
-                                                 for k, v in arrays.items()})  # fmt: skip
+        np.savez(path, paths=np.array(paths), **{k: v.cpu().numpy() for k, v in arrays.items()})
         log.say(f"{path}: " + ", ".join(f"{k} {list(v.shape)}" for k, v in arrays.items()))
 
 
@@ -2147,9 +2146,7 @@ def write_samples(model, config, world, log):
     if world.rank == 0:
         folder = log.path.parent
         np.savez(folder / "samples.npz", arr_0=images.permute(0, 2, 3, 1).cpu().numpy(), labels=labels.cpu().numpy())
-        draw_grid(images[:400], min(max(1, config.classes), 20) if config.sample_class < 0 else 20).save(
-            folder / "samples.png"
-        )
+        draw_grid(images[:400], min(len(images), 20)).save(folder / "samples.png")
         log.say(f"{folder / 'samples.npz'}, {folder / 'samples.png'}: {len(images)} samples of seed {config.seed}")
 
 
@@ -2318,9 +2315,9 @@ def titled(columns, rows, titles, tile, gap):
 
 
 @torch.no_grad()
-def draw_classifier(model, images, labels, classes, rows=6, tile=96, gap=6):
-    """Images with what they were taken for, and the position embeddings that were learned: for some pixels, the cosine
-    similarity of their embedding with that of all others. Nothing told the model which pixels are neighbours."""
+def draw_classifier(model, images, labels, classes, tile=96, gap=6):
+    """Images with what they were taken for (red: wrongly), and the positions: for some pixels, the cosine similarity of
+    their embedding with that of all others. With --positions learned nothing told the model who is whose neighbour."""
     grid, places = model.grid, [1 / 8, 3 / 8, 5 / 8, 7 / 8]
     table = F.normalize(model.pos_embed[0, 1:] - model.pos_embed[0, 1:].mean(0), dim=1)
     titles = [""] * 4 + ["similarity of positions"]
@@ -2406,7 +2403,8 @@ def read_own_checkpoint(path, config=None):
     """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
     state = load_namespaced(path)
     if not isinstance(state, dict) or state.get("script") != "pixel_vit":
-        fail(f"{path} was not written by pixel_vit.py, but by {state.get('script', 'something else')}")
+        writer = state["script"] if isinstance(state, dict) and "script" in state else "something else"
+        fail(f"{path} was not written by pixel_vit.py, but by {writer}")
     theirs = state["config"]
     differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
     if differ:
@@ -2578,10 +2576,9 @@ def report(model, target, train_split, config, world, log):
         return  # the parts of a sharded model do not run by themselves
     target.eval()
     if c.task == "diffusion":
-        images, _ = sample_share(
-            target, replace(c, sample_batch=80), 8 * min(max(1, c.classes), 10), world, load_codec(c, device)
-        )
-        picture, what = draw_grid(images, min(max(1, c.classes), 10)), "samples, a class a column"
+        columns = min(max(1, c.classes), 10)
+        images, _ = sample_share(target, c, 8 * columns, world, load_codec(c, device))
+        picture, what = draw_grid(images, columns), f"samples, {c.guidance:g} times guided, a class after the other"
     else:
         split = open_data(c, "val") or train_split
         some = split.subset(torch.randperm(len(split), generator=generator(c.seed, "report"))[:64])
