@@ -1147,8 +1147,8 @@ def bits_per_dimension(diffusion, network, x_start, draw, config):
 
 
 def moments(features):
-    """Mean [D] and covariance [D, D] (unbiased) of features [N, D]."""
-    features = features.double()
+    """Mean [D] and covariance [D, D] (unbiased) of features [N, D], on the CPU."""
+    features = features.cpu().double()
     return features.mean(0), features.T.cov()
 
 
@@ -1164,7 +1164,7 @@ def frechet_distance(mean1, covariance1, mean2, covariance2):
 def inception_score(probabilities, splits=10):
     """exp of the mean KL(p(y|x) || p(y)) of probabilities [N, C] -> mean and std over consecutive splits."""
     scores = []
-    for part in probabilities.double().tensor_split(splits):
+    for part in probabilities.cpu().double().tensor_split(splits):
         kl = (part * (part.clamp(min=1e-300).log() - part.mean(0).clamp(min=1e-300).log())).sum(1)
         scores.append(kl.mean().exp())
     scores = torch.stack(scores)
@@ -1176,9 +1176,9 @@ def precision_recall(real, fake, k=3):
     around each feature [N, D] that reach to its k-th neighbour."""
 
     def covered(points, others):
-        radius = torch.cdist(others, others).kthvalue(k + 1, dim=1).values
+        radius = torch.cat([torch.cdist(rows, others).kthvalue(k + 1, dim=1).values for rows in others.split(1024)])
         inside = [(torch.cdist(rows, others) <= radius).any(1) for rows in points.split(1024)]
-        return torch.cat(inside).double().mean().item()
+        return torch.cat(inside).float().mean().item()
 
     return covered(fake, real), covered(real, fake)
 
@@ -2223,7 +2223,7 @@ def evaluate_samples(model, train, val, wanted, config, world, log):
             columns[column] = *[None if x[0] is None else torch.cat(x) for x in zip(*parts)], labels
     mean, covariance = moments(reference[0])
     if world.rank == 0:
-        arrays = dict(mu=mean.cpu(), sigma=covariance.cpu(), count=len(reference[0]), extractor=str(name))
+        arrays = dict(mu=mean, sigma=covariance, count=len(reference[0]), extractor=str(name))
         np.savez(log.path.parent / "statistics.npz", **arrays)
     for column, (read, scores, labels) in columns.items():
         result = results.setdefault(column, {})
@@ -2541,6 +2541,8 @@ def run_sweep(config, world, out):
     """Train every variant with every seed, each in a folder of its own, and print and draw their accuracies; a folder
     that holds a finished run is not trained again, so --resume continues a sweep."""
     log, curves, rows = Log(out, world), [], []
+    if open_data(config, "val") is None:
+        fail(f"--sweep compares accuracies on a val split, and {config.data} has none")
     for label, changes in sweep_variants(config):
         accuracies = []
         for seed in range(config.seed, config.seed + config.sweep_seeds):
@@ -2642,6 +2644,8 @@ def run(config, given):
         if not set(config.eval.split(",")) <= {*EVALUATIONS[task], "none"} and "eval" not in given:
             config = replace(config, eval="none" if config.sample else EVALUATIONS[task][0])
     training = not config.init or bool({"steps", "epochs"} & given)
+    if not training and config.task == "classify" and not config.classes:
+        fail(f"{config.init} has no head that classifies: tune one with --steps or --epochs, or use --task mae")
     check(config, world, training)
     out = common.choose_out(config.out, "pixel_vit", config.resume, world)
     if config.sweep:

@@ -780,17 +780,43 @@ def test_classifier_needs_labels_and_diffusion_does_not(tmp_path, capsys):
     main(*flags, "--eval", "none", code=2)
     assert "train/CLASS" in capsys.readouterr().err
     for cache in (0, 2):
-        main(
-            *flags,
-            "--task",
-            "diffusion",
-            "--eval",
-            "none",
-            "--sampler-steps",
-            2,
-            "--cache",
-            cache,
-            "--out",
-            f"d{cache}",
-        )
+        more = ["--task", "diffusion", "--eval", "none", "--sampler-steps", 2, "--cache", cache]
+        main(*flags, *more, "--out", f"d{cache}")
         assert weights(f"d{cache}")["y_embedder.embedding_table.weight"].shape == (1, 16)
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+LEARN = "--image-size 8 --device cpu --no-compile --log-every 50".split()
+
+
+def test_classifier_learns():
+    """In half a minute, at 8 x 8 pixels: far above chance (10 %) and above a random network of the same shape."""
+    main(*LEARN, "--steps", 300, "--eval", "accuracy", "--out", "learnt")
+    results = log_rows("learnt")[-1]["eval"]
+    assert results["trained"]["top1"] > 50 and results["random"]["top1"] < 25
+
+
+def test_mae_learns():
+    """In half a minute: hidden pixels are painted better than by copying the nearest visible one or the mean."""
+    flags = ["--task", "mae", "--steps", 300, "--eval", "reconstruction", "--no-baselines"]
+    main(*LEARN, *flags, "--out", "learnt")
+    result = log_rows("learnt")[-1]["eval"]["trained"]
+    assert result["hidden error"] < 0.8 * result["hidden error, nearest"]
+    assert result["hidden error"] < 0.8 * result["hidden error, mean colour"]
+
+
+def test_diffusion_learns():
+    """In half a minute: samples are nearer to images than those of an untrained network, by means of 2 x 2 pixels."""
+    main(*LEARN, "--task", "diffusion", "--steps", 250, "--eval", "none", "--sampler-steps", 10, "--out", "learnt")
+    model, config = pixel_vit.load_model("learnt/last.pt", sampler_steps="10", guidance=1.0)
+    real = pixel_vit.toy_shapes("val", 8)[0][:300]
+
+    def coarse(images):
+        return pixel_vit.moments(F.avg_pool2d(images.float() / 255, 2).flatten(1))
+
+    distances = []
+    for network in (model, pixel_vit.build(config)[0]):
+        samples = pixel_vit.sample_share(network.eval(), config, 100, ALONE)[0]
+        distances.append(pixel_vit.frechet_distance(*coarse(samples), *coarse(real)))
+    assert distances[0] < distances[1] / 3, distances
