@@ -26,7 +26,8 @@ tokens are four times the work, which is why tokens and multiply-adds stand besi
 
 The paper reports, patch 2 against pixels: CIFAR-100 from scratch, T 83.6 / 85.1, S 83.7 / 86.4; after MAE, T 85.7 /
 86.0, S 87.4 / 87.7; ImageNet at 28 x 28, S 72.9 / 74.1, B 75.7 / 76.1; DiT-L on ImageNet 256, FID 4.16 / 4.05.
-Measured here so far: @@MEASURED@@
+Measured here so far, on a share of one core: the toy after 100 steps of 64, top-1 34.0 % (random network 10.0), while
+the loss still fell fast. Nothing else yet, and nothing on a GPU.
 
 There is no official code. What follows MAE, DiT and timm equals their numbers (tests/golden/pixel_vit). Choices of our
 own, where paper and readers say nothing: the decoder at small widths, no normalised targets with patch 1 (they would
@@ -1178,7 +1179,7 @@ def precision_recall(real, fake, k=3):
     def covered(points, others):
         radius = torch.cat([torch.cdist(rows, others).kthvalue(k + 1, dim=1).values for rows in others.split(1024)])
         inside = [(torch.cdist(rows, others) <= radius).any(1) for rows in points.split(1024)]
-        return torch.cat(inside).float().mean().item()
+        return torch.cat(inside).cpu().double().mean().item()
 
     return covered(fake, real), covered(real, fake)
 
