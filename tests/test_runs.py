@@ -23,6 +23,7 @@ import flexpredict
 import ijepa
 import iwm
 import msn
+import pixel_vit
 import pmsn
 import vjepa
 
@@ -54,12 +55,15 @@ HEAD = "--head-hidden 16 --embedding 8 --prototypes 8".split()
 HIDDEN = "--image-size 32 --patch 8 --min-visible 4".split()
 CLIPS = [*PREDICTOR, "--frames", "4", "--physics-count", "1", "--group", "0"]
 VIEWS = "--image-size 32 --patch 8 --focal-size 16".split()
+PIXELS = "--image-size 8".split()
+PAINTED = "--task mae --image-size 32 --patch 8 --decoder-width 16 --decoder-heads 2".split()
 NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")  # BatchNorm and softmax cancel them
 SCRIPTS = {
     "ijepa": Script(ijepa, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *BLOCKS], "jepa_loss", kills=4),
     "flexpredict": Script(flexpredict, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *BLOCKS], "jepa_loss"),
     "iwm": Script(iwm, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *HIDDEN], "iwm_loss"),
     "msn": Script(msn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS], "msn_loss", noise=NORMED),
+    "pixel_vit": Script(pixel_vit, [*TINY, *PIXELS], [*TINY, *PAINTED], "classification_loss"),
     "pmsn": Script(pmsn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS, "--imbalance", "0"], "pmsn_loss", noise=NORMED),
     "vjepa": Script(vjepa, [*TINY, *CLIPS], [*TINY, *CLIPS, *VIEWS[:4]], "vjepa_loss", stream=(), probes="knn,probe"),
 }
@@ -572,7 +576,7 @@ def test_checkpoints_that_are_none(script, capsys):
 
 SETTINGS = [
     ("--batch 10 --accumulate 3", "--batch"),
-    ("--image-size 30", "--patch"),
+    ("--image-size 30 --patch 4", "--patch"),
     ("--width 66", "heads"),
     ("--wdith 32", "--width"),
     ("--preset folde", "folder"),
@@ -590,6 +594,10 @@ MORE_SETTINGS = {
             ("--shard", "--init RUN/last.pt")],
     "msn": [("--drop 1.0", "--drop"), ("--mask-per pixel", "image"), ("--focal-size 2", "--focal-size"),
             ("--labelled none.txt", "none.txt")],
+    "pixel_vit": [("--task mae --positions none", "which pixel"), ("--permute 73", "72 pairs"),
+                  ("--task diffusion --sampler-steps 2000", "--sampler-steps"), ("--sweep depth", "permute"),
+                  ("--task diffusion --eval knn", "generate"), ("--mixup 0.8 --batch 1", "even"),
+                  ("--task diffusion --permute 3", "--permute"), ("--task mae --mask-ratio 1", "--mask-ratio")],
     "pmsn": [("--prior cubic", "power-law"), ("--imbalance 0.5", "--imbalance"), ("--prior-kl up", "reverse"),
              ("--classes-per-batch 3", "--classes-per-batch"), ("--train-list none.txt", "none.txt")],
     "vjepa": [("--group 48", "--batch 32"), ("--masks funny", "multiblock"), ("--frames 15", "--tubelet"),
