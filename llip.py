@@ -807,12 +807,12 @@ def describe(shapes, colours):
 
 @functools.lru_cache(maxsize=4)
 def toy_world(name, size):
-    """The toy Split "train" (20,000 scenes) or "val" (1,000 others), and its facts, one `describe` a scene.
+    """The toy Split "train" (8,000 scenes) or "val" (1,000 others), and its facts, one `describe` a scene.
 
     An image's captions are all that `describe` says, in all sentences of KINDS, so about forty that differ. Its label,
     for the linear probe, is the object in the upper left, or that there is none.
     """
-    count = {"train": 20000, "val": 1000}[name]
+    count = {"train": 8000, "val": 1000}[name]
     pixels, shape, colour = draw_scenes(count, size, np.random.Generator(np.random.PCG64(name == "val")))
     facts = [describe(s, c) for s, c in zip(shape.tolist(), colour.tolist())]
     captions = [[s.format(p) for kind, phrases in f.items() for p in phrases for s in KINDS[kind]] for f in facts]
@@ -1211,14 +1211,15 @@ def upright_size(image):
     return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
 
 
-# Copied from ijepa.py
-def decode(path, choose_box, size, bicubic=False):
-    """Read a file and resize a part of it in one go -> (uint8 [3, H, W], original (width, height)).
+def decode(file, choose_box, size, cut=False):
+    """Read a file and resize a part of it in one go, bicubic -> (uint8 [3, H, W], original (width, height)).
 
     choose_box(width, height) -> (top, left, height, width) of the part; size: (width, height) of the result.
     A JPEG is decoded at the smallest of the scales 1, 1/2, 1/4, 1/8 that still has the pixels this needs (`draft`).
+    cut: take the part out first, as training crops do; otherwise its border is smoothed with what lies beyond it, as
+    where the whole image is resized and then cropped.
     """
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         width, height = original = upright_size(image)
         top, left, h, w = choose_box(width, height)
         scale = max(size[0] / w, size[1] / h)
@@ -1227,8 +1228,9 @@ def decode(path, choose_box, size, bicubic=False):
         rgb = to_rgb(image)
         fx, fy = rgb.width / width, rgb.height / height
         box = (left * fx, top * fy, min(rgb.width, (left + w) * fx), min(rgb.height, (top + h) * fy))
-        rgb = rgb.resize(size, Image.BICUBIC if bicubic else Image.BILINEAR, box=box)
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), original
+        if cut:
+            rgb, box = rgb.crop(tuple(map(round, box))), None
+        return torch.from_numpy(np.array(rgb.resize(size, Image.BICUBIC, box=box))).permute(2, 0, 1), original
 
 
 # Copied from ijepa.py
@@ -1349,7 +1351,7 @@ class Batches(Dataset):
             try:
                 file, caption = self.split.sample(index, uniform)
                 box = functools.partial(random_crop, scale=config.crop_scale, generator=random)
-                return decode(file, box, size, bicubic=True)[0], caption, index
+                return decode(file, box, size, cut=True)[0], caption, index
             except UNREADABLE as error:
                 name = self.split.root / self.split.paths[index] if isinstance(self.split, Split) else f"sample {index}"
                 bad.append(f"{name}: {error}")
@@ -1374,7 +1376,7 @@ class Files(Dataset):
             if self.canvas:
                 pixels, size = decode(file, lambda w, h: (0, 0, h, w), canvas)
             else:
-                pixels, size = decode(file, lambda w, h: centre_box(w, h, self.size), canvas, bicubic=True)
+                pixels, size = decode(file, lambda w, h: centre_box(w, h, self.size), canvas)
             return pixels, torch.tensor(size), ""
         except UNREADABLE as error:
             return torch.zeros(3, canvas[1], canvas[0], dtype=torch.uint8), torch.ones(2).long(), f"{name}: {error}"
