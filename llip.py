@@ -2042,9 +2042,7 @@ def read_checkpoint(path, config, given=()):
         <= weights.keys()
     ):
         found = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
-        fail(
-            f"{path} is no checkpoint of Llip or in CLIP's layout: no `visual.conv1.weight`, but {found}"
-        )
+        fail(f"{path} is no checkpoint of Llip or in CLIP's layout: no `visual.conv1.weight`, but {found}")
     weights = {k.removeprefix("pred."): v.float() for k, v in weights.items()}
     for name in ("logit_scale", "logit_bias"):
         if name in weights:
