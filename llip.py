@@ -208,14 +208,12 @@ def check(config, world, training=True):
             fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}")
     if c.tau <= 0 or c.logit_scale <= 0 or c.mixture_tokens < 1 or c.context < 3:
         fail("--tau and --logit-scale must be above 0, --mixture-tokens at least 1, --context at least 3")
-    with contextlib.suppress(ValueError):
-        if c.logit_bias == "auto" or math.isfinite(float(c.logit_bias)):
-            if training and (c.batch < 2 or c.batch % (world.size * c.accumulate)):
-                fail(f"--batch {c.batch} does not divide into {world.size} ranks x {c.accumulate} accumulations")
-            if c.shard and c.precision == "fp16":
-                fail("--shard works with bf16 and fp32, not with --precision fp16")
-            return
-    fail(f"--logit-bias {c.logit_bias!r} is neither a number nor auto")
+    if c.logit_bias != "auto" and not re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", c.logit_bias):
+        fail(f"--logit-bias {c.logit_bias!r} is neither a number nor auto")
+    if training and (c.batch < 2 or c.batch % (world.size * c.accumulate)):
+        fail(f"--batch {c.batch} does not divide into {world.size} ranks x {c.accumulate} accumulations")
+    if c.shard and c.precision == "fp16":
+        fail("--shard works with bf16 and fp32, not with --precision fp16")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,11 +389,11 @@ def read_merges(path):
         fail(f"{place} is no vocabulary file: {error}")
 
 
-def make_tokenizer(config, captions):
-    """The Tokenizer of --vocabulary, of --merges learned from (at most 100,000 of) the captions, or of bytes."""
+def make_tokenizer(config, data):
+    """The Tokenizer of --vocabulary, of --merges learned from the captions of a Split or Shards, or of bytes."""
     if config.vocabulary:
         return Tokenizer(read_merges(config.vocabulary), config.context)
-    return Tokenizer(learn_merges(captions[:100_000], config.merges) if config.merges else None, config.context)
+    return Tokenizer(learn_merges(data.some_captions(), config.merges) if config.merges else None, config.context)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -896,6 +894,10 @@ class Split:
         caption = self.table[int(self.choose(torch.tensor([index]), torch.tensor([uniform])))]
         return self.root / self.paths[index], caption
 
+    def some_captions(self):
+        """Up to 100,000 captions, to learn a vocabulary from."""
+        return self.table[:: math.ceil(len(self.table) / 100_000)]
+
 
 @functools.lru_cache(maxsize=8)
 def shuffled(n, *key):
@@ -994,6 +996,14 @@ class Shards:
         if not image or not caption.strip():
             raise OSError(f"{self.paths[shard]}, {key}: empty {'caption' if image else 'image'}")
         return io.BytesIO(image), caption.decode(errors="replace")
+
+    def some_captions(self):
+        """Up to 20,000 captions, to learn a vocabulary from."""
+        found = []
+        for index in range(0, len(self), math.ceil(len(self) / 20_000)):
+            with contextlib.suppress(OSError):
+                found.append(self.sample(index)[1])
+        return found
 
 
 def expand_braces(pattern):
@@ -1865,9 +1875,9 @@ def evaluate(model, tokenizer, config, world, log, train_split=None):
     train = train_split or (open_data(config, "train", log) if {"linear", "features"} & {*wanted} else None)
     if "features" in wanted:
         write_features(model, train if config.features_split == "train" or val is None else val, config, world, log)
-    needs = {"kinds": config.data == "toy", "zeroshot": val is not None and bool(val.classes) and config.data != "toy",
-             "linear": val is not None and bool(val.classes) and bool(train and train.classes),
-             "retrieval": val is not None, "features": False}  # fmt: skip
+    toy, classes = config.data == "toy" and not config.val_data, val is not None and bool(val.classes)
+    needs = dict(kinds=toy, zeroshot=classes and not toy, retrieval=val is not None, features=False)
+    needs["linear"] = classes and train is not None and bool(train.classes)
     skipped = [name for name in wanted if not needs[name] and name != "features"]
     if skipped:
         log.say(f"{', '.join(skipped)}: skipped, since {config.data} has not what that needs (val, classes, facts)")
@@ -1876,12 +1886,12 @@ def evaluate(model, tokenizer, config, world, log, train_split=None):
         return {}
     if val.classes and train is not None and train.classes and val.classes != train.classes and "linear" in wanted:
         fail(f"train and val of {config.data} differ in their classes: {sorted({*val.classes} ^ {*train.classes})[:5]}")
-    some = val
-    if 0 < config.eval_limit < len(val) and isinstance(val, Split):
-        some = val.subset(torch.randperm(len(val), generator=generator(config.seed, "val"))[: config.eval_limit])
-    if config.data == "toy":  # of all that is true, what names the image nearly alone
+    some, facts = val, None
+    if toy:  # of all that is true, what names the image nearly alone
         facts = toy_world("val", config.image_size)[1]
-        some = with_captions(some, [f["relation"] + f["scene"] for f in facts][: len(some)])
+        some = with_captions(val, [f["relation"] + f["scene"] for f in facts])
+    if 0 < config.eval_limit < len(val) and isinstance(val, Split):
+        some = some.subset(torch.randperm(len(val), generator=generator(config.seed, "val"))[: config.eval_limit])
     models, results = {"trained": model}, {}
     if config.baselines:
         models["random"] = build(config, tokenizer.size).to(world.device)
@@ -1921,7 +1931,7 @@ def write_features(model, split, config, world, log):
     """
     kept, image = encode_images(model.eval(), split, config, world, log)
     if config.model == "llip":
-        image = image[:, 1].mean(3 - 1).flatten(1) @ whole(model.out_proj)  # values [N, H, K, d]
+        image = image[:, 1].mean(2).flatten(1) @ whole(model.out_proj)  # values [N, H, K, d]
     arrays = dict(features=F.normalize(image, dim=-1))
     arrays["labels"] = torch.full((len(kept),), -1) if split.labels is None else split.labels[kept]
     if config.tokens:
@@ -1956,7 +1966,7 @@ def token_maps(visual, images):
 
 
 @torch.no_grad()
-def draw_picture(model, tokenizer, images, captions, config, tile=112, gap=8, rows=5):
+def draw_picture(model, tokenizer, images, captions, config, tile=112, gap=8):
     """What different captions of one image look at, as a PIL image: a row for each of images [n, 3, S, S], a column for
     each of its captions. Bright is where the mix looks: the tokens' maps, weighted by how much the caption takes of
     each; relative to the mean over captions. Below, that weight for each head (rows) and token (columns)."""
@@ -2154,7 +2164,7 @@ def run(config, given):
     elif config.init and not config.vocabulary:
         fail(f"{config.init} does not hold its vocabulary: add --vocabulary bpe_simple_vocab_16e6.txt.gz")
     else:
-        tokenizer = make_tokenizer(config, split.table if isinstance(split, Split) else shard_captions(split))
+        tokenizer = make_tokenizer(config, split)
     model = build(config, tokenizer.size)
     if weights:
         load_weights(model, weights, config.init)
@@ -2162,15 +2172,6 @@ def run(config, given):
         model = train(model, tokenizer, split, config, world, out)
         report(model, tokenizer, split, config, world, Log(out, world))
     evaluate(model.to(world.device), tokenizer, config, world, Log(out, world), split)
-
-
-def shard_captions(shards):
-    """Captions of up to 20,000 samples, to learn a vocabulary from."""
-    found = []
-    for index in range(0, len(shards), max(1, len(shards) // 20000)):
-        with contextlib.suppress(OSError):
-            found.append(shards.sample(index)[1])
-    return found
 
 
 # Copied from ijepa.py

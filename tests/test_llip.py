@@ -581,7 +581,7 @@ def test_half_batches_without_their_negatives_are_another_loss(shards):
     model.zero_grad()
     config = replace(config, accumulate=2)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    close(llip.accumulated_backward(model, images, tokens, config, 2**20, scaler), whole, atol=1e-6)
+    close(llip.accumulated_backward(model, images, tokens, config, 2**20, scaler), whole.item(), atol=1e-6)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=1e-4)
 
