@@ -27,7 +27,14 @@ The paper reports: ImageNet zero-shot top-1 83.5 with ViT-G/14, K = 64 (MetaCLIP
 69.7, 74.7, 77.7, 79.7 for B/16, L/14, H/14, G/14 (MetaCLIP 66.2, 72.8, 75.5, 76.8); COCO image-to-text +6.0 points.
 What this file was measured to do stands in the README.
 
-@@MATTERED@@
+Where paper and released code may differ, this follows the code: queries come from the text transformer's output and not
+from the projected z'; every token has key and value matrices of its own; tau divides alone, without sqrt(d); the sum
+over pairs is divided by the number of images. Departures from the code, which change no number: texts are gathered
+from all ranks, instead of passed on in a ring; the pair loss goes by tiles, in float32; --accumulate encodes every part
+twice and so keeps all negatives. Departures that do: small models want tau near sqrt(D / H), as a small one picks a
+random token early and stays with it; the bias starts at ln(1 / (batch - 1)), the log-odds of a true pair, and learns
+ten times faster, since -10 fits batches of 22,000 and Adam moves it by about the learning rate a step; tar shards are read by index instead of as a pipe, so that every step knows its samples. OpenAI's own files are
+TorchScript archives, which run code: save their state dict first.
 """
 
 import contextlib
@@ -544,6 +551,10 @@ class Llip(nn.Module):
         v = self.V_norm(torch.einsum("bkw,kwd->bkd", h, self.v_proj))
         return torch.stack([k, v], 1).unflatten(3, (self.config.mix_heads, -1)).transpose(2, 3)
 
+    def features(self, images):
+        """Images [B, 3, S, S] -> class tokens after the last norm [B, K, W], for probes."""
+        return self.visual(images)
+
     def image(self, images):
         """Images [B, 3, S, S] -> what captions are compared with: [B, 2, H, K, d], or [B, D] of a baseline."""
         h = self.visual(images)
@@ -833,18 +844,27 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 # Copied from ijepa.py
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, Image.DecompressionBombError)
+ADJECTIVES = "bad,low resolution,cropped,bright,dark,close-up,black and white,pixelated,jpeg corrupted,blurry,good"
 CIFAR10_PROMPTS = [f"a {how}photo of {a} {{}}" for how in ("", "blurry ", "black and white ", "low contrast ",
                    "high contrast ", "bad ", "good ") for a in ("a", "the")]  # fmt: skip
 CIFAR10_PROMPTS += [f"a photo of {a} {size} {{}}" for size in ("small", "big") for a in ("a", "the")]
-IMAGENET_PROMPTS = ["itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
-                    "a {} in a video game.", "art of the {}.", "a photo of the small {}."]  # fmt: skip
+IMAGENET_PROMPTS = [f"a {how} photo of {a} {{}}." for how in ADJECTIVES.split(",") for a in ("a", "the")]
+IMAGENET_PROMPTS += [f"a photo of {a} {how}{{}}." for how in ("", "cool ", "dirty ", "clean ", "large ", "nice ",
+                     "weird ", "small ", "hard to see ") for a in ("a", "the")]  # fmt: skip
+IMAGENET_PROMPTS += [f"{how} of {a} {{}}." for how in ("a rendering", "a tattoo", "a drawing", "a painting", "itap",
+                     "a sculpture", "a rendition", "a doodle", "a sketch", "art", "graffiti")
+                     for a in ("a", "the")]  # fmt: skip
+IMAGENET_PROMPTS += [f"{a} {how} {{}}." for how in ("origami", "toy", "plastic", "embroidered", "cartoon", "plushie")
+                     for a in ("a", "the")]  # fmt: skip
+IMAGENET_PROMPTS += ["a {} in a video game.", "the {} in a video game.", "a photo of many {}.", "a photo of my {}.",
+                     "a photo of one {}.", "itap of my {}."]  # fmt: skip
 
 
 @dataclass
 class Split:
     """N images with captions. labels: int64 [N], -1 where unknown; paths: relative to root; pixels: uint8 [N, 3, H, W]
     if in memory; sizes: int64 [N, 2], width and height of the files, not of the pixels where those were resized to one
-    shape. Captions of image i: table[j] for j in valid[first[i]:first[i + 1]]; table holds every caption once."""
+    shape. Captions of image i: table[j] for j in valid[first[i]:][:count[i]]; table holds every caption once."""
 
     root: Path
     paths: list
@@ -855,33 +875,24 @@ class Split:
     table: list = None
     valid: torch.Tensor = None
     first: torch.Tensor = None
+    count: torch.Tensor = None
 
     def __len__(self):
         return len(self.paths)
 
     def subset(self, indices):
         """The same with images `indices` (int64 [n]) only."""
-        pixels, sizes = (None if x is None else x[indices] for x in (self.pixels, self.sizes))
-        paths, labels = [self.paths[i] for i in indices.tolist()], self.labels[indices]
-        first, valid, counts = None, None, self.counts()
-        if counts is not None:
-            counts = counts[indices]
-            first = F.pad(counts.cumsum(0), (1, 0))
-            within = torch.arange(int(first[-1])) - first[:-1].repeat_interleave(counts)
-            valid = self.valid[self.first[indices].repeat_interleave(counts) + within]
-        return replace(self, paths=paths, labels=labels, pixels=pixels, sizes=sizes, valid=valid, first=first)
-
-    def counts(self):
-        """Captions of each image, int64 [N]; None where there are none."""
-        return None if self.first is None else self.first.diff()
+        fields = {k: getattr(self, k) for k in ("labels", "pixels", "sizes", "first", "count")}
+        fields = {k: None if x is None else x[indices] for k, x in fields.items()}
+        return replace(self, paths=[self.paths[i] for i in indices.tolist()], **fields)
 
     def captions(self, index):
         """All captions of one image."""
-        return [self.table[j] for j in self.valid[self.first[index] : self.first[index + 1]].tolist()]
+        return [self.table[j] for j in self.valid[self.first[index] :][: self.count[index]].tolist()]
 
     def choose(self, indices, uniform):
         """For each of the images `indices` one of its captions, by uniforms in [0, 1): int64 indices into table."""
-        return self.valid[self.first[indices] + (uniform * self.counts()[indices]).long()]
+        return self.valid[self.first[indices] + (uniform * self.count[indices]).long()]
 
     def positions(self, start, end, seed):
         """Images at places start..end of the endless shuffled stream, in which an epoch follows the other."""
@@ -909,8 +920,8 @@ def with_captions(split, captions):
     """A Split with its captions, a list for each image."""
     number = {}
     valid = [number.setdefault(c, len(number)) for those in captions for c in those]
-    first = F.pad(torch.tensor([len(those) for those in captions]).cumsum(0), (1, 0))
-    return replace(split, table=list(number), valid=torch.tensor(valid), first=first)
+    count = torch.tensor([len(those) for those in captions])
+    return replace(split, table=list(number), valid=torch.tensor(valid), first=count.cumsum(0) - count, count=count)
 
 
 @functools.lru_cache(maxsize=256)
@@ -961,10 +972,7 @@ class Shards:
         self.starts = F.pad(self.sizes.cumsum(0), (1, 0))
         log.skip(wrong, len(self) + len(wrong), config.max_bad)
         if not len(self):
-            fail(
-                f"no image with a .txt beside it in {paths[0]}"
-                + (f" or the other {len(paths) - 1} shards" * (len(paths) > 1))
-            )
+            fail(f"no image with a .txt beside it in {paths[0]}, nor in the other {len(paths) - 1} shards")
 
     def __len__(self):
         return int(self.starts[-1])
@@ -1040,17 +1048,15 @@ def read_captions(path):
         return [(name.rpartition("#")[0], caption, "") for name, _, caption in lines]
     lines = text.splitlines()
     separator = next((s for s in "\t|," if s in lines[0]), "\t")
-    rows = list(
-        csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE)
-    )
+    quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
+    rows = list(csv.reader(lines, delimiter=separator, quoting=quoting))
     header = [cell.strip().lower() for cell in rows[0]]
     name = next((header.index(n) for n in ("filepath", "image_name", "image", "file", "path") if n in header), None)
     caption = next((header.index(n) for n in ("title", "caption", "comment", "text") if n in header), None)
     if name is None or caption is None:
         name, caption, header = 1, 0, None
-    return [
-        (r[name].strip(), r[caption].strip(), "") for r in rows[header is not None :] if len(r) > max(name, caption)
-    ]
+    rows = (row for row in rows[header is not None :] if len(row) > max(name, caption))
+    return [(row[name].strip(), row[caption].strip(), "") for row in rows]
 
 
 def captions_file(path, name, config, log):
@@ -1075,6 +1081,8 @@ def captions_file(path, name, config, log):
     if "://" in first:
         fail(f"{path} names images by their address ({first}): download them, and put file names there instead")
     root = Path(config.images).expanduser() if config.images else path.parent
+    other = root.with_name(root.name.replace("train", "val"))  # train2017 and val2017 of COCO
+    root = other if name == "val" and other.is_dir() else root
     if not (root / first).exists() and not root.is_dir():
         fail(f"no images at {root}: --images is the folder that {first} in {path} is relative to")
     split = Split(root, list(captions), torch.full((len(captions),), -1), [])
@@ -1103,11 +1111,9 @@ def with_class_captions(split, config):
     """Class folders as captioned images: every prompt about the class is a caption of its images."""
     names, prompts = names_of(split.classes, config), prompts_of(config)
     table = [prompt.format(name) for those in names for name in those for prompt in prompts]
-    counts = torch.tensor([len(those) * len(prompts) for those in names])
-    starts, mine = F.pad(counts.cumsum(0), (1, 0)), counts[split.labels]
-    first = F.pad(mine.cumsum(0), (1, 0))
-    within = torch.arange(int(first[-1])) - first[:-1].repeat_interleave(mine)
-    return replace(split, table=table, valid=starts[split.labels].repeat_interleave(mine) + within, first=first)
+    count = torch.tensor([len(those) * len(prompts) for those in names])
+    fields = dict(first=(count.cumsum(0) - count)[split.labels], count=count[split.labels])
+    return replace(split, table=table, valid=torch.arange(len(table)), **fields)
 
 
 def caption_folder(folder, root, name, config, log):
@@ -1504,8 +1510,8 @@ def train(model, tokenizer, split, config, world, out):
             fully_shard(block)
     model = common.distribute(model, world, config.shard)
     if config.shard:  # evaluation calls the towers one by one
-        register_fsdp_forward_method(model, "image")
-        register_fsdp_forward_method(model, "text")
+        for method in ("features", "image", "text"):
+            register_fsdp_forward_method(model, method)
     optimizer = make_optimizer(plain, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -1650,7 +1656,7 @@ def encode_images(model, split, config, world, log, features=False):
     """
     rows = []
     for images, indices in eval_images(split, config, world, log):
-        rows.append((indices.to(world.device), model.visual(images) if features else model.image(images)))
+        rows.append((indices.to(world.device), model.features(images) if features else model.image(images)))
     return collect(rows, world.device)
 
 
@@ -1707,6 +1713,7 @@ def roc_auc(scores, positive):
 
 def zeroshot_metrics(scores, labels):
     """Percent: top-1 and top-5 accuracy, the mean of classes' accuracies (those that occur), AUC if there are two."""
+    scores, labels = scores.cpu(), labels.cpu()  # MPS has no float64
     order = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
     hits = order[:, 0].double()
     counts = torch.bincount(labels, minlength=scores.shape[1])
@@ -1726,7 +1733,7 @@ def retrieval_ranks(scores, owner):
 
 def rank_metrics(ranks, name):
     """Mean and median rank, counted from 1, and recall at 1, 5 and 10, as shares."""
-    ranks = ranks.double()
+    ranks = ranks.cpu().double()
     found = {f"{name}_mean_rank": ranks.mean().item() + 1, f"{name}_median_rank": math.floor(ranks.quantile(0.5)) + 1}
     return found | {f"{name}_R@{k}": (ranks < k).double().mean().item() for k in (1, 5, 10)}
 
@@ -1749,22 +1756,16 @@ def evaluate_retrieval(model, tokenizer, split, config, world, log, taus):
     for column, tau in taus.items():
         scores = score(model, image, text, config, world, tau)
         i2t, t2i = retrieval_ranks(scores, owner)
-        found = rank_metrics(i2t, "image_to_text") | rank_metrics(t2i, "text_to_image")
-        result = {
-            n.replace("image_to_text", "i2t").replace("text_to_image", "t2i"): 100 * v
-            for n, v in found.items()
-            if "R@" in n
-        }
-        counts = torch.bincount(owner).double()
+        found = rank_metrics(i2t, "i2t") | rank_metrics(t2i, "t2i")
+        result = {name: 100 * value for name, value in found.items() if "R@" in name}
+        own = scores[owner, torch.arange(len(owner), device=owner.device)].cpu().double()
+        image_of, counts = owner.cpu(), torch.bincount(owner.cpu()).double()
         if counts.max() > 1:
-            own = scores[owner, torch.arange(len(owner), device=owner.device)].double()
-            mean, square = (torch.bincount(owner, x) / counts for x in (own, own * own))
-            hits = torch.bincount(owner, (t2i < 10).double())
+            mean, square = (torch.bincount(image_of, x) / counts for x in (own, own * own))
+            hits = torch.bincount(image_of, (t2i.cpu() < 10).double())
             result["spread"] = (square - mean * mean).clamp(min=0).sqrt().mean().item()
-            result |= {
-                "any R@10": 100 * (hits > 0).double().mean().item(),
-                "all R@10": 100 * (hits == counts).double().mean().item(),
-            }
+            any_, all_ = (100 * x.double().mean().item() for x in (hits > 0, hits == counts))
+            result |= {"any R@10": any_, "all R@10": all_}
         results[column] = result
     return results
 

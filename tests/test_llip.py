@@ -586,6 +586,25 @@ def test_half_batches_without_their_negatives_are_another_loss(shards):
         torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resume_in_the_middle_of_a_shard_is_bitwise(shards, monkeypatch, workers):
+    flags = [*SMALL, "--data", shards, "--steps", 9, "--save-every", 1, "--buffer", 10, "--workers", workers]
+    main(*flags, "--out", "whole")
+    schedules = llip.schedules
+
+    def killed(config, step, steps):
+        if step == 5:
+            raise KeyError("killed")
+        return schedules(config, step, steps)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(llip, "schedules", killed)
+        main(*flags, "--out", "killed")
+    assert weights("killed")[0] == 5
+    main(*flags, "--out", "killed", "--resume")
+    test_runs.assert_same("whole", "killed")
+
+
 def test_number_of_workers_changes_nothing(shards, tmp_path):
     for data in (shards, test_runs.photographs(tmp_path / "photos")):
         for workers in (0, 2):
