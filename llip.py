@@ -29,12 +29,13 @@ What this file was measured to do stands in the README.
 
 Where paper and released code may differ, this follows the code: queries come from the text transformer's output and not
 from the projected z'; every token has key and value matrices of its own; tau divides alone, without sqrt(d); the sum
-over pairs is divided by the number of images. Departures from the code, which change no number: texts are gathered
-from all ranks, instead of passed on in a ring; the pair loss goes by tiles, in float32; --accumulate encodes every part
+over pairs is divided by the number of images. Departures from the code, which change no number: texts are gathered from
+all ranks, instead of passed on in a ring; the pair loss goes by tiles, in float32; --accumulate encodes every part
 twice and so keeps all negatives. Departures that do: small models want tau near sqrt(D / H), as a small one picks a
 random token early and stays with it; the bias starts at ln(1 / (batch - 1)), the log-odds of a true pair, and learns
-ten times faster, since -10 fits batches of 22,000 and Adam moves it by about the learning rate a step; tar shards are read by index instead of as a pipe, so that every step knows its samples. OpenAI's own files are
-TorchScript archives, which run code: save their state dict first.
+ten times faster, since -10 fits batches of 22,000 and Adam moves it by about the learning rate a step; tar shards are
+read by index instead of as a pipe, so that every step knows its samples. OpenAI's own files are TorchScript archives,
+which run code: save their state dict first.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ import csv
 import functools
 import gzip
 import hashlib
+import heapq
 import html
 import io
 import itertools
@@ -54,7 +56,7 @@ import tarfile
 import time
 import unicodedata
 import urllib.request
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -308,18 +310,36 @@ def merge(symbols, pair):
 def learn_merges(captions, count):
     """Byte-pair encoding: `count` times the most frequent pair of neighbours becomes a token (ties: the first in order)
     -> ["left right", ...], the lines of a vocabulary file; fewer where no pair is left that occurs twice."""
-    words = Counter(piece for caption in captions for piece in split_words(clean(caption)))
-    words, merges = {to_symbols(piece): n for piece, n in words.items()}, []
+    counts = Counter(piece for caption in captions for piece in split_words(clean(caption)))
+    words = [(to_symbols(piece), n) for piece, n in counts.items()]
+    pairs, where, merges = Counter(), defaultdict(set), []  # where: the words that a pair occurs in, or did
+
+    def tally(index, sign, changed):
+        symbols, n = words[index]
+        for pair in zip(symbols, symbols[1:]):
+            pairs[pair] += sign * n
+            where[pair].add(index)
+            changed.add(pair)
+
+    changed = set()
+    for index in range(len(words)):
+        tally(index, 1, changed)
+    heap = []
     while len(merges) < count:
-        pairs = Counter()
-        for symbols, n in words.items():
-            for pair in zip(symbols, symbols[1:], strict=False):
-                pairs[pair] += n
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
-        if best is None or pairs[best] < 2:
+        for pair in changed:
+            heapq.heappush(heap, (-pairs[pair], pair))
+        changed = set()
+        while heap and -heap[0][0] != pairs[heap[0][1]]:  # counted before a merge changed it
+            heapq.heappop(heap)
+        if not heap or -heap[0][0] < 2:
             break
+        best = heapq.heappop(heap)[1]
         merges.append(" ".join(best))
-        words = {merge(symbols, best): n for symbols, n in words.items()}
+        for index in where.pop(best):
+            symbols, n = words[index]
+            tally(index, -1, changed)
+            words[index] = merge(symbols, best), n
+            tally(index, 1, changed)
     return merges
 
 
