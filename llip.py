@@ -922,7 +922,8 @@ class Split:
 
     def sample(self, index, uniform):
         """(the image's file, one of its captions)."""
-        caption = self.table[int(self.choose(torch.tensor([index]), torch.tensor([uniform])))]
+        uniform = torch.tensor([uniform], dtype=torch.float64)  # below 1, which float32 would round to
+        caption = self.table[int(self.choose(torch.tensor([index]), uniform))]
         return self.root / self.paths[index], caption
 
     def some_captions(self):
