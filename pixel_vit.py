@@ -2162,7 +2162,10 @@ def load_judge(config, world, log):
         c = replace(Config(), **PRESETS["toy"] | dict(steps=400, image_size=config.image_size))
         c = replace(c, classes=len(TOY_CLASSES), compile=config.compile, precision=config.precision)
         log.say("training a classifier to judge the samples")
-        model = train(*build(c), open_data(c, "train"), c, world, log.path.parent / "judge")[1]
+        folder = log.path.parent / "judge"
+        folder.mkdir(exist_ok=True)
+        with torch.enable_grad():
+            model = train(*build(c), open_data(c, "train"), c, world, folder)[1]
         name = "the toy classifier"
     elif zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
         module = load_torchscript(path, device)
