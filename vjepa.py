@@ -30,10 +30,11 @@ The papers report (ViT-H): Kinetics-400 82.0, Something-Something-v2 71.4 (froze
 pairs right (pixel prediction, language models and random networks: near 50). README has what was measured here.
 
 The toy world is made so that only memory helps: a possible and an impossible video consist of the very same frames, and
-of the same short runs of frames. What was seen to matter there: with the usual initial weights 1,000 steps ended on a
-plateau, where predictions were the scene's average whatever had been hidden, and no pair was told apart; with --align
-states are carried through the occlusion from about 400 steps on. Where things rarely rest, the median that an L1 loss
-asks for is the closed screen, and there is nothing to remember. `gravity` stays at chance: rising shelves and lifts,
+of the same short runs of frames. What was seen to matter there: with the usual initial weights, in a world where things
+rarely rest, 1,000 steps ended on a plateau: predictions were the scene's average whatever had been hidden, and no pair
+was told apart. Where the screens are up most of the time, that is the median which an L1 loss asks for; so things now
+rest for longer. And with --align places attend to places like them from the start: without it the difference between
+what stays and what is swapped is, after 900 steps, a twentieth. `gravity` stays at chance: rising shelves and lifts,
 though legal, change more of the picture than falls do and surprise more, so one pair of each four comes out wrong.
 
 Where paper and released code differ, this follows the code: weight decay along a cosine; masks cut to the shortest of a
