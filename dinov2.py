@@ -1561,7 +1561,7 @@ def accuracy(scores, labels):
 
 def top5(scores, labels):
     """Share of rows [N, C] whose label [N] is among the five highest scores, percent."""
-    return 100 * (scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]).any(1).double().mean()
+    return 100 * (scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]).any(1).float().mean()
 
 
 def few_shot(labels, per_class, seed):
@@ -1657,9 +1657,11 @@ def augmented_batches(backbone, split, config, world, log):
 def logistic_regression(train, val, classes, seed=0):
     """Logistic regression on class tokens: C of a grid chosen on a tenth of the training images, then fitted on all.
 
-    train, val: Features -> (top-1 in percent, C). L2 penalty, L-BFGS in float64, at most 1,000 iterations each.
+    train, val: Features -> (top-1 in percent, C). L2 penalty, L-BFGS, at most 1,000 iterations each, in float64 where
+    the device has it.
     """
-    x, y = train.pooled.double(), train.labels
+    dtype = torch.float32 if train.pooled.device.type == "mps" else torch.float64
+    x, y = train.pooled.to(dtype), train.labels
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     held, rest = order[: len(x) // 10], order[len(x) // 10 :]
 
@@ -1686,7 +1688,7 @@ def logistic_regression(train, val, classes, seed=0):
         weight = fit(x[rest], y[rest], c, weight)
         found.append((top1(weight, x[held], y[held]), -c, weight))
     _, c, weight = max(found, key=lambda f: f[:2])
-    return top1(fit(x, y, -c, weight), val.pooled.double(), val.labels), -c
+    return top1(fit(x, y, -c, weight), val.pooled.to(dtype), val.labels), -c
 
 
 def average_precision(relevant, junk=None, trapezoid=False):
@@ -1713,7 +1715,7 @@ def retrieval(queries, database, labels, query_labels):
     database, found = F.normalize(database, dim=1), []
     for rows, y in zip(F.normalize(queries, dim=1).split(256), query_labels.split(256)):
         ranking = (rows @ database.T).argsort(dim=1, descending=True)
-        found.append(average_precision(labels[ranking] == y[:, None]))
+        found.append(average_precision((labels[ranking] == y[:, None]).cpu()))
     return 100 * torch.cat(found).nanmean().item()
 
 
@@ -1762,7 +1764,7 @@ def segmentation_probe(backbone, config, device, steps=300, batch=64):
     x, y = maps["val"]
     with torch.no_grad():
         found = torch.cat([logits(part).argmax(1) for part in x.split(config.eval_batch)])
-    table = torch.bincount((y * classes + found).flatten(), minlength=classes**2).view(classes, classes).double()
+    table = torch.bincount((y * classes + found).flatten(), minlength=classes**2).view(classes, classes).cpu().double()
     both = table.diag()
     return (100 * both / (table.sum(0) + table.sum(1) - both).clamp(min=1)).mean().item()
 
@@ -1935,7 +1937,7 @@ def central_side(features, grid):
     """Whether to flip the sign of the first component: what lies at the images' borders is taken for background."""
     first = principal_components(features.flatten(0, 1), 1)[1].view(-1, *grid)
     border = torch.cat([first[:, 0], first[:, -1], first[:, :, 0], first[:, :, -1]], dim=1)
-    return bool((border > 0).double().mean() > (first > 0).double().mean())
+    return bool((border > 0).float().mean() > (first > 0).float().mean())
 
 
 def picture_inputs(backbone, split, config, world, log, count):

@@ -1941,7 +1941,7 @@ def accuracy(scores, labels):
 # Copied from dinov2.py
 def top5(scores, labels):
     """Share of rows [N, C] whose label [N] is among the five highest scores, percent."""
-    return 100 * (scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]).any(1).double().mean()
+    return 100 * (scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]).any(1).float().mean()
 
 
 # Copied from ijepa.py

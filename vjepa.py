@@ -1579,7 +1579,7 @@ def video_surprise(model, target, video, config, frames, contexts, aspect, devic
             expected = None if config.target == "pixels" else target
             token, normed = surprise_token(config), config.normalize_context
             rows.append(surprise(model, expected, part, contexts, config.patch, config.tubelet, token, normed))
-    return torch.cat(rows, dim=1).double().cpu()
+    return torch.cat(rows, dim=1).cpu().double()
 
 
 def measure(model, target, trials, config, world, log):
