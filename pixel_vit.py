@@ -2166,8 +2166,7 @@ def load_judge(config, world, log):
         log.say("training a classifier to judge the samples")
         folder = log.path.parent / "judge"
         folder.mkdir(exist_ok=True)
-        with torch.enable_grad():
-            model = train(*build(c), open_data(c, "train"), c, world, folder)[1]
+        model = train(*build(c), open_data(c, "train"), c, world, folder)[1]
         name = "the toy classifier"
     elif zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
         module = load_torchscript(path, device)

@@ -177,6 +177,8 @@ SCRIPTS = {
                     variants={"ours": (), "ours, a size of crop after the other": ("--no-together",)}),
 }  # fmt: skip
 
+OWN = ("pixel_vit", "llip", "mvp_eval")  # what is measured of them differs: tests/bench_NAME.py, which takes the flags
+
 
 def run_script(name, flags, steps):
     """A script as users run it, from the command line: speed and memory from its own log."""
@@ -291,7 +293,7 @@ def decode_videos(paths, clips=2):
 def main():
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scripts", nargs="*", help=f"of {', '.join(SCRIPTS)}; default all")
+    parser.add_argument("scripts", nargs="*", help=f"of {', '.join((*SCRIPTS, *OWN))}; default all")
     parser.add_argument("--decode", help="a folder of images or videos: measure only how fast they are read")
     parser.add_argument("--steps", type=int, default=18, help="steps of each measurement")
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
@@ -306,7 +308,10 @@ def main():
             if paths:
                 read(paths)
         return
-    for script in args.scripts or SCRIPTS:
+    for script in args.scripts or (*SCRIPTS, *OWN):
+        if script in OWN:
+            subprocess.run([sys.executable, ROOT / "tests" / f"bench_{script}.py", *flags], check=True)
+            continue
         for shape in [flags] if flags else [s.split() for s in SCRIPTS[script].shapes.values()]:
             bench_step(script, shape, args.steps)
 

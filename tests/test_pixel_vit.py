@@ -790,6 +790,28 @@ def test_classifier_needs_labels_and_diffusion_does_not(tmp_path, capsys):
 LEARN = "--image-size 8 --device cpu --no-compile --log-every 50".split()
 
 
+def test_toy_samples_are_judged_by_a_classifier_that_is_trained_for_it(monkeypatch):
+    monkeypatch.setitem(pixel_vit.PRESETS, "toy", pixel_vit.PRESETS["toy"] | dict(width=16, depth=1, batch=4))
+    flags = [
+        *TINY,
+        *TASKS["diffusion"].split(),
+        "--steps",
+        1,
+        "--eval",
+        "generate",
+        "--generate",
+        40,
+        "--out",
+        "judged",
+    ]
+    main(*flags)
+    results = log_rows("judged")[-1]["eval"]
+    assert results.keys() == {"real", "samples", "guided", "untrained"}
+    assert all(math.isfinite(column["frechet"]) for column in results.values())
+    assert results["real"]["frechet"] < results["samples"]["frechet"]
+    assert results["real"]["of the asked class"] > 15, "the judge did not learn"
+
+
 def test_classifier_learns():
     """In half a minute, at 8 x 8 pixels: far above chance (10 %) and above a random network of the same shape."""
     main(*LEARN, "--steps", 300, "--eval", "accuracy", "--out", "learnt")
