@@ -35,7 +35,7 @@ rarely rest, 1,000 steps ended on a plateau: predictions were the scene's averag
 was told apart. Where the screens are up most of the time, that is the median which an L1 loss asks for; so things now
 rest for longer. And with --align places attend to places like them from the start: without it the difference between
 what stays and what is swapped is, after 900 steps, a twentieth. `gravity` stays at chance: rising shelves and lifts,
-though legal, change more of the picture than falls do and surprise more, so one pair of each four comes out wrong.
+though legal, change more of the picture than falls do and surprise more, so one of each two pairs comes out wrong.
 
 Where paper and released code differ, this follows the code: weight decay along a cosine; masks cut to the shortest of a
 GPU's batch by keeping the first tokens, so late frames are dropped; weights normal(0, 0.02) without the rescaling that
