@@ -88,14 +88,15 @@ class Config:
     val_data: str = ""  # what to evaluate on, as --data; default what belongs to it: val/, or a file called val
 
     # model
-    model: str = "llip"  # llip, siglip, clip; registers, average: SigLIP with K tokens, of which the first or the mean
+    model: str = "llip"  # llip, siglip, clip; registers, average, learned: SigLIP with K tokens (see MODELS)
     image_size: int = 32  # side of the image, pixels
     patch: int = 8  # side of a patch, pixels
     width: int = 64  # vision width
     depth: int = 3  # vision blocks
     heads: int = 4  # attention heads of the vision transformer
     mlp_hidden: int = 0  # hidden width of its MLPs, 0 = 4 x width
-    mixture_tokens: int = 8  # K: class tokens of llip, registers and average (siglip and clip have one)
+    mixture_tokens: int = 8  # K: class tokens; siglip and clip have one
+    all_tokens: bool = False  # llip and learned: mix the patches too, K + P tokens
     text_width: int = 64  # text width
     text_depth: int = 2  # text blocks
     text_heads: int = 4  # attention heads of the text transformer
@@ -182,7 +183,7 @@ FOLDER = dict(
     batch=256, epochs=30, lr=5e-4, eval="zeroshot,retrieval", log_every=50,
 )  # fmt: skip
 PRESETS = {
-    "toy": dict(steps=1500, merges=200),  # the defaults of Config
+    "toy": dict(steps=3000, merges=200),  # the defaults of Config
     "cifar10-cpu": CIFAR10 | dict(patch=8, width=96, depth=4, mixture_tokens=8, text_width=64, embedding=64, tau=4.0,
                                   batch=256, epochs=0, steps=6000),
     "cifar10": CIFAR10,  # on one GPU; not measured yet, nor is folder
@@ -194,7 +195,9 @@ PRESETS = {
     "vit_g14": PAPER | GIANT,
 }  # fmt: skip
 DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10", "*": "folder"}
-MODELS = ("llip", "siglip", "clip", "registers", "average")
+# between siglip and llip stand the paper's ablations, each with K class tokens and a matrix for each, but one vector an
+# image: the first token; the mean of all; a learned mix of all, H x K weights that are the same for every caption
+MODELS = ("llip", "siglip", "clip", "registers", "average", "learned")
 EVALUATIONS = ("kinds", "zeroshot", "retrieval", "linear", "features", "none")
 
 
@@ -217,6 +220,8 @@ def check(config, world, training=True):
             fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}")
     if c.tau <= 0 or c.logit_scale <= 0 or c.mixture_tokens < 1 or c.context < 3:
         fail("--tau and --logit-scale must be above 0, --mixture-tokens at least 1, --context at least 3")
+    if c.all_tokens and c.model not in ("llip", "learned"):
+        fail(f"--all-tokens is for --model llip and learned, not for {c.model}")
     if c.logit_bias != "auto" and not re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", c.logit_bias):
         fail(f"--logit-bias {c.logit_bias!r} is neither a number nor auto")
     if training and (c.batch < 2 or c.batch % (world.size * c.accumulate)):
@@ -498,7 +503,10 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's vision transformer with K class tokens, of which only these are returned: [B, 3, S, S] -> [B, K, W]."""
+    """CLIP's vision transformer with K class tokens, of which only these are returned: [B, 3, S, S] -> [B, K, W].
+
+    With --all-tokens the patches are returned too, behind them, and K stands for K + P from here on.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -510,7 +518,8 @@ class VisionTransformer(nn.Module):
         self.ln_pre, self.ln_post = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
         hidden = c.mlp_hidden or 4 * c.width
         self.transformer = Transformer(c.width, c.depth, c.heads, hidden, c.quick_gelu, False, c.recompute)
-        if c.model != "llip":  # with one token as in CLIP, else a matrix per token
+        self.returned = None if c.all_tokens else tokens
+        if c.model not in ("llip", "learned"):  # with one token as in CLIP, else a matrix per token
             self.proj = nn.Parameter(std * torch.randn(tokens, c.width, c.embedding).squeeze(0))
 
     def embed(self, images):
@@ -521,7 +530,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images):
         """[B, 3, S, S] -> the K class tokens after the last norm, [B, K, W]."""
-        return self.ln_post(self.transformer(self.embed(images), first=len(self.class_embedding)))
+        return self.ln_post(self.transformer(self.embed(images), first=self.returned))
 
 
 def token_count(config):
@@ -550,12 +559,18 @@ class Llip(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(c.logit_scale)]))
         bias = -math.log(max(1, c.batch - 1)) if c.logit_bias == "auto" else float(c.logit_bias)
         self.logit_bias = None if c.model == "clip" else nn.Parameter(torch.tensor([bias]))
+        mixed = c.mixture_tokens + c.all_tokens * (c.image_size // c.patch) ** 2
         if c.model == "llip":
-            self.k_proj, self.v_proj = (
-                nn.Parameter(c.width**-0.5 * torch.randn(c.mixture_tokens, c.width, c.embedding)) for _ in range(2)
-            )
+            self.k_proj = nn.Parameter(c.width**-0.5 * torch.randn(mixed, c.width, c.embedding))
+        if c.model in ("llip", "learned"):
+            self.v_proj = nn.Parameter(c.width**-0.5 * torch.randn(mixed, c.width, c.embedding))
+        if c.model == "llip":
             self.q_proj = nn.Parameter(u**-0.5 * torch.randn(u, c.embedding))
+        if c.model in ("llip", "learned"):
             self.out_proj = nn.Parameter(c.embedding**-0.5 * torch.randn(c.embedding, c.embedding))
+        if c.model == "learned":
+            self.mix = nn.Parameter(torch.zeros(c.mix_heads, mixed))
+        if c.model == "llip":
             norm = functools.partial(nn.LayerNorm, c.embedding) if c.mix_norm else nn.Identity
             self.K_norm, self.Q_norm, self.V_norm = norm(), norm(), norm()
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -580,6 +595,9 @@ class Llip(nn.Module):
         h = self.visual(images)
         if self.config.model == "llip":
             return self.mixture(h)
+        if self.config.model == "learned":
+            v = torch.einsum("bkw,kwd->bkd", h, self.v_proj).unflatten(2, (self.config.mix_heads, -1))
+            return torch.einsum("bkhd,hk->bhd", v, self.mix.softmax(1)).flatten(1) @ self.out_proj
         if self.config.model == "average":
             return torch.einsum("bkw,kwd->bd", h, self.visual.proj.view(h.shape[1], h.shape[2], -1)) / h.shape[1]
         return h[:, 0] @ (self.visual.proj if self.visual.proj.dim() == 2 else self.visual.proj[0])
@@ -1974,7 +1992,7 @@ def write_features(model, split, config, world, log):
 @torch.no_grad()
 def token_maps(visual, images):
     """Where the class tokens look: attention rolled out over the blocks (the mean over heads, half of it the residual
-    path), from each class token to the patches, each map summing to 1. images [B, 3, S, S] -> [B, K, G, G]."""
+    path), from each returned token to the patches, each map summing to 1. images [B, 3, S, S] -> [B, K, G, G]."""
     x, rolled = visual.embed(images), None
     for block in visual.transformer.resblocks:
         q, k, _ = block.attn.project(block.ln_1(x))
@@ -1982,8 +2000,7 @@ def token_maps(visual, images):
         attention = (attention + torch.eye(x.shape[1], device=x.device)) / 2
         rolled = attention if rolled is None else attention @ rolled
         x = block(x)
-    tokens = len(visual.class_embedding)
-    maps = rolled[:, :tokens, tokens:]
+    maps = rolled[:, : visual.returned, len(visual.class_embedding) :]
     return (maps / maps.sum(-1, keepdim=True)).unflatten(2, (math.isqrt(maps.shape[2]),) * 2)
 
 
@@ -2032,7 +2049,8 @@ def draw_picture(model, tokenizer, images, captions, config, tile=112, gap=8):
 # Checkpoints: ours, Llip's, and in CLIP's layout
 # ---------------------------------------------------------------------------------------------------------------------
 
-ARCHITECTURE = ("model", "image_size", "patch", "width", "depth", "heads", "mlp_hidden", "mixture_tokens")
+ARCHITECTURE = ("model", "image_size", "patch", "width", "depth", "heads", "mlp_hidden", "mixture_tokens",
+                "all_tokens")  # fmt: skip
 ARCHITECTURE += ("text_width", "text_depth", "text_heads", "context", "embedding", "mix_heads", "mix_norm", "tau")
 ARCHITECTURE += ("quick_gelu",)
 
@@ -2090,8 +2108,8 @@ def read_checkpoint(path, config, given=()):
     hidden = len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"])
     text_width, embedding = weights["text_projection"].shape
     model = config.model
-    if "k_proj" in weights:
-        model = "llip"
+    if "v_proj" in weights:
+        model = "llip" if "k_proj" in weights else "learned"
     elif model == "llip":
         model = "clip" if "logit_bias" not in weights else "siglip"
     if model == "clip":
@@ -2101,7 +2119,7 @@ def read_checkpoint(path, config, given=()):
         model=model, image_size=patch * grid, patch=patch, width=width, depth=depth("visual.transformer.resblocks."),
         mlp_hidden=0 if hidden == 4 * width else hidden, mixture_tokens=tokens, text_width=text_width,
         text_depth=depth("transformer.resblocks."), context=len(weights["positional_embedding"]), embedding=embedding,
-        mix_norm="K_norm.weight" in weights,
+        mix_norm="K_norm.weight" in weights, all_tokens=len(weights.get("v_proj", ())) > tokens,
     )  # fmt: skip
     likely = (
         p

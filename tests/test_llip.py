@@ -221,6 +221,34 @@ def test_one_mixture_token_is_siglip():
     close(loss_of(one, images, tokens, config), loss_of(other, images, tokens, other.config).detach(), atol=1e-5)
 
 
+def test_learned_mix_is_llip_with_one_mix_for_all_captions():
+    """Keys that are all alike leave Llip the plain mean, which is where the learned mix starts."""
+    config = Config(model="learned")
+    learned, other = llip.build(config, 40), llip.build(replace(config, model="llip"), 40)
+    other.load_state_dict(learned.state_dict(), strict=False)
+    other.k_proj.data.zero_()
+    images, tokens = torch.randn(6, 3, 32, 32), torch.randint(40, (6, 16))
+    close(loss_of(learned, images, tokens, config), loss_of(other, images, tokens, other.config).detach(), atol=1e-5)
+    learned.mix.data[:, 3] = 50.0  # all of token 3
+    v = torch.einsum("bw,wd->bd", learned.features(images)[:, 3], learned.v_proj[3])
+    close(learned.image(images), (v @ learned.out_proj).detach(), atol=1e-4)
+
+
+def test_all_tokens_are_mixed(tmp_path):
+    """With --all-tokens the patches have keys and values of their own, behind those of the class tokens."""
+    config = Config(all_tokens=True, mixture_tokens=3)
+    model = llip.build(config, 40)
+    images = torch.randn(2, 3, 32, 32)
+    h = model.visual.ln_post(model.visual.transformer(model.visual.embed(images)))
+    assert model.image(images).shape == (2, 2, 4, 3 + 16, 8)
+    close(model.image(images)[:, 1, :, 7].flatten(1), (h[:, 7] @ model.v_proj[7]).detach())
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    flags = dict(heads=4, text_heads=4, mix_heads=4, tau=3.0)
+    again, _, found = llip.load_model(tmp_path / "weights.pt", replace(Config(), **flags), flags)
+    assert found.all_tokens and found.mixture_tokens == 3
+    close(again.image(images), model.image(images).detach())
+
+
 def test_all_parameters_get_gradients():
     for name in llip.MODELS:
         config = Config(model=name)
