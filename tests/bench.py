@@ -2,6 +2,7 @@
 
     python tests/bench.py                 # every script, tables in Markdown
     python tests/bench.py ijepa msn --steps 20 --width 192
+    python tests/bench.py --profile ijepa msn --preset cifar10-cpu --data toy    # where the time of a step goes
     python tests/bench.py --decode DIR    # images, or clips of videos, read a second and core
 
 Both run in processes of their own, one after the other, twice in turn; speeds are the better of the two, since other
@@ -11,6 +12,7 @@ element-wise count as nothing), over the speed of a large matrix product of the 
 
 import argparse
 import copy
+import importlib
 import json
 import subprocess
 import sys
@@ -242,6 +244,47 @@ def bench_step(name, flags, steps):
         print(bench.beside(bench.module, config), flush=True)
 
 
+# ------------------------------------------------------------------------------------------------------------ profiling
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::mkldnn_convolution")
+
+
+def profile_steps(name, flags, steps, rows=12):
+    """Print which operators the time of a script's training goes to, their own time without what they call."""
+    module, found = importlib.import_module(name), {}
+
+    def profiled(*args, train=module.train, **kwargs):
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        kinds += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        begin = time.monotonic()
+        with torch.profiler.profile(activities=kinds) as profile:
+            result = train(*args, **kwargs)
+        found.update(seconds=time.monotonic() - begin, events=profile.key_averages())
+        return result
+
+    module.train = profiled
+    with tempfile.TemporaryDirectory() as folder:
+        own = ["--steps", steps, "--eval", "none", "--save-every", 10**9, "--out", Path(folder) / "run"]
+        module.main([*flags, *map(str, own)])
+
+    def own_time(event):
+        return getattr(event, "self_device_time_total", 0) if torch.cuda.is_available() else event.self_cpu_time_total
+
+    events = sorted(found["events"], key=own_time, reverse=True)
+    total = sum(map(own_time, events))
+    products = sum(own_time(e) for e in events if e.key in PRODUCTS) / total
+    attention = sum(own_time(e) for e in events if "attention" in e.key) / total
+    print(
+        f"\n{name}.py, {' '.join(flags)}: {steps} steps, {1000 * found['seconds'] / steps:.1f} ms each under the "
+        f"profiler, of which {total / steps / 1000:.1f} ms in operators (all threads): matrix products "
+        f"{100 * products:.0f} %, fused attention {100 * attention:.0f} %\n"
+    )
+    print("| operator | calls a step | ms a step | % |\n|---|---|---|---|")
+    for e in events[:rows]:
+        share = f"{own_time(e) / steps / 1000:.2f} | {100 * own_time(e) / total:.1f}"
+        print(f"| {e.key} | {e.count / steps:.1f} | {share} |", flush=True)
+
+
 # ------------------------------------------------------------------------------------------------------------- decoding
 
 
@@ -295,6 +338,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scripts", nargs="*", help=f"of {', '.join((*SCRIPTS, *OWN))}; default all")
     parser.add_argument("--decode", help="a folder of images or videos: measure only how fast they are read")
+    parser.add_argument("--profile", action="store_true", help="print which operators a script's time goes to")
     parser.add_argument("--steps", type=int, default=18, help="steps of each measurement")
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
@@ -309,6 +353,9 @@ def main():
                 read(paths)
         return
     for script in args.scripts or (*SCRIPTS, *OWN):
+        if args.profile:
+            profile_steps(script, flags or ["--preset", "toy"], args.steps)
+            continue
         if script in OWN:
             subprocess.run([sys.executable, ROOT / "tests" / f"bench_{script}.py", *flags], check=True)
             continue

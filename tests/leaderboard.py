@@ -319,7 +319,8 @@ def main(argv=None):
     """The command line; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names, or their beginnings: " + ", ".join(METHODS))
+    known = ", ".join(METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help=f"names, or their beginnings: {known}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", type=float, default=5, help="of training, on two cores, or on the --device")
     parser.add_argument("--trial", type=int, default=20, help="steps on which a step's time is measured")
