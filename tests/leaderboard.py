@@ -1,7 +1,7 @@
 """The table nobody has: every method on the same images, with an encoder of the same size, in the same computing time.
 
     python tests/leaderboard.py                              # toy, then CIFAR-10: hours, see below
-    python tests/leaderboard.py --data toy --minutes 1 --methods ijepa msn
+    python tests/leaderboard.py --data toy --minutes 1 --methods i-jepa msn
     python tests/leaderboard.py --readme README.md           # ... and put the tables between README's markers
 
 Each method trains with its own recipe (its preset for such images, from its script); image, patch and encoder size are
@@ -181,7 +181,7 @@ def measure(data, method, seed, args):
         step = max(cost[3 + args.trial] - cost[3], 1e-3) / args.trial
         random = evaluate(features(script, flags, trial, images, args.device))
         shutil.rmtree(trial)
-        seconds = args.minutes * 60 * (1 if args.device else 2)
+        seconds = args.minutes[data] * 60 * (1 if args.device else 2)
         plan.write_text(json.dumps(dict(steps=max(1, round(seconds / step)), step=step, random=random)))
     plan = json.loads(plan.read_text())
     whole = not (out / "last.pt").exists()  # else the time before the cut is not known
@@ -251,7 +251,7 @@ def markdown(data, rows, pixels, args):
     unit = "core" if not args.device else args.device
     many = len(next(iter(rows.values())))
     lines = [
-        f"**{'CIFAR-10' if data == 'cifar10' else 'Toy textures'}**, `{DATA[data].size}`, {args.minutes:g} minutes on "
+        f"**{'CIFAR-10' if data == 'cifar10' else 'Toy textures'}**, `{DATA[data].size}`, {args.minutes[data]:g} minutes on "
         f"{'two cores' if not args.device else args.device} each, {many} seed{'s' if many > 1 else ''}; untrained in "
         f"brackets; {DATA[data].bank:,} labelled images:",
         "",
@@ -322,7 +322,8 @@ def main(argv=None):
     known = ", ".join(METHODS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help=f"names, or their beginnings: {known}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--minutes", type=float, default=5, help="of training, on two cores, or on the --device")
+    minutes = "of training, on two cores, or on the --device; one number, or one for each of --data"
+    parser.add_argument("--minutes", type=float, nargs="+", default=[2, 10], help=minutes)
     parser.add_argument("--trial", type=int, default=20, help="steps on which a step's time is measured")
     parser.add_argument("--out", type=Path, default=Path("runs/leaderboard"))
     parser.add_argument("--device", default="", help="cuda or mps, by default two CPU cores")
@@ -334,13 +335,16 @@ def main(argv=None):
         parser.error(f"--methods: none of {list(METHODS)}")
     if args.readme and "<!-- end of leaderboard -->" not in args.readme.read_text():
         parser.error(f"{args.readme} has no <!-- leaderboard --> ... <!-- end of leaderboard -->")
-    settings = json.dumps(dict(minutes=args.minutes, device=args.device))
+    if len(args.minutes) not in (1, len(args.data)):
+        parser.error(f"--minutes has {len(args.minutes)} numbers, but --data {len(args.data)} names")
+    args.minutes = dict(zip(args.data, args.minutes * (len(args.data) if len(args.minutes) == 1 else 1)))
     args.out = args.out.absolute()
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
-    before = args.out / "settings.json"
-    if before.exists() and before.read_text() != settings:
-        parser.error(f"{args.out} holds a leaderboard with {before.read_text()}: choose another --out, or delete it")
-    before.write_text(settings)
+    for data in args.data:
+        settings, before = f"{args.minutes[data]:g} minutes on {args.device or 'cpu'}", args.out / f"{data}.budget"
+        if before.exists() and before.read_text() != settings:
+            parser.error(f"{args.out} has results of {before.read_text()}: choose another --out, or delete it")
+        before.write_text(settings)
     torch.set_num_threads(1)
     for data in args.data:
         prepare(data, args.out / "images" / data)

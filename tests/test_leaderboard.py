@@ -47,7 +47,7 @@ def test_a_cell_of_the_table(few_images, tmp_path, monkeypatch, capsys):
     assert page.read_text() == text
     with pytest.raises(SystemExit) as stopped:
         leaderboard.main([*command, "--minutes", "1"])
-    assert stopped.value.code == 2 and "holds a leaderboard" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "has results of 0.005 minutes" in capsys.readouterr().err
 
 
 def test_evaluation_finds_classes_that_are_there():
