@@ -1,6 +1,6 @@
 """The table nobody has: every method on the same images, with an encoder of the same size, in the same computing time.
 
-    python tests/leaderboard.py                              # toy, then CIFAR-10: hours, see below
+    python tests/leaderboard.py                              # toy, then CIFAR-10: about three hours
     python tests/leaderboard.py --data toy --minutes 1 --methods i-jepa msn
     python tests/leaderboard.py --readme README.md           # ... and put the tables between README's markers
 
@@ -250,10 +250,10 @@ def markdown(data, rows, pixels, args):
     """The table of one data set; rows: {method: [result of a seed]}, in the order of their kNN."""
     unit = "core" if not args.device else args.device
     many = len(next(iter(rows.values())))
+    title = "CIFAR-10" if data == "cifar10" else "Toy textures"
     lines = [
-        f"**{'CIFAR-10' if data == 'cifar10' else 'Toy textures'}**, `{DATA[data].size}`, {args.minutes[data]:g} minutes on "
-        f"{'two cores' if not args.device else args.device} each, {many} seed{'s' if many > 1 else ''}; untrained in "
-        f"brackets; {DATA[data].bank:,} labelled images:",
+        f"**{title}**, `{DATA[data].size}`, {args.minutes[data]:g} minutes on {args.device or 'two cores'} each, "
+        f"{many} seed{'s' if many > 1 else ''}; untrained in brackets; {DATA[data].bank:,} labelled images:",
         "",
         "| method | " + " | ".join(SCORES.values()) + f" | images seen | images/s and {unit} | peak memory, GiB |",
         "|---|" + "---|" * (len(SCORES) + 3),
