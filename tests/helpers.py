@@ -1,6 +1,9 @@
 """What the tests of all scripts share: running a script as a user does, in one process or several, and killing it."""
 
+import functools
+import importlib
 import json
+import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -9,6 +12,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,10 +50,50 @@ def run(script, *flags, ranks=1, code=0, timeout=240, **env):
     return result.stdout + result.stderr
 
 
+@functools.cache
+def forks():
+    """Processes that start in milliseconds: copies of one that has imported the scripts, which takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([path.stem for path in ROOT.glob("*.py")])
+    with mock.patch.dict(os.environ, environment() | {"PYTHONPATH": os.pathsep.join(sys.path)}, clear=True):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def call_lines(*lines):
+    """In a process of its own: call command lines, each [script's name, *flags], one after the other."""
+    os.setsid()
+    torch.set_num_threads(1)
+    leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # a process joins a group only once
+    for script, *flags in lines:
+        sys.argv = [f"{script}.py", *flags]
+        importlib.import_module(script).main(flags)
+    if dist.is_initialized():
+        leave()
+
+
+def call_lines_as_rank(rank, ranks, port, lines):
+    """The same in the environment that torchrun makes."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+    call_lines(*lines)
+
+
+def on_ranks(function, *args, ranks, timeout=900):
+    """Call function(rank, *args) in one process per rank, to the end of all; what one raises is raised."""
+    forks()
+    group = torch.multiprocessing.start_processes(function, args, ranks, join=False, start_method="forkserver")
+    end = time.monotonic() + timeout
+    while not group.join(1):
+        if time.monotonic() > end:
+            for process in group.processes:
+                process.kill()
+            raise TimeoutError(f"{function.__name__} took more than {timeout} seconds on {ranks} ranks")
+
+
 def run_several(*lines, ranks):
     """Run command lines, each [script's name, *flags], one after the other in the same processes, one per rank."""
-    words = [word for line in lines for word in ("--then", *line)][1:]
-    return run("tests/several.py", *words, ranks=ranks)
+    on_ranks(call_lines_as_rank, ranks, free_port(), [list(map(str, line)) for line in lines], ranks=ranks)
 
 
 def start(script, *flags, ranks=1):
@@ -55,7 +102,25 @@ def start(script, *flags, ranks=1):
     return subprocess.Popen(command(script, *flags, ranks=ranks), env=environment(), **options)
 
 
-def kill_at_random(script, *flags, times, seed, longest):
+class Forked:
+    """A script in a forked process, in a process group of its own; with those methods of Popen that a kill needs."""
+
+    def __init__(self, script, *flags):
+        line = [Path(script).stem, *map(str, flags)]
+        self.process = forks().Process(target=call_lines, args=(line,))
+        self.process.start()
+        self.pid = self.process.pid
+        while self.poll() is None and os.getpgid(self.pid) != self.pid:
+            time.sleep(0.01)
+
+    def poll(self):
+        return self.process.exitcode
+
+    def communicate(self):
+        self.process.join()
+
+
+def kill_at_random(script, *flags, times, seed, longest, start=start):
     """Run with --resume, kill -9 after a random time, and again; returns how many were killed before their end."""
     chance, killed = random.Random(seed), 0
     for _ in range(times):

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, kill_at_random, log_rows
-from helpers import run as launch
+from helpers import Forked, kill_at_random, log_rows, run_several
 from PIL import Image
 from reference_dinov2 import eval_transform_pil, infinite_order, sharded_order, views_pil
 
@@ -636,8 +636,10 @@ def test_kill_and_resume_is_bitwise():
     flags = [*SMALL, "--steps", 40, "--save-every", 1, "--drop-path", 0.3]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes that are killed: the order of sums depends on it
+    began = time.monotonic()
     run(*flags, "--out", "whole")
-    killed = kill_at_random("dinov2.py", *flags, "--out", "killed", times=2, seed=0, longest=6.0)
+    options = dict(times=2, seed=0, longest=0.7 * (time.monotonic() - began), start=Forked)
+    killed = kill_at_random("dinov2.py", *flags, "--out", "killed", **options)
     assert killed, "none was killed before its end"
     run(*flags, "--out", "killed", "--resume")
     torch.set_num_threads(threads)
@@ -651,12 +653,7 @@ def test_two_ranks_are_one_process(tmp_path):
     softmax = [*base, "--centering", "softmax", "--no-separate-heads"]
     knn = ["--eval", "knn", "--no-baselines", "--eval-limit", "300"]
     runs = {"two": [*base, *knn], "shard": [*base, *knn, "--shard"], "two-softmax": softmax}
-    lines = ["dinov2.dist.destroy_process_group = lambda: None  # one group for all runs"]
-    lines += [f"dinov2.main({[*flags, '--out', out]!r})" for out, flags in runs.items()]
-    Path("several.py").write_text(
-        "\n".join(["import sys", f"sys.path.insert(0, {str(ROOT)!r})", "import dinov2", *lines])
-    )
-    launch(Path("several.py").resolve(), ranks=2)
+    run_several(*(["dinov2", *flags, "--out", out] for out, flags in runs.items()), ranks=2)
     run(*base, *knn, "--out", "one")
     run(*base, "--out", "parts", "--accumulate", 4)
     run(*base, "--out", "apart", "--no-together", "--checkpointing")

@@ -15,7 +15,7 @@ import test_runs
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import free_port, log_rows, run_several
+from helpers import free_port, log_rows, on_ranks, run_several
 from PIL import Image
 from test_runs import (  # noqa: F401  run here with this file's `script`
     test_disk_full_keeps_the_previous_checkpoint,
@@ -356,7 +356,7 @@ def test_three_ranks_give_the_reference_loss():
     g = golden("distributed_loss")
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
-        torch.multiprocessing.spawn(distributed_loss, (free_port(), results), nprocs=3)
+        on_ranks(distributed_loss, free_port(), results, ranks=3)
         for rank in range(3):
             loss, gradients, mean = results[rank]
             close(loss, g["loss_per_rank"][rank], atol=1e-6)
@@ -788,10 +788,12 @@ def test_a_step_that_is_not_finite_is_not_applied(script, monkeypatch):
     main(*flags, "--out", "three", "--steps", 3)
     rows = log_rows("three")
     assert not np.isfinite(rows[2]["loss"]) and np.isfinite(rows[1]["loss"])
-    for name, value in weights("two")[1].items():
-        assert torch.equal(value, weights("three")[1][name]), name
+    (_, two), (_, three) = weights("two"), weights("three")
+    for name, value in two.items():
+        assert torch.equal(value, three[name]), name
     main(*flags, "--out", "three", "--steps", 4, "--resume")
-    assert any(not torch.equal(v, weights("three")[1][n]) for n, v in weights("two")[1].items())
+    _, three = weights("three")
+    assert any(not torch.equal(v, three[n]) for n, v in two.items())
 
 
 def test_checkpoints_that_are_none(script, capsys):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import free_port, on_ranks
 from PIL import Image
 
 import common
@@ -201,9 +202,7 @@ def on_two_ranks(rank, port, results):
 
 
 def test_loss_and_batch_norm_on_two_ranks(tmp_path):
-    from helpers import free_port
-
-    torch.multiprocessing.spawn(on_two_ranks, (free_port(), tmp_path), nprocs=2)
+    on_ranks(on_two_ranks, free_port(), tmp_path, ranks=2)
     g, found = golden("distributed"), {}
     for rank in range(2):
         found |= torch.load(tmp_path / f"{rank}.pt", weights_only=True)
