@@ -127,13 +127,13 @@ class Config:
     # views
     local_crops: int = 4  # local crops an image
     global_scale: tuple[float, float] = (0.32, 1.0)  # area of a global crop, share of the image
-    local_scale: tuple[float, float] = (0.05, 0.32)  # area of a local crop
+    local_scale: tuple[float, float] = (0.05, 0.32)  # area of a local crop, share of the image
     flip: bool = True  # mirror half of the crops
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue: +- this
     jitter_share: float = 0.8  # share of the crops with colour jitter
-    grey: float = 0.2  # share of the crops turned grey
+    grey: float = 0.2  # share of the crops that turn grey
     blur: tuple[float, float, float] = (0.0, 0.9, 0.5)  # blurred share of first, second global, local crops (see code)
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # radius of the blur, pixels
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # std of the blur, pixels
     solarize: float = 0.2  # share of the second global crops that are solarized
 
     # masks
@@ -159,7 +159,7 @@ class Config:
     steps: int = 0  # length of the run in steps; wins over --epochs
     warmup: float = 0.1  # share of the run in which lr rises from 0
     lr: float = 4e-3  # learning rate for a batch of 1024; the peak is lr * sqrt(batch / 1024)
-    lr_final: float = 1e-6  # learning rate at the end (half a cosine)
+    lr_final: float = 1e-6  # learning rate at the end of the schedule (half a cosine)
     lr_decay: float = 1.0  # learning rates shrink by this factor a block, from the last to the first
     patch_lr: float = 0.2  # the patch projection's learning rate is multiplied with this as well
     freeze_last: float = 0.01  # share of the run in which the prototypes stay as they are
@@ -167,7 +167,7 @@ class Config:
     weight_decay_final: float = 0.4  # weight decay at the end (half a cosine)
     momentum: float = 0.992  # EMA momentum of the teacher at the start
     momentum_final: float = 1.0  # EMA momentum at the end (half a cosine)
-    clip: float = 3.0  # largest gradient norm, of the backbone and of each head
+    clip: float = 3.0  # largest norm of the gradient, of the backbone and of each head
     high_res: bool = False  # the high-resolution phase of --init: 10,000 steps at 518 / 224 times its size
 
     # run
@@ -180,23 +180,35 @@ class Config:
     device: str = ""  # cuda, mps or cpu, default the best there is
     precision: str = ""  # bf16, fp16 or fp32, default bf16 where the hardware computes in it, else fp32
     compile: bool = torch.cuda.is_available()  # torch.compile the networks
-    together: bool = True  # global and local crops in the same matrix products; else one size after the other
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    together: bool = True  # global and local crops in the same matrix products; else one size after the other
     shard: bool = False  # FSDP2 instead of DDP, for models that do not fit one GPU
     workers: int = -1  # data loading processes a rank, -1 = as fits the machine and the data
     cache: float = 2.0  # GiB: data sets whose decoded pixels fit are kept in memory
     max_bad: float = 0.01  # share of unreadable images above which a run stops
 
     # evaluation
-    eval: str = "knn,linear"  # knn, fewshot, linear, logistic, segment, retrieval, head, features, pca, match; none
-    baselines: bool = True  # evaluate a randomly initialised backbone and raw pixels beside it
+    eval: str = (
+        "knn,linear"  # of knn, fewshot, linear, logistic, segment, retrieval, head, features, pca, match; or none
+    )
+    baselines: bool = True  # evaluate a randomly initialised network and raw pixels beside it
     eval_size: int = 0  # side of evaluated images, pixels; 0 = image_size, or 224 for official checkpoints
     eval_limit: int = 0  # use at most this many training images, 0 = all
     eval_batch: int = 256  # images a forward pass in evaluation, a rank
     probe_augment: bool = False  # probe on random crops and flips, each encoded anew; else on features computed once
     probe_epochs: int = 10  # passes of the linear probe
     probe_batch: int = 256  # batch of the linear probe, over all ranks
-    probe_lrs: tuple[float, ...] = (1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # tried, scaled by batch / 256
+    probe_lrs: tuple[float, ...] = (
+        1e-3,
+        2e-3,
+        5e-3,
+        0.01,
+        0.02,
+        0.05,
+        0.1,
+        0.2,
+        0.5,
+    )  # rates tried, scaled by batch / 256
     pca_flip: bool = False  # take the other side of the first component for the foreground in pca and match
     linear_head: str = ""  # an official linear head (.pth), for --eval head
     features_split: str = "val"  # train or val
@@ -262,6 +274,8 @@ PRESETS = {
     "vitg14": LONG | GIANT | dict(shard=True, checkpointing=True),
 }  # fmt: skip
 DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10", "imagenet": "vitl16_short", "imagenet22k": "vitl14", "*": "folder"}
+EVALUATIONS = ("knn", "fewshot", "linear", "logistic", "segment", "retrieval", "head", "features", "pca", "match",
+               "none")  # fmt: skip
 
 
 def check(config, world, training=True):
@@ -277,10 +291,9 @@ def check(config, world, training=True):
     for name, known in choices.items():
         if getattr(c, name) not in known:
             fail(f"--{name.replace('_', '-')} {getattr(c, name)!r} is not one of {', '.join(k for k in known if k)}")
-    known = ("knn", "fewshot", "linear", "logistic", "segment", "retrieval", "head", "features", "pca", "match", "none")
     for name in c.eval.split(","):
-        if name not in known:
-            fail(f"--eval {name!r} is not one of {', '.join(known)}")
+        if name not in EVALUATIONS:
+            fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}")
     if "head" in c.eval.split(",") and not c.linear_head:
         fail("--eval head needs --linear-head FILE, such as dinov2_vits14_linear_head.pth")
     if not training:
@@ -1315,14 +1328,10 @@ def step_places(config, item, step, first, rows):
     return None, *masked_tokens(chosen)
 
 
-def train(config, world, out):
-    """Train -> (student, EMA teacher, training Split). Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
+def train(model, ema_model, split, config, world, out):
+    """Train (student, EMA teacher) on a Split. Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
     device, dtype = world.device, common.choose_precision(config.precision, world.device)
-    split = cache_pixels(open_data(config, "train"), config, world, Log(out, world))
     steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
-    model, ema_model = build(config)
-    if config.init:
-        load_weights(model, ema_model, read_checkpoint(config.init, config.heads), config.init)
     frozen = load_teacher(config).to(device) if config.teacher else None
     if frozen:
         model.backbone.mask_token.requires_grad_(False)  # nothing is masked
@@ -1348,7 +1357,7 @@ def train(config, world, out):
 
     def save(step):
         weights, moments = common.full_state(model, optimizer)
-        state = dict(script="dinov2", step=step, config=asdict(config), model=weights, optimizer=moments)
+        state = dict(script=Path(__file__).stem, step=step, config=asdict(config), model=weights, optimizer=moments)
         state |= dict(teacher=common.full_state(ema_model)[0], centres=[centre.cpu() for centre in centres])
         state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
         if world.rank == 0:
@@ -1452,7 +1461,7 @@ def train(config, world, out):
             log.say(f"stopped after step {done}. To continue: {common.resume_command(out)}")
             raise SystemExit(0)
     log.close()
-    return plain, ema_model, split
+    return plain, ema_model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1902,7 +1911,7 @@ def view_information(teacher, crops, config):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Picture
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2374,7 +2383,7 @@ def curate_main(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Official checkpoints
+# Checkpoints: ours and official
 # ---------------------------------------------------------------------------------------------------------------------
 
 ARCHITECTURE = ("image_size", "patch", "width", "depth", "heads", "registers", "swiglu", "interpolate_offset")
@@ -2382,12 +2391,13 @@ ARCHITECTURE += ("interpolate_antialias", "prototypes", "head_hidden", "bottlene
 ARCHITECTURE += ("ibot_prototypes", "ibot_hidden", "ibot_bottleneck", "layer_scale")
 
 
+# Copied from ijepa.py
 def read_own_checkpoint(path, config=None):
     """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
-    state = common.load_checkpoint(path)
-    if not isinstance(state, dict) or state.get("script") != "dinov2":
-        by = state["script"] if isinstance(state, dict) and "script" in state else "something else"
-        fail(f"{path} was not written by dinov2.py, but by {by}")
+    state, script = common.load_checkpoint(path), Path(__file__).stem
+    if not isinstance(state, dict) or state.get("script") != script:
+        writer = state["script"] if isinstance(state, dict) and "script" in state else "something else"
+        fail(f"{path} was not written by {script}.py, but by {writer}")
     theirs = state["config"]
     differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
     if differ:
@@ -2539,12 +2549,16 @@ def run(config, given):
     config = adopt(config, given)
     training = not config.init or config.high_res or bool({"steps", "epochs"} & given)
     check(config, world, training)
-    out = common.choose_out(config.out, "dinov2", config.resume, world)
+    out = common.choose_out(config.out, Path(__file__).stem, config.resume, world)
     if not training:
         backbone = load_backbone(config.init, config.heads).to(world.device)
         evaluate(backbone, config, world, Log(out, world))
         return
-    _, teacher, split = train(config, world, out)
+    split = cache_pixels(open_data(config, "train"), config, world, Log(out, world))
+    model, teacher = build(config)
+    if config.init:
+        load_weights(model, teacher, read_checkpoint(config.init, config.heads), config.init)
+    _, teacher = train(model, teacher, split, config, world, out)
     log = Log(out, world)
     report(teacher, split, config, world, log)
     evaluate(teacher.backbone, config, world, log, split)

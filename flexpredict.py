@@ -153,7 +153,7 @@ class Config:
     # evaluation
     eval: str = "knn,linear"  # comma-separated: knn, linear, lowshot, video, count, features; or none
     encoder: str = "target"  # which encoder is evaluated: target (the paper) or context
-    baselines: bool = True  # evaluate a randomly initialised encoder and raw pixels beside it
+    baselines: bool = True  # evaluate a randomly initialised network and raw pixels beside it
     eval_limit: int = 0  # use at most this many training images for knn and lowshot, 0 = all
     eval_batch: int = 256  # images a forward pass in evaluation, a rank
     probe: str = "sgd"  # optimizer of the linear probe: lars (the paper's ViT-H) or sgd (its ViT-B)
@@ -165,7 +165,7 @@ class Config:
     probe_milestones: tuple[float, ...] = (0.286, 0.571, 0.857)  # share of the epochs after which lr is divided by 10
     lowshot: float = 0.01  # share of the labels that lowshot uses
     lowshot_list: str = ""  # file of training image names for lowshot, one a line; default a seeded share of each class
-    ridge: float = 0.0025  # l2 penalty of the low-shot logistic regression, summed over the images
+    ridge: float = 0.0025  # lowshot: l2 penalty of the logistic regression, summed over the images
     davis: str = ""  # folder of DAVIS-2017 for --eval video; default moving shapes made on the fly
     features_split: str = "val"  # train or val
     features_out: str = ""  # file of --eval features, default features.npz in the run's folder
@@ -214,7 +214,7 @@ PRESETS = {
     "vit_h16_in1k": PAPER | HUGE,
 }  # fmt: skip
 DATA_PRESETS = {"toy": "toy", "scenes": "toy-scenes", "cifar10": "cifar10", "imagenet": "vit_b16_in1k", "*": "folder"}
-EVALUATIONS = ("knn", "linear", "lowshot", "video", "count", "features")
+EVALUATIONS = ("knn", "linear", "lowshot", "video", "count", "features", "none")
 
 
 def check(config, world, training=True):
@@ -232,8 +232,8 @@ def check(config, world, training=True):
         if getattr(c, name) not in known:
             fail(f"--{name.replace('_', '-')} {getattr(c, name)!r} is not one of {', '.join(k for k in known if k)}")
     for name in c.eval.split(","):
-        if name not in (*EVALUATIONS, "none"):
-            fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}, none")
+        if name not in EVALUATIONS:
+            fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}")
     if c.davis and not (Path(c.davis).expanduser() / "ImageSets/2017/val.txt").is_file():
         fail(f"no DAVIS-2017 at --davis {c.davis}: expected ImageSets/2017/val.txt, JPEGImages/480p, Annotations/480p")
     if not training:
@@ -1673,7 +1673,7 @@ def draw_picture(model, target, images, config, rows=6, neighbours=3, tile=96, g
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Official checkpoints: in I-JEPA's layout
+# Checkpoints: ours, and the official ones, in I-JEPA's layout
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Copied from ijepa.py
@@ -1682,7 +1682,7 @@ ARCHITECTURE = ("image_size", "patch", "width", "depth", "heads")
 ARCHITECTURE += ("predictor_width", "predictor_depth", "predictor_heads", "mode")
 
 
-# Copied from msn.py
+# Copied from ijepa.py
 def read_own_checkpoint(path, config=None):
     """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
     state, script = common.load_checkpoint(path), Path(__file__).stem

@@ -140,7 +140,7 @@ class Config:
     # evaluation
     eval: str = "knn,linear"  # comma-separated: knn, linear, lowshot, features; or none
     encoder: str = "target"  # which encoder is evaluated: target (the paper) or context
-    baselines: bool = True  # evaluate a randomly initialised encoder and raw pixels beside it
+    baselines: bool = True  # evaluate a randomly initialised network and raw pixels beside it
     eval_limit: int = 0  # use at most this many training images for knn and lowshot, 0 = all
     eval_batch: int = 256  # images a forward pass in evaluation, a rank
     probe: str = "sgd"  # optimizer of the linear probe: lars (the paper on ImageNet) or sgd (its transfer protocol)
@@ -200,6 +200,7 @@ PRESETS = {
 }
 IMAGENETS = {"imagenet": "vit_h14_in1k", "imagenet22k": "vit_h14_in22k"}
 DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10"} | IMAGENETS | {"*": "folder"}
+EVALUATIONS = ("knn", "linear", "lowshot", "features", "none")
 
 
 def check(config, world, training=True):
@@ -216,8 +217,8 @@ def check(config, world, training=True):
         if getattr(c, name) not in known:
             fail(f"--{name.replace('_', '-')} {getattr(c, name)!r} is not one of {', '.join(k for k in known if k)}")
     for name in c.eval.split(","):
-        if name not in ("knn", "linear", "lowshot", "features", "none"):
-            fail(f"--eval {name!r} is not one of knn, linear, lowshot, features, none")
+        if name not in EVALUATIONS:
+            fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}")
     if not training:
         return
     micro = micro_batch(c, world)
@@ -767,14 +768,10 @@ def make_optimizer(model):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def train(config, world, out):
-    """Train -> (model, target encoder, training Split). Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
+def train(model, target, split, config, world, out):
+    """Train (model, target encoder) on a Split. Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
     device, dtype = world.device, common.choose_precision(config.precision, world.device)
-    split = cache_pixels(open_split(config, "train"), config, world, Log(out, world))
     steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
-    model, target = build(config)
-    if config.init:
-        load_weights(model, target, read_checkpoint(config.init, config.encoder, config.heads), config.init)
     model, target = model.to(device), target.to(device)
     if config.compile:
         model.compile(dynamic=True)  # the number of context tokens changes from step to step
@@ -794,7 +791,7 @@ def train(config, world, out):
 
     def save(step):
         weights, moments = common.full_state(model, optimizer)
-        state = dict(script="ijepa", step=step, config=asdict(config), model=weights)
+        state = dict(script=Path(__file__).stem, step=step, config=asdict(config), model=weights)
         state |= dict(target=common.full_state(target)[0], optimizer=moments)
         state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
         if world.rank == 0:
@@ -862,13 +859,9 @@ def train(config, world, out):
             row["data_wait"] = waited / (now - since)
             waited, window, since = 0.0, done, now
             log.progress(done, **row)
-            row |= dict(
-                weight_decay=decay, momentum=momentum, gradient_norm=norm_now, feature_std=std, feature_rank=rank
-            )
-            row |= dict(
-                context=masks_context.shape[-1], target=masks_target.shape[-1], memory_gib=common.memory_gib(device)
-            )
-            log.write(step=done, **row)
+            row |= dict(weight_decay=decay, momentum=momentum, gradient_norm=norm_now, feature_std=std)
+            row |= dict(feature_rank=rank, context=masks_context.shape[-1], target=masks_target.shape[-1])
+            log.write(step=done, **row, memory_gib=common.memory_gib(device))
             if bad_steps >= 3:
                 advice = f"{out}/last.pt holds the last good weights. Try a lower --lr, or --precision fp32."
                 fail(f"loss or gradients were not finite in three steps in a row before step {done}; {advice}", 3)
@@ -879,7 +872,7 @@ def train(config, world, out):
             log.say(f"stopped after step {done}. To continue: {common.resume_command(out)}")
             raise SystemExit(0)
     log.close()
-    return plain, target, split
+    return plain, target
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1227,7 +1220,7 @@ def draw_picture(model, target, images, config, rows=6, neighbours=3, tile=96, g
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Official checkpoints
+# Checkpoints: ours and official
 # ---------------------------------------------------------------------------------------------------------------------
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # by width: a file's shapes do not tell
@@ -1237,9 +1230,10 @@ ARCHITECTURE += ("predictor_width", "predictor_depth", "predictor_heads")
 
 def read_own_checkpoint(path, config=None):
     """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
-    state = common.load_checkpoint(path)
-    if not isinstance(state, dict) or state.get("script") != "ijepa":
-        fail(f"{path} was not written by ijepa.py, but by {state['script'] if 'script' in state else 'something else'}")
+    state, script = common.load_checkpoint(path), Path(__file__).stem
+    if not isinstance(state, dict) or state.get("script") != script:
+        writer = state["script"] if isinstance(state, dict) and "script" in state else "something else"
+        fail(f"{path} was not written by {script}.py, but by {writer}")
     theirs = state["config"]
     differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
     if differ:
@@ -1344,12 +1338,16 @@ def run(config, given):
         config = replace(config, **{k: v for k, v in architecture.items() if k not in given})
     training = not config.init or bool({"steps", "epochs"} & given)
     check(config, world, training)
-    out = common.choose_out(config.out, "ijepa", config.resume, world)
+    out = common.choose_out(config.out, Path(__file__).stem, config.resume, world)
     if not training:
         encoder = load_encoder(config.init, config.image_size, config.encoder, heads).to(world.device)
         evaluate(encoder, config, world, Log(out, world))
         return
-    model, target, split = train(config, world, out)
+    split = cache_pixels(open_split(config, "train"), config, world, Log(out, world))
+    model, target = build(config)
+    if config.init:
+        load_weights(model, target, read_checkpoint(config.init, config.encoder, heads), config.init)
+    model, target = train(model, target, split, config, world, out)
     log = Log(out, world)
     report(model, target, split, config, world, log)
     evaluate(target if config.encoder == "target" else model.encoder, config, world, log, split)

@@ -94,7 +94,7 @@ class Config:
     crop_scale: tuple[float, float] = (1.0, 1.0)  # area of the crop that both views share, share of the image
     flip: bool = False  # mirror half of the images, both views alike
     jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.4, 0.2)  # brightness, contrast, saturation, hue (turns)
-    jitter_share: float = 0.8  # share of the views that are jittered
+    jitter_share: float = 0.8  # share of the views with colour jitter
     grey: float = 0.2  # share of the sources that turn grey
     blur: float = 0.2  # share of the sources that are blurred
     blur_sigma: tuple[float, float] = (0.1, 1.0)  # std of the blur, pixels
@@ -102,7 +102,7 @@ class Config:
     action: str = "difference"  # of the jitter's factors: difference (the paper), or ratio (their logarithms)
 
     # masks
-    masks: str = "corrected"  # official (I-JEPA's: no block in the last row and column) or corrected
+    masks: str = "corrected"  # official (I-JEPA's code) or corrected (blocks reach last row, column)
     blocks: int = 4  # rectangles that are hidden together
     block_scale: tuple[float, float] = (0.15, 0.2)  # area of a rectangle, share of the image
     block_aspect: tuple[float, float] = (0.75, 1.5)  # height / width of a rectangle
@@ -145,7 +145,7 @@ class Config:
 
     # evaluation
     eval: str = "knn,linear,mrr"  # of knn, linear, attentive, mrr, finetune, segment, multitask, features; or none
-    baselines: bool = True  # evaluate a randomly initialised model and raw pixels beside it
+    baselines: bool = True  # evaluate a randomly initialised network and raw pixels beside it
     eval_limit: int = 0  # use at most this many training images for knn, linear and tuning, 0 = all
     eval_batch: int = 256  # images a forward pass in evaluation, a rank
     mrr_images: int = 256  # validation images of --eval mrr
@@ -158,7 +158,7 @@ class Config:
     probe_decays: tuple[float, ...] = (5e-4, 0.0)  # weight decays tried
     probe_milestones: tuple[float, ...] = (0.286, 0.571, 0.857)  # share of the epochs after which lr is divided by 10
     tune_epochs: float = 20  # passes of attentive, finetune, segment and multitask
-    tune_batch: int = 256  # their batch, over all ranks
+    tune_batch: int = 256  # batch of these, over all ranks
     tune_lr: float = 1e-3  # learning rate of heads and random predictors; what is pretrained gets a tenth
     features_split: str = "val"  # train or val
     features_out: str = ""  # file of --eval features, default features.npz in the run's folder
@@ -202,7 +202,7 @@ PRESETS = {
     "vit_l16_equivariant_in1k": PAPER | dict(width=1024, depth=24, heads=16, predictor_width=512, predictor_depth=36),
 }
 DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10", "imagenet": "vit_b16_equivariant_in1k", "*": "folder"}
-EVALUATIONS = ("knn", "linear", "attentive", "mrr", "finetune", "segment", "multitask", "features")
+EVALUATIONS = ("knn", "linear", "attentive", "mrr", "finetune", "segment", "multitask", "features", "none")
 SHARDED = ("knn", "linear", "features", "none")  # those that a sharded model can do
 
 
@@ -222,8 +222,8 @@ def check(config, world, training=True):
         if getattr(c, name) not in known:
             fail(f"--{name.replace('_', '-')} {getattr(c, name)!r} is not one of {', '.join(k for k in known if k)}")
     for name in c.eval.split(","):
-        if name not in (*EVALUATIONS, "none"):
-            fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}, none")
+        if name not in EVALUATIONS:
+            fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}")
     limits = (1.0, 1.0, 1.0, 0.5) if c.action == "difference" else (0.99, 0.99, 0.99, 0.5)
     if any(not 0 <= value <= limit for value, limit in zip(c.jitter, limits)):
         fail(f"--jitter {c.jitter}: changes of brightness, contrast, saturation, hue must be in 0 to {limits}")
@@ -1030,7 +1030,7 @@ def train(model, target, split, config, world, out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Is it a world model? Mean reciprocal rank (section 4 of the paper)
+# Evaluate: is it a world model? Mean reciprocal rank (section 4 of the paper)
 # ---------------------------------------------------------------------------------------------------------------------
 
 

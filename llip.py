@@ -94,7 +94,7 @@ class Config:
     width: int = 64  # vision width
     depth: int = 3  # vision blocks
     heads: int = 4  # attention heads of the vision transformer
-    mlp_hidden: int = 0  # hidden width of its MLPs, 0 = 4 x width
+    mlp_hidden: int = 0  # hidden width of the vision MLPs, 0 = 4 x width
     mixture_tokens: int = 8  # K: class tokens of llip, registers and average (siglip and clip have one)
     text_width: int = 64  # text width
     text_depth: int = 2  # text blocks
@@ -129,7 +129,7 @@ class Config:
     logit_lr: float = 10.0  # learning rate of scale and bias, times --lr
     weight_decay: float = 0.1  # AdamW weight decay
     beta2: float = 0.95  # AdamW: memory of squared gradients (the paper's CLIP baselines: 0.98)
-    recompute: bool = False  # keep no activations inside the blocks, compute them again in the backward pass
+    recompute: bool = False  # recompute activations in the backward pass: less memory, a third more time
 
     # run
     seed: int = 0  # seed of everything random
@@ -140,7 +140,7 @@ class Config:
     log_every: int = 20  # steps between rows of log.jsonl
     device: str = ""  # cuda, mps or cpu, default the best there is
     precision: str = ""  # bf16, fp16 or fp32, default bf16 where the hardware computes in it, else fp32
-    compile: bool = torch.cuda.is_available()  # torch.compile the towers
+    compile: bool = torch.cuda.is_available()  # torch.compile the networks
     shard: bool = False  # FSDP2 instead of DDP, for models that do not fit one GPU
     workers: int = -1  # data loading processes a rank, -1 = as fits the machine and the data
     cache: float = 2.0  # GiB: data sets whose decoded pixels fit are kept in memory
@@ -149,7 +149,7 @@ class Config:
 
     # evaluation
     eval: str = "kinds,retrieval,linear"  # comma-separated: kinds (toy), zeroshot, retrieval, linear, features; or none
-    baselines: bool = True  # evaluate beside it a random model and, for llip, the mean of all tokens for every caption
+    baselines: bool = True  # evaluate beside it a randomly initialised network and, for llip, the mean of all tokens
     eval_limit: int = 5000  # use at most this many images for retrieval and for training the linear probe, 0 = all
     eval_batch: int = 256  # images, or captions, a forward pass in evaluation, a rank
     eval_taus: tuple[float, ...] = ()  # further temperatures of the mixing softmax to evaluate zeroshot with
@@ -2037,7 +2037,7 @@ ARCHITECTURE += ("text_width", "text_depth", "text_heads", "context", "embedding
 ARCHITECTURE += ("quick_gelu",)
 
 
-# Copied from msn.py
+# Copied from ijepa.py
 def read_own_checkpoint(path, config=None):
     """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
     state, script = common.load_checkpoint(path), Path(__file__).stem

@@ -2235,7 +2235,7 @@ def run(config, given):
     client = Client(config) if config.endpoint and not config.report else None
     if config.check or config.prepare:
         return tend_videos(config)
-    out = common.choose_out(config.out, "mvp_eval", config.resume or config.report, world)
+    out = common.choose_out(config.out, Path(__file__).stem, config.resume or config.report, world)
     if config.report:
         config = stored_config(config, given, out)
     free, views = systems_of(config)

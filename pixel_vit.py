@@ -85,7 +85,7 @@ class Config:
     # model
     image_size: int = 12  # side of the image, pixels
     patch: int = 1  # side of a patch, pixels: 1 is the paper
-    width: int = 64  # width of the transformer
+    width: int = 64  # width of the transformer (of MAE: of its encoder)
     depth: int = 3  # blocks
     heads: int = 4  # attention heads
     positions: str = "learned"  # learned (from noise), learned-sincos (from sines), sincos (fixed) or none
@@ -96,7 +96,7 @@ class Config:
     permute_distance: int = 0  # how far apart, |rows| + |columns|, the pixels of a pair may be, 0 = any distance
     init_std: float = 0.0  # std of the initial weights, 0 = Xavier uniform; diffusion has its own initialisation
     patch_std: float = 0.0  # std of the initial patch projection, 0 = as the other weights
-    checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more work
+    drop_path: float = 0.0  # stochastic depth of the last block, rising linearly from 0 at the first
 
     # MAE
     mask_ratio: float = 0.75  # share of the tokens that the encoder does not see
@@ -128,7 +128,6 @@ class Config:
     mixup: float = 0.0  # alpha of mixup, 0 = off
     cutmix: float = 0.0  # alpha of CutMix, 0 = off; with both, each batch gets one of them
     smoothing: float = 0.0  # label smoothing
-    drop_path: float = 0.0  # stochastic depth of the last block, rising linearly from 0 at the first
 
     # optimisation
     batch: int = 64  # images a step, over all ranks
@@ -140,10 +139,10 @@ class Config:
     lr_start: float = 0.0  # learning rate of the first step
     lr_final: float = 1e-6  # learning rate at the end of the schedule
     lr_shape: str = "cosine"  # after the warmup: cosine or constant
-    schedule_scale: float = 1.0  # schedules are this many times longer than the run (>= 1)
     weight_decay: float = 0.04  # AdamW weight decay
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW betas
-    clip: float = 0.0  # largest norm of the gradients, 0 = no limit
+    schedule_scale: float = 1.0  # schedules are this many times longer than the run (>= 1)
+    clip: float = 0.0  # largest norm of the gradient, 0 = no limit
     layer_decay: float = 1.0  # learning rate of a block over that of the next
     ema: float = 0.0  # momentum of the averaged weights that are evaluated, 0 = the trained weights themselves
 
@@ -156,26 +155,29 @@ class Config:
     log_every: int = 20  # steps between rows of log.jsonl
     device: str = ""  # cuda, mps or cpu, default the best there is
     precision: str = ""  # bf16, fp16 or fp32, default bf16 where the hardware computes in it, else fp32
-    compile: bool = torch.cuda.is_available()  # torch.compile the network
+    compile: bool = torch.cuda.is_available()  # torch.compile the networks
+    checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
     shard: bool = False  # FSDP2 instead of DDP, for models that do not fit one GPU
     workers: int = -1  # data loading processes a rank, -1 = as fits the machine and the data
     cache: float = 2.0  # GiB: data sets whose decoded pixels fit are kept in memory
     max_bad: float = 0.01  # share of unreadable images above which a run stops
+
+    # sweep
     sweep: str = ""  # compare models: patch (at equal image size), input (at equal number of tokens) or permute
     sweep_values: tuple[int, ...] = ()  # patches, or pairs of pixels, to compare; default those that fit
     sweep_seeds: int = 1  # seeds of each
 
     # evaluation
-    eval: str = "accuracy"  # of accuracy, knn, linear, reconstruction, generate, bpd, features; or none
+    eval: str = "accuracy"  # comma-separated: accuracy, knn, linear, reconstruction, generate, bpd, features; or none
     baselines: bool = True  # evaluate a randomly initialised network and raw pixels beside it
     eval_limit: int = 0  # use at most this many training images for knn, 0 = all
     eval_batch: int = 256  # images a forward pass in evaluation, a rank
     probe_epochs: int = 30  # passes of the linear probe
-    probe_batch: int = 256  # batch of the linear probe
-    probe_lrs: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)  # learning rates of the probe, scaled by batch / 256
+    probe_batch: int = 256  # batch of the linear probe, over all ranks
+    probe_lrs: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)  # learning rates tried, scaled by batch / 256
     features_split: str = "val"  # train or val
     features_out: str = ""  # file of --eval features, default features.npz in the run's folder
-    tokens: bool = False  # --eval features also writes the pixel tokens
+    tokens: bool = False  # --eval features also writes all tokens
 
     # sampling
     sample: int = 0  # sample this many images: a grid and an .npz
@@ -1772,7 +1774,7 @@ def train(model, target, split, config, world, out):
 
     def save(step):
         weights, moments = common.full_state(model, optimizer)
-        state = dict(script="pixel_vit", step=step, config=asdict(c), model=weights)
+        state = dict(script=Path(__file__).stem, step=step, config=asdict(c), model=weights)
         state |= dict(target=common.full_state(target)[0], optimizer=moments)
         state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
         if world.rank == 0:
@@ -1896,16 +1898,27 @@ def collect(rows, device):
     return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
 
 
+@dataclass
+class Features:
+    """Of N images: pooled [N, D], what a head reads; cls [N, D]; tokens [N, T, D] or None, labels int64 [N], paths."""
+
+    pooled: torch.Tensor
+    cls: torch.Tensor
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    paths: list
+
+
 @torch.no_grad()
 def extract(model, split, config, world, log, tokens=False):
-    """Of a whole Split, in its order, without what is unreadable: (features [N, D], class tokens [N, D], all tokens
-    [N, 1+N, D] or none, labels [N], paths). Features: what the classifier's head reads, or MAE's mean normed token."""
+    """Features of a whole Split on all ranks, in its order; unreadable images are left out."""
     rows = []
     for images, indices in eval_images(split, config, world, log):
         pooled, x = model(images, features=True)
         rows.append((indices.to(world.device), pooled, x[:, 0], x[:, : None if tokens else 0]))
-    kept, pooled, first, x = collect(rows, world.device)
-    return pooled, first, x, split.labels[kept].to(world.device), [split.paths[i] for i in kept.tolist()]
+    kept, pooled, cls, x = collect(rows, world.device)
+    paths = [split.paths[i] for i in kept.tolist()]
+    return Features(pooled, cls, x if tokens else None, split.labels[kept].to(world.device), paths)
 
 
 # Copied from ijepa.py
@@ -2072,23 +2085,24 @@ def evaluate_one(model, train, val, wanted, config, world, log):
     if "knn" in wanted or "linear" in wanted:
         bank, test = (extract(model, split, c, world, log) for split in (train, val))
     if "knn" in wanted:
-        scores = knn(bank[0], bank[3], test[0])
-        result |= {f"knn{k}": accuracy(s, test[3]).item() for k, s in scores.items()}
+        scores = knn(bank.pooled, bank.labels, test.pooled)
+        result |= {f"knn{k}": accuracy(s, test.labels).item() for k, s in scores.items()}
     if "linear" in wanted:
         with torch.enable_grad():
-            for name, column in (("linear", 0), ("linear, class token", 1)):
-                result[name] = linear_probe(bank[column], bank[3], test[column], test[3], len(train.classes), c)
+            for name, x, y in (("linear", bank.pooled, test.pooled), ("linear, class token", bank.cls, test.cls)):
+                result[name] = linear_probe(x, bank.labels, y, test.labels, len(train.classes), c)
     return result
 
 
-def write_features(model, split, config, world, log):
+# Copied from ijepa.py
+def write_features(encoder, split, config, world, log):
     """--eval features: .npz of features float32 [N, D], labels int64 [N], paths, and with --tokens tokens [N, T, D]."""
-    pooled, _, tokens, labels, paths = extract(model, split, config, world, log, config.tokens)
-    arrays = dict(features=pooled, labels=labels) | (dict(tokens=tokens) if config.tokens else {})
+    found = extract(encoder.eval(), split, config, world, log, config.tokens)
+    arrays = dict(features=found.pooled, labels=found.labels) | (dict(tokens=found.tokens) if config.tokens else {})
     path = Path(config.features_out or log.path.parent / "features.npz")
     if world.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, paths=np.array(paths), **{k: v.cpu().numpy() for k, v in arrays.items()})
+        np.savez(path, paths=np.array(found.paths), **{k: v.cpu().numpy() for k, v in arrays.items()})
         log.say(f"{path}: " + ", ".join(f"{k} {list(v.shape)}" for k, v in arrays.items()))
 
 
@@ -2259,7 +2273,7 @@ def evaluate_bpd(model, val, codec, config, world, log):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Picture
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2403,12 +2417,13 @@ PROCESS = (
 )
 
 
+# Copied from ijepa.py
 def read_own_checkpoint(path, config=None):
     """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
-    state = load_namespaced(path)
-    if not isinstance(state, dict) or state.get("script") != "pixel_vit":
+    state, script = common.load_checkpoint(path), Path(__file__).stem
+    if not isinstance(state, dict) or state.get("script") != script:
         writer = state["script"] if isinstance(state, dict) and "script" in state else "something else"
-        fail(f"{path} was not written by pixel_vit.py, but by {writer}")
+        fail(f"{path} was not written by {script}.py, but by {writer}")
     theirs = state["config"]
     differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
     if differ:
@@ -2651,7 +2666,7 @@ def run(config, given):
     if not training and config.task == "classify" and not config.classes:
         fail(f"{config.init} has no head that classifies: tune one with --steps or --epochs, or use --task mae")
     check(config, world, training)
-    out = common.choose_out(config.out, "pixel_vit", config.resume, world)
+    out = common.choose_out(config.out, Path(__file__).stem, config.resume, world)
     if config.sweep:
         run_sweep(config, world, out)
     else:

@@ -133,7 +133,7 @@ class Config:
     momentum: float = 0.99  # EMA momentum of the target encoder at the start
     momentum_final: float = 1.0  # EMA momentum at the end (linear)
     schedule_scale: float = 1.25  # schedules are this many times longer than the run (>= 1)
-    clip: float = 10.0  # norm to which gradients of encoder and of predictor are clipped after the warmup, 0 = never
+    clip: float = 10.0  # largest norm of the gradient, of encoder and of predictor, after the warmup; 0 = no limit
 
     # run
     seed: int = 0  # seed of everything random
@@ -151,7 +151,7 @@ class Config:
 
     # evaluation
     eval: str = "physics,knn"  # comma-separated: physics, knn, probe, features; or none
-    baselines: bool = True  # evaluate a randomly initialised network, and for knn raw pixels, beside it
+    baselines: bool = True  # evaluate a randomly initialised network and raw pixels beside it
     eval_limit: int = 2000  # use at most this many training videos for knn, 0 = all
     eval_batch: int = 64  # clips or windows a forward pass in evaluation, a rank
     physics: str = "toy"  # toy, or a folder in the layout of IntPhys, GRASP (level2) or InfLevel-lab
@@ -164,9 +164,9 @@ class Config:
     probe_init: str = ""  # attentive probe to evaluate instead of training one: an official probe checkpoint
     probe_epochs: int = 20  # passes of the attentive probe
     probe_batch: int = 64  # batch of the attentive probe, over all ranks
-    probe_lr: float = 1e-3  # its learning rate at the start (half a cosine to 0)
-    probe_decay: float = 0.01  # its weight decay at the start (half a cosine to 1e-6)
-    probe_clips: int = 1  # clips of a video whose tokens it sees together
+    probe_lr: float = 1e-3  # learning rate of the probe at the start (half a cosine to 0)
+    probe_decay: float = 0.01  # weight decay of the probe at the start (half a cosine to 1e-6)
+    probe_clips: int = 1  # clips of a video whose tokens the probe sees together
     probe_views: int = 1  # 1: the centre; 3: three squares along the longer side, averaged
     features_split: str = "val"  # train or val
     features_out: str = ""  # file of --eval features, default features.npz in the run's folder
@@ -200,6 +200,7 @@ PRESETS = {
     "vit_h16_rope": PAPER | HUGE | dict(rope=True, fps=16 / 3, eval="physics"),
 }
 DATA_PRESETS = {"toy": "toy", "videomix2m": "vit_l16", "howto100m": "vit_l16_rope", "*": "folder"}
+EVALUATIONS = ("physics", "knn", "probe", "features", "none")
 KINDS = ("multiblock", "causal", "random", "tube", "time")
 
 
@@ -221,8 +222,7 @@ def check(config, world, training=True):
         if getattr(c, name) not in known:
             words = ", ".join(str(k) for k in known if k)
             fail(f"--{name.replace('_', '-')} {getattr(c, name)!r} is not one of {words}")
-    for flag, names, known in (("eval", c.eval, ("physics", "knn", "probe", "features", "none")),
-                               ("masks", c.masks, KINDS)):  # fmt: skip
+    for flag, names, known in (("eval", c.eval, EVALUATIONS), ("masks", c.masks, KINDS)):
         for name in names.split(","):
             if name not in known:
                 fail(f"--{flag} {name!r} is not one of {', '.join(known)}")
@@ -1328,7 +1328,7 @@ def train(model, target, split, config, world, out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluate: physics, by violation of expectation (2502.11831)
+# Evaluate: intuitive physics, by violation of expectation (2502.11831)
 # ---------------------------------------------------------------------------------------------------------------------
 
 # property of a data set: the categories that its score counts for
@@ -1858,15 +1858,25 @@ def collect(rows, device):
     return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
 
 
+@dataclass
+class Features:
+    """Of N videos: pooled [N, D], tokens [N, T, D] or None, labels int64 [N], paths."""
+
+    pooled: torch.Tensor
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    paths: list
+
+
 def extract(encoder, split, config, world, log, tokens=False):
-    """(pooled features [N, D], labels [N], paths, tokens [N, T, D] or None) of a Split on all ranks, in its order."""
+    """Features of a whole Split on all ranks, in its order; unreadable videos are left out."""
     rows = []
     for pixels, indices in eval_clips(split, config, world, log):
         found = encode(encoder, pixels[:, 0])
         rows.append((indices.to(world.device), found.mean(1), found if tokens else found[:, :0]))
     kept, pooled, found = collect(rows, world.device)
     paths = [split.paths[i] for i in kept.tolist()]
-    return pooled, split.labels[kept].to(world.device), paths, found if tokens else None
+    return Features(pooled, found if tokens else None, split.labels[kept].to(world.device), paths)
 
 
 def raw_pixels(split, config, world, log):
@@ -1975,10 +1985,9 @@ def evaluate(model, target, config, world, log, train_split=None):
         result = results.setdefault(name, {})
         encoder.eval()
         if "knn" in wanted:
-            test, labels, _, _ = extract(encoder, val, config, world, log)
-            bank, bank_labels, _, _ = extract(encoder, some, config, world, log)
-            scores = knn(bank, bank_labels, test)
-            result |= {f"knn{k}": accuracy(s, labels).item() for k, s in scores.items()}
+            bank, test = (extract(encoder, split, config, world, log) for split in (some, val))
+            scores = knn(bank.pooled, bank.labels, test.pooled)
+            result |= {f"knn{k}": accuracy(s, test.labels).item() for k, s in scores.items()}
         if "probe" in wanted:
             if config.probe_init and name != "trained":
                 continue  # it reads the features of one encoder only
@@ -1997,14 +2006,15 @@ def evaluate(model, target, config, world, log, train_split=None):
     return results
 
 
+# Copied from ijepa.py
 def write_features(encoder, split, config, world, log):
     """--eval features: .npz of features float32 [N, D], labels int64 [N], paths, and with --tokens tokens [N, T, D]."""
-    pooled, labels, paths, tokens = extract(encoder.eval(), split, config, world, log, config.tokens)
-    arrays = dict(features=pooled, labels=labels) | (dict(tokens=tokens) if config.tokens else {})
+    found = extract(encoder.eval(), split, config, world, log, config.tokens)
+    arrays = dict(features=found.pooled, labels=found.labels) | (dict(tokens=found.tokens) if config.tokens else {})
     path = Path(config.features_out or log.path.parent / "features.npz")
     if world.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, paths=np.array(paths), **{k: v.cpu().numpy() for k, v in arrays.items()})
+        np.savez(path, paths=np.array(found.paths), **{k: v.cpu().numpy() for k, v in arrays.items()})
         log.say(f"{path}: " + ", ".join(f"{k} {list(v.shape)}" for k, v in arrays.items()))
 
 
@@ -2021,7 +2031,7 @@ def content_ratio(model, target, clips, config):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Picture
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2136,7 +2146,7 @@ def picture_surprise(model, target, config, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints, ours and official
+# Checkpoints: ours and official
 # ---------------------------------------------------------------------------------------------------------------------
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # by width: a file's shapes do not tell
@@ -2144,7 +2154,7 @@ ARCHITECTURE = ("image_size", "patch", "frames", "tubelet", "width", "depth", "h
 ARCHITECTURE += ("predictor_depth", "predictor_heads", "rope", "target", "masks", "mask_blocks", "mask_scales")
 
 
-# Copied from msn.py
+# Copied from ijepa.py
 def read_own_checkpoint(path, config=None):
     """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
     state, script = common.load_checkpoint(path), Path(__file__).stem
