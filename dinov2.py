@@ -1155,17 +1155,6 @@ class Files(Dataset):
 
 
 # Copied from ijepa.py
-def worker_count(config, world, streaming):
-    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
-    and on the CPU, since a step's draws cost less than a process."""
-    if config.workers >= 0:
-        return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(12, cores // ranks)) if streaming else int(world.device.type == "cuda")
-
-
-# Copied from ijepa.py
 def cache_pixels(split, config, world, log):
     """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
@@ -1179,7 +1168,7 @@ def cache_pixels(split, config, world, log):
     canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
     if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
-    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=worker_count(config, world, True))
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.worker_count(config, world, True))
     pixels, sizes, errors = zip(*files, strict=True)
     errors = [e for batch in errors for e in batch]
     log.skip([e for e in errors if e], len(split), config.max_bad)
@@ -1190,7 +1179,7 @@ def cache_pixels(split, config, world, log):
 # Copied from ijepa.py
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = worker_count(config, world, streaming=batches.canvas is None)
+    workers = common.worker_count(config, world, streaming=batches.canvas is None)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
 
 
@@ -1348,7 +1337,7 @@ def train(model, ema_model, split, config, world, out):
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = read_own_checkpoint(out / "last.pt", config)
+        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
         common.load_full_state(model, state["model"], optimizer, state["optimizer"])
         common.load_full_state(ema_model, state["teacher"])
         scaler.load_state_dict(state["scaler"])
@@ -1507,7 +1496,7 @@ def eval_images(split, config, world, log):
             images = split.pixels[indices].to(world.device)
             yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
         return
-    workers = worker_count(config, world, streaming=True)
+    workers = common.worker_count(config, world, streaming=True)
     loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
     for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
         log.skip([e for e in errors if e], n, config.max_bad)
@@ -2246,7 +2235,7 @@ def embed_folder(folder, model, work, options, log):
     done = int(np.load(progress)) if progress.exists() else 0
     mode = dict(mode="r+") if done else dict(mode="w+", dtype=np.float16, shape=(len(paths), width))
     x = np.lib.format.open_memmap(file, **mode)
-    workers = worker_count(setting, World(0, 1, device), streaming=True)
+    workers = common.worker_count(setting, World(0, 1, device), streaming=True)
     files = DataLoader(Files(split, size), options.batch, sampler=range(done, len(paths)), num_workers=workers)
     for pixels, _, errors in files if done < len(paths) else ():
         images = normalize(pixels.to(device))
@@ -2391,21 +2380,6 @@ ARCHITECTURE += ("interpolate_antialias", "prototypes", "head_hidden", "bottlene
 ARCHITECTURE += ("ibot_prototypes", "ibot_hidden", "ibot_bottleneck", "layer_scale")
 
 
-# Copied from ijepa.py
-def read_own_checkpoint(path, config=None):
-    """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
-    state, script = common.load_checkpoint(path), Path(__file__).stem
-    if not isinstance(state, dict) or state.get("script") != script:
-        writer = state["script"] if isinstance(state, dict) and "script" in state else "something else"
-        fail(f"{path} was not written by {script}.py, but by {writer}")
-    theirs = state["config"]
-    differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
-    if differ:
-        differences = (f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ)
-        fail(f"{path} was trained with {', '.join(differences)}")
-    return state
-
-
 def read_checkpoint(path, heads=0):
     """Weights of our or official checkpoints: {"model", "teacher": state dicts of a DINOv2, "architecture": fields}.
 
@@ -2415,7 +2389,7 @@ def read_checkpoint(path, heads=0):
     """
     state = common.load_checkpoint(path)
     if isinstance(state, dict) and "script" in state:
-        state = read_own_checkpoint(path)
+        state = common.read_own_checkpoint(path, Path(__file__).stem)
         architecture = {k: state["config"][k] for k in ARCHITECTURE}
         return dict(model=state["model"], teacher=state["teacher"], architecture=architecture, config=state["config"])
     flat = state.get("teacher", state) if isinstance(state, dict) else {}
@@ -2537,7 +2511,7 @@ def adopt(config, given):
             taken["eval_size"] = 224 // taken["patch"] * taken["patch"]
     config = replace(config, **{k: v for k, v in taken.items() if k not in given})
     if config.teacher:  # its prototypes are the student's
-        theirs = read_own_checkpoint(config.teacher)["config"]
+        theirs = common.read_own_checkpoint(config.teacher, Path(__file__).stem)["config"]
         names = ("prototypes", "ibot_prototypes", "separate_heads", "patch", "image_size", "local_size")
         config = replace(config, **{k: theirs[k] for k in names})
     return config

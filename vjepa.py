@@ -1166,20 +1166,9 @@ class EvalClips(Dataset):
         return (torch.stack(views) + 0.5).byte(), ""
 
 
-# Copied from ijepa.py
-def worker_count(config, world, streaming):
-    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
-    and on the CPU, since a step's draws cost less than a process."""
-    if config.workers >= 0:
-        return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(12, cores // ranks)) if streaming else int(world.device.type == "cuda")
-
-
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = worker_count(config, world, streaming=batches.split.root is not None)
+    workers = common.worker_count(config, world, streaming=batches.split.root is not None)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
 
 
@@ -1229,7 +1218,7 @@ def train(model, target, split, config, world, out):
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = read_own_checkpoint(out / "last.pt", config)
+        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
         common.load_full_state(model, state["model"], optimizer, state["optimizer"])
         common.load_full_state(target, state["target"])
         scaler.load_state_dict(state["scaler"])
@@ -1837,7 +1826,7 @@ def eval_clips(split, config, world, log, clips=1, views=1):
     """
     n = len(split)
     mine = (torch.arange(math.ceil(n / world.size)) * world.size + world.rank) % n
-    workers = worker_count(config, world, streaming=split.root is not None)
+    workers = common.worker_count(config, world, streaming=split.root is not None)
     size = max(1, config.eval_batch // (clips * views))
     data = EvalClips(split, config, clips, views)
     loader = DataLoader(data, size, sampler=mine.tolist(), num_workers=workers)
@@ -2154,21 +2143,6 @@ ARCHITECTURE = ("image_size", "patch", "frames", "tubelet", "width", "depth", "h
 ARCHITECTURE += ("predictor_depth", "predictor_heads", "rope", "target", "masks", "mask_blocks", "mask_scales")
 
 
-# Copied from ijepa.py
-def read_own_checkpoint(path, config=None):
-    """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
-    state, script = common.load_checkpoint(path), Path(__file__).stem
-    if not isinstance(state, dict) or state.get("script") != script:
-        writer = state["script"] if isinstance(state, dict) and "script" in state else "something else"
-        fail(f"{path} was not written by {script}.py, but by {writer}")
-    theirs = state["config"]
-    differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
-    if differ:
-        differences = (f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ)
-        fail(f"{path} was trained with {', '.join(differences)}")
-    return state
-
-
 def read_checkpoint(path, heads=0, frames=0, image_size=0):
     """Weights of our or official checkpoints: {"encoder", "target", "predictor": state dicts, "architecture": fields}.
 
@@ -2177,7 +2151,7 @@ def read_checkpoint(path, heads=0, frames=0, image_size=0):
     """
     state = common.load_checkpoint(path)
     if isinstance(state, dict) and "script" in state:
-        state = read_own_checkpoint(path)
+        state = common.read_own_checkpoint(path, Path(__file__).stem)
         parts = {"target": state["target"]}
         for name in ("encoder", "predictor"):
             parts[name] = {k.removeprefix(f"{name}."): v for k, v in state["model"].items() if k.startswith(f"{name}.")}
