@@ -317,7 +317,7 @@ def to_indices(blocks, length, keys=None):
 
 
 # Copied from ijepa.py
-def sample_masks(config, step, first=0, last=None, device="cpu"):
+def sample_masks(config, step, first=0, last=None):
     """Masks of samples first..last of the global batch in this step, for all of them at once.
 
     Returns a list, one entry per `micro-batch group` of config.group samples that the range touches:
@@ -337,16 +337,16 @@ def sample_masks(config, step, first=0, last=None, device="cpu"):
     last = config.batch if last is None else last
     low, high = first // group * group, -(-last // group) * group
     target_size, context_size = block_sizes(config, step)
-    random = generator(config.seed, "masks", step, device=device)
+    random = generator(config.seed, "masks", step)
 
     def draw(blocks, size):
         """Random corners for the whole global batch, of which we keep our groups': [B, blocks, 2]."""
-        room = torch.tensor([grid - size[0], grid - size[1]], device=device) + (not official)
-        uniform = torch.rand(config.batch, blocks, 2, generator=random, dtype=torch.float64, device=device)
+        room = torch.tensor([grid - size[0], grid - size[1]]) + (not official)
+        uniform = torch.rand(config.batch, blocks, 2, generator=random, dtype=torch.float64)
         return (uniform[low:high] * room).long()
 
-    todo = torch.ones(high - low, config.contexts, dtype=torch.bool, device=device)
-    targets, contexts = None, torch.zeros(high - low, config.contexts, grid * grid, dtype=torch.bool, device=device)
+    todo = torch.ones(high - low, config.contexts, dtype=torch.bool)
+    targets, contexts = None, torch.zeros(high - low, config.contexts, grid * grid, dtype=torch.bool)
     for attempt in range(20 * (count + 1)):
         if targets is None or not official:
             fresh = rectangles(draw(count, target_size), target_size, grid)  # [B, targets, N]
@@ -361,7 +361,7 @@ def sample_masks(config, step, first=0, last=None, device="cpu"):
         if not todo.any():
             break
     shape = (config.batch, *contexts.shape[1:])
-    keys = None if official else torch.rand(shape, generator=random, dtype=torch.float64, device=device)[low:high]
+    keys = None if official else torch.rand(shape, generator=random, dtype=torch.float64)[low:high]
     target_indices = to_indices(targets, math.prod(target_size))
     lengths = contexts.sum(-1).view(-1, group * config.contexts).amin(1).tolist()
     masks = []

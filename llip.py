@@ -1137,7 +1137,7 @@ def with_class_captions(split, config):
     return replace(split, table=table, valid=torch.arange(len(table)), **fields)
 
 
-def caption_folder(folder, root, name, config, log):
+def caption_folder(folder, root, config, log):
     """A Split of a folder: images with a same-name .txt, one caption a line; else class folders, captioned by class."""
     paths = sorted(p.relative_to(root) for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
     if not paths:
@@ -1196,7 +1196,7 @@ def open_data(config, name, log):
     folder = root / name if (root / "train").is_dir() else root
     if name == "val" and not config.val_data and (folder == root or not folder.is_dir()):
         return None
-    return caption_folder(folder if folder.is_dir() else root, root, name, config, log)
+    return caption_folder(folder if folder.is_dir() else root, root, config, log)
 
 
 # Copied from ijepa.py
@@ -1780,7 +1780,7 @@ def evaluate_retrieval(model, tokenizer, split, config, world, log, taus):
     return results
 
 
-def toy_questions(split, facts):
+def toy_questions(facts):
     """Per kind of caption, all phrases of it that are true of some image, and of which images: {kind: (phrases, bool
     [N, C])}. Of relations and scenes at most 500."""
     questions = {}
@@ -1803,7 +1803,7 @@ def evaluate_kinds(model, tokenizer, split, facts, config, world, log, taus):
     image are treated.
     """
     kept, image = encode_images(model, split, config, world, log)
-    questions, results = toy_questions(split, [facts[i] for i in kept.tolist()]), {column: {} for column in taus}
+    questions, results = toy_questions([facts[i] for i in kept.tolist()]), {column: {} for column in taus}
     own = {column: [] for column in taus}
     for kind, (phrases, true) in questions.items():
         true = true.to(world.device)

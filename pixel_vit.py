@@ -617,12 +617,12 @@ def erase(images, boxes, noise):
     return torch.where((rows[:, :, None] & columns[:, None])[:, None], noise, images)
 
 
-def draw_mix(random, size, mixup, cutmix, switch=0.5):
+def draw_mix(random, size, mixup, cutmix):
     """Parameters of mixup or CutMix of a batch, from a numpy generator: (lam, box or None).
 
     lam: share of the image itself, for CutMix that of the box (top, bottom, left, right) that is clipped at the border.
     """
-    use_cutmix = random.random() < switch if mixup and cutmix else bool(cutmix)
+    use_cutmix = random.random() < 0.5 if mixup and cutmix else bool(cutmix)
     alpha = cutmix if use_cutmix else mixup
     lam = random.beta(alpha, alpha)
     if not use_cutmix:
@@ -688,11 +688,10 @@ def run_blocks(blocks, x, recompute, *arguments):
     """Apply blocks in turn, with activation checkpointing if asked; arguments: sequences with an entry a block."""
     for i, block in enumerate(blocks):
         given = [None if a is None else a[i] for a in arguments]
-        x = (
-            checkpoint(block, x, *given, use_reentrant=False)
-            if recompute and torch.is_grad_enabled()
-            else block(x, *given)
-        )
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(block, x, *given, use_reentrant=False)
+        else:
+            x = block(x, *given)
     return x
 
 
@@ -1705,7 +1704,7 @@ def classification_inputs(images, labels, config, step, mine):
     return images, targets, drop[first:last]
 
 
-def diffusion_inputs(images, labels, config, step, mine, diffusion, codec):
+def diffusion_inputs(images, labels, config, step, mine, codec):
     """What is denoised [b, C, h, w], step numbers k [b], noise, and labels [b], some hidden, of a rank's rows."""
     c, device, (first, last) = config, images.device, mine
     x_start, random = to_latents(images, codec, c), generator(c.seed, "diffusion", step, device=device)
@@ -1801,7 +1800,7 @@ def train(model, target, split, config, world, out):
         elif c.task == "mae":
             inputs = images, torch.cat(item["masks"]).to(device, non_blocking=True)
         else:
-            inputs = diffusion_inputs(images, classes, c, step, mine, diffusion, codec)
+            inputs = diffusion_inputs(images, classes, c, step, mine, codec)
         loss, parts = torch.zeros((), device=device), c.accumulate
         for i, part in enumerate(zip(*(x.chunk(parts) for x in inputs), strict=True)):
             autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -2102,20 +2101,18 @@ def write_features(encoder, split, config, world, log):
 NOISE_GROUP = 64  # samples whose noise comes from one generator: a sample depends on its number, not on its batch
 
 
-def sample_images(model, config, first, last, device, codec=None, labels=None):
+def sample_images(model, config, first, last, device, codec=None):
     """Samples first..last of this --seed, at once -> (uint8 [n, 3, S, S], labels int64 [n]), on the device.
 
-    labels: int64 [n], by default all classes in turn, or --sample-class. The same number gives the same picture in any
-    batch and on any number of ranks, up to rounding.
+    Of all classes in turn, or of --sample-class. The same number gives the same picture in any batch and on any number
+    of ranks, up to rounding.
     """
     c, betas = config, noise_betas(config.noise_schedule, config.timesteps)
     diffusion = Diffusion(betas, space_timesteps(c.timesteps, c.sampler_steps), device)
     shape = (NOISE_GROUP, c.channels, *[c.image_size // c.downsample] * 2)
     groups, inside = range(first // NOISE_GROUP, -(-last // NOISE_GROUP)), first % NOISE_GROUP
-    if labels is None:
-        labels = torch.arange(first, last) % max(1, c.classes)
-        labels = labels if c.sample_class < 0 or not c.classes else torch.full_like(labels, c.sample_class)
-    labels = labels.to(device)
+    labels = torch.arange(first, last, device=device) % max(1, c.classes)
+    labels = labels if c.sample_class < 0 or not c.classes else torch.full_like(labels, c.sample_class)
 
     def draw(i):
         noise = torch.cat([torch.randn(shape, generator=generator(c.seed, "sample", g, i)) for g in groups])
@@ -2287,9 +2284,7 @@ def heat(values):
     """Values [..., h, w] -> pixels [..., 3, h, w] in 0..255: lowest dark blue, highest yellow."""
     low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
     v = ((values - low) / (high - low + 1e-12))[..., None, :, :]
-    dark, light = (
-        torch.tensor(colour, device=v.device)[:, None, None] for colour in ((40.0, 20, 90), (250.0, 230, 60))
-    )
+    dark, light = torch.tensor([[40.0, 20, 90], [250, 230, 60]], device=v.device)[..., None, None]
     return dark + (light - dark) * v
 
 
@@ -2394,16 +2389,8 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 512: 16}  # by width: a 
 ARCHITECTURE = ("task", "image_size", "patch", "width", "depth", "heads", "positions", "readout", "classes", "channels")
 ARCHITECTURE += ("downsample", "learn_sigma", "permute", "permute_distance")
 ARCHITECTURE += ("decoder_width", "decoder_depth", "decoder_heads")
-PROCESS = (
-    "clip_samples",
-    "predict",
-    "noise_schedule",
-    "timesteps",
-    "label_drop",
-    "norm_pix",
-    "mask_ratio",
-    "latent_scale",
-)
+PROCESS = ("clip_samples", "predict", "noise_schedule", "timesteps", "label_drop", "norm_pix", "mask_ratio")
+PROCESS += ("latent_scale",)
 
 
 def load_namespaced(path):
@@ -2430,9 +2417,7 @@ def read_checkpoint(path, heads=0):
     weights = {}
     if isinstance(inner, dict):
         weights = {str(k).removeprefix("module."): v for k, v in inner.items() if isinstance(v, torch.Tensor)}
-    tokeniser = next(
-        (weights[f"{n}.proj.weight"] for n in ("patch_embed", "x_embedder") if f"{n}.proj.weight" in weights), None
-    )
+    tokeniser = weights.get("patch_embed.proj.weight", weights.get("x_embedder.proj.weight"))
     if tokeniser is None or "pos_embed" not in weights:
         found = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
         fail(f"{path} is no checkpoint of this script, MAE or DiT: expected pos_embed and a projection, found {found}")

@@ -569,12 +569,11 @@ def build(config):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pixel_targets(patches, patch, tubelet):
+def pixel_targets(patches):
     """The control's target: normalised patches [B, N, 3*t*p*p] -> pixels in the order (t, row, column, colour), each
     colour of a tubelet brought to mean 0 and std 1."""
-    pixels = (
-        patches.float().unflatten(2, (3, -1)) * torch.tensor(STD, device=patches.device)[:, None]
-    )  # [B, N, 3, t*p*p]
+    std = torch.tensor(STD, device=patches.device)[:, None]
+    pixels = patches.float().unflatten(2, (3, -1)) * std  # [B, N, 3, t*p*p]
     pixels = pixels - pixels[..., :1]  # exact where a tubelet is nearly flat; the mean of the whole does not matter
     pixels = (pixels - pixels.mean(3, keepdim=True)) / (pixels.std(3, keepdim=True) + 1e-6)
     return pixels.mT.flatten(2)
@@ -750,7 +749,7 @@ def occlusion(before, after, rise, full):
     return up + [("screen", 0, 1.0)] * full + [("screen", after, h) for h in heights[::-1]]
 
 
-def quadruplet(scene, hold=4, rise=2, full=4, length=6):
+def quadruplet(scene):
     """Symbols of four videos made of the very same frames: [possible, impossible, possible, impossible].
 
     Two videos of a pair begin alike. What is impossible happens behind the screens, twice: state 0 rises, 1 sinks. All
@@ -762,6 +761,7 @@ def quadruplet(scene, hold=4, rise=2, full=4, length=6):
         fall = [("state", 0)] * 13 + change(0, 12) + [("state", 1)] * 13
         rise = [("state", 1)] * 13 + change(1, 12, "lift") + [("state", 0)] * 13
         return [fall, fall[::-1], rise, rise[::-1]]
+    hold, rise, full, length = 4, 2, 4, 6  # frames: of rest, of a screen's rise, of its being up, of a change
     videos = []
     for a in (0, 1):
         b = 1 - a
@@ -1261,7 +1261,7 @@ def train(model, target, split, config, world, out):
             autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
             with common.no_sync(model, last=i == parts - 1), autocast:
                 with torch.no_grad():
-                    tokens = pixel_targets(part, config.patch, config.tubelet) if pixels else target(part)
+                    tokens = pixel_targets(part) if pixels else target(part)
                     targets = gather_targets(tokens, masks, norm=not pixels)
                 predictions = model(part, masks)
                 part_loss = vjepa_loss(predictions, targets, 2 if pixels else 1) / parts
@@ -1415,11 +1415,11 @@ def toy_trials(config, root, step):
     ]
 
 
-def read_all(path, step, config, first=0, upto=None):
+def read_all(path, step, config, first=0):
     """Every step-th frame of a video, from number `first` on: uint8 [T, 3, H, W]."""
 
     def choose(times):
-        return np.arange(min(first, len(times) - 1), len(times) if upto is None else upto, step)
+        return np.arange(min(first, len(times) - 1), len(times), step)
 
     return read_frames(path, choose, threads=config.threads)[0]
 
@@ -1532,7 +1532,7 @@ def surprise(model, target, windows, contexts, patch, tubelet, token=0, normaliz
     the student, as in the released evaluation.
     """
     patches = model.encoder.patch_embed.patchify(windows)
-    tokens = pixel_targets(patches, patch, tubelet) if target is None else target(patches)
+    tokens = pixel_targets(patches) if target is None else target(patches)
     n, per_step, rows = patches.shape[1], windows.shape[3] * windows.shape[4] // patch**2, []
     order = torch.arange(n, device=windows.device).expand(1, len(windows), n)
     for context in contexts:
@@ -2013,7 +2013,7 @@ def content_ratio(model, target, clips, config):
     masks = sample_masks(replace(config, batch=len(clips), group=0), step=0)[0]
     masks = [m.to(clips.device) for m in masks]
     patches, pixels = model.encoder.patch_embed.patchify(clips), config.target == "pixels"
-    tokens = pixel_targets(patches, config.patch, config.tubelet) if pixels else target(clips)
+    tokens = pixel_targets(patches) if pixels else target(clips)
     targets = gather_targets(tokens, masks, norm=not pixels)
     right, wrong = (vjepa_loss(model(p, masks), targets, 2 if pixels else 1) for p in (patches, patches.roll(1, 0)))
     return right.item(), (wrong / right).item()
