@@ -31,13 +31,10 @@ runs/dinov2/last.pt` is the last phase; `--preset vitg14` with `--shard`; `dinov
 
 The paper reports (ImageNet-1k, kNN / linear): ViT-S/14 79.0 / 81.1, B 82.1 / 84.5, L 83.5 / 86.3 (distilled), g 83.5 /
 86.5; the released code, from scratch: ViT-L/16 on ImageNet-1k 81.6 / 82.9, ViT-L/14 on ImageNet-22k 82.0 / 84.5.
-Measured here so far, on one busy CPU core: toy, seeds 0, 1, 2: kNN 94.3, 95.9, 92.7 % against 66.0, 67.5, 70.0 of a
-random backbone and 78.3 of raw pixels; linear 98.1, 98.6, 98.5 against 79.3, 80.0, 82.2. Curation of 10,000 CIFAR-10
-images, 2,000 planted near-duplicates and 500 leaks of the test set, by pixels at the default threshold: 96 % of the
-duplicates found with precision 97, 96 % of the leaks with 85, where duplicates that CIFAR-10 has of its own count as
-wrong; 60,000 images took 140 seconds and 0.9 GiB. Distillation, at equal cost: a student 32 wide and 2 deep reaches kNN
-86.3 and linear 94.1 in 240 steps with the toy teacher of seed 0, and 80.5 and 90.1 in 400 steps without one. CIFAR-10
-in 47 minutes: kNN 46.5 (random 31.9, raw pixels 45.4), linear 49.7 (42.3). Nothing was measured on a GPU yet.
+Measured here on one CPU core (README has the tables): toy, three seeds, kNN 93 to 96 % against 66 to 70 of a random
+backbone and 78 of raw pixels, linear 98 to 99 against 79 to 82; distilled at equal cost kNN 86 to 88 against 81 to 83
+without a teacher; CIFAR-10 in 47 minutes, kNN 46.5 (raw pixels 45.4, random 31.9), linear 49.7 (42.3). Curation finds
+96 % of planted near-duplicates with precision 97. Nothing was measured on a GPU yet.
 
 On small data (`--preset toy`). What was seen to matter: a cooler teacher (0.04 to 0.05) and twice the learning rate
 (peak 2e-3). With temperature 0.07 and peak 1e-3 the DINO loss stays near ln K for 800 steps and kNN ends at 88 instead
@@ -1705,9 +1702,6 @@ def average_precision(relevant, junk=None, trapezoid=False):
     return (precision * relevant).sum(-1) / relevant.sum(-1)
 
 
-REVISITED = {"E": ((1,), (2, 3)), "M": ((1, 2), (3,)), "H": ((2,), (1, 3))}  # protocol: relevant labels, junk labels
-
-
 def retrieval(queries, database, labels, query_labels):
     """Instance retrieval: mean over queries of the average precision of a ranking by cosine, in percent."""
     database, found = F.normalize(database, dim=1), []
@@ -2043,6 +2037,102 @@ def draw_matches(backbone, split, config, world, log, tile=448):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: ours and official
+# ---------------------------------------------------------------------------------------------------------------------
+
+ARCHITECTURE = ("image_size", "patch", "width", "depth", "heads", "registers", "swiglu", "interpolate_offset")
+ARCHITECTURE += ("interpolate_antialias", "prototypes", "head_hidden", "bottleneck", "separate_heads")
+ARCHITECTURE += ("ibot_prototypes", "ibot_hidden", "ibot_bottleneck", "layer_scale")
+
+
+def read_checkpoint(path, heads=0):
+    """Weights of our or official checkpoints: {"model", "teacher": state dicts of a DINOv2, "architecture": fields}.
+
+    Official are: a backbone alone (dinov2_vits14_pretrain.pth; its dict is flat), or a training snapshot {"teacher":
+    ...} with prefixes `module.`, `backbone.` and heads; blocks may be in chunks (`blocks.<chunk>.<i>`). What shapes do
+    not tell: heads are 64 wide (else --heads); with registers, positions are interpolated as for the released models.
+    """
+    state = common.load_checkpoint(path)
+    if isinstance(state, dict) and "script" in state:
+        state = common.read_own_checkpoint(path, Path(__file__).stem)
+        architecture = {k: state["config"][k] for k in ARCHITECTURE}
+        return dict(model=state["model"], teacher=state["teacher"], architecture=architecture, config=state["config"])
+    flat = state.get("teacher", state) if isinstance(state, dict) else {}
+    flat = flat if isinstance(flat, dict) else {}
+    flat = {k.removeprefix("module."): v for k, v in flat.items()}
+    prefixed = any(k.startswith("backbone.") for k in flat)
+    flat = {k if prefixed else f"backbone.{k}": v for k, v in flat.items()}
+    flat = {re.sub(r"blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in flat.items()}
+    own = {k.removeprefix("backbone."): v for k, v in flat.items() if k.startswith("backbone.")}
+    if not {"pos_embed", "cls_token", "mask_token", "patch_embed.proj.weight"} <= own.keys():
+        found = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
+        fail(f"{path} is no DINOv2 checkpoint: expected cls_token, mask_token, pos_embed and more, found {found}")
+    width, _, patch, _ = own["patch_embed.proj.weight"].shape
+    if not heads and width % 64 or heads and width % heads:
+        fail(f"{path} cannot say how many attention heads share its width of {width}: add --heads")
+    registers = own["register_tokens"].shape[1] if "register_tokens" in own else 0
+    architecture = dict(
+        image_size=patch * math.isqrt(own["pos_embed"].shape[1] - 1), patch=patch, width=width,
+        depth=1 + max(int(k.split(".")[1]) for k in own if k.startswith("blocks.")), heads=heads or width // 64,
+        registers=registers, swiglu="blocks.0.mlp.w12.weight" in own, interpolate_antialias=registers > 0,
+        interpolate_offset=0.0 if registers else 0.1, layer_scale=1.0 if "blocks.0.ls1.gamma" in own else 0.0,
+    )  # fmt: skip
+    return dict(model=flat, teacher=flat, architecture=architecture, config={})
+
+
+def load_weights(model, teacher, weights, path):
+    """Put what `read_checkpoint` found into (student, teacher): with its heads where it has them that fit."""
+    for module, name in ((model, "model"), (teacher, "teacher")):
+        state, own = dict(weights[name]), module.state_dict()
+        table, grid = state["backbone.pos_embed"], math.isqrt(own["backbone.pos_embed"].shape[1] - 1)
+        if table.shape[1] != 1 + grid**2:
+            old = math.isqrt(table.shape[1] - 1)
+            print(f"{path}, {name}: positions interpolated from {old}x{old} to {grid}x{grid} patches", flush=True)
+            state["backbone.pos_embed"] = position_table(table, (grid, grid), offset=0.0)
+        if not any(k.startswith("dino_head.") for k in state):
+            print(f"{path}, {name}: has no heads, they start afresh; expect features to get worse at first", flush=True)
+            state |= {k: v for k, v in own.items() if not k.startswith("backbone.")}
+        common.load_state(module, state, f"{path}, {name}")
+
+
+def load_backbone(path, heads=0):
+    """A frozen Backbone from any checkpoint that this script reads; of our own it is the teacher's.
+
+    backbone([images])[0] -> tokens [B, 1+R+N, D] of images [B, 3, H, W], H and W multiples of the patch; the first is
+    the class token. heads: where an official file's width is not a multiple of 64.
+    """
+    weights = read_checkpoint(path, heads)
+    a = weights["architecture"]
+    backbone = Backbone(
+        a["image_size"], a["patch"], a["width"], a["depth"], a["heads"], a["registers"], a["swiglu"], a["layer_scale"],
+        a["interpolate_offset"], a["interpolate_antialias"],
+    )  # fmt: skip
+    state = {k.removeprefix("backbone."): v for k, v in weights["teacher"].items() if k.startswith("backbone.")}
+    common.load_state(backbone, state, f"{path}, backbone")
+    return backbone.requires_grad_(False).eval()
+
+
+def load_teacher(config):
+    """The frozen teacher, with its heads, that --teacher names."""
+    weights = read_checkpoint(config.teacher)
+    teacher = DINOv2(replace(config, drop_path=0.0, **weights["architecture"]))
+    common.load_state(teacher, weights["teacher"], f"{config.teacher}, teacher")
+    return teacher.requires_grad_(False).eval()
+
+
+def official_head_scores(path, features):
+    """Scores [N, C] of a released linear head: weight [C, 2D] (class token and mean patch) or [C, 5D] (four blocks)."""
+    head = common.load_checkpoint(path)
+    if not isinstance(head, dict) or not {"weight", "bias"} <= head.keys():
+        fail(f"{path} is no linear head: expected `weight` and `bias`")
+    for x in probe_inputs(features.concat4, features.pooled.shape[1]).values():
+        if x.shape[1] == head["weight"].shape[1]:
+            found = x
+            return found @ head["weight"].to(x).T + head["bias"].to(x)
+    fail(f"{path} takes {head['weight'].shape[1]} features, not what a width of {features.pooled.shape[1]} gives")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Curate (section 3 and appendix A of the paper): embed, drop near-duplicates and what is in an evaluation set, retrieve
 #
 # Embeddings lie on disk as float16 [N, D] and are compared in pieces: a million images at D 384 take 0.8 GB of disk, up
@@ -2369,102 +2459,6 @@ def curate_main(argv):
         flags = [flag for action in parser._actions for flag in action.option_strings]
         fail(f"unknown argument {unknown[0]}{common.nearest(unknown[0].split('=')[0], flags)} --help lists all.")
     return curate(options, Log(Path(options.work or f"{options.out}.work"), World(0, 1, torch.device(options.device))))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: ours and official
-# ---------------------------------------------------------------------------------------------------------------------
-
-ARCHITECTURE = ("image_size", "patch", "width", "depth", "heads", "registers", "swiglu", "interpolate_offset")
-ARCHITECTURE += ("interpolate_antialias", "prototypes", "head_hidden", "bottleneck", "separate_heads")
-ARCHITECTURE += ("ibot_prototypes", "ibot_hidden", "ibot_bottleneck", "layer_scale")
-
-
-def read_checkpoint(path, heads=0):
-    """Weights of our or official checkpoints: {"model", "teacher": state dicts of a DINOv2, "architecture": fields}.
-
-    Official are: a backbone alone (dinov2_vits14_pretrain.pth; its dict is flat), or a training snapshot {"teacher":
-    ...} with prefixes `module.`, `backbone.` and heads; blocks may be in chunks (`blocks.<chunk>.<i>`). What shapes do
-    not tell: heads are 64 wide (else --heads); with registers, positions are interpolated as for the released models.
-    """
-    state = common.load_checkpoint(path)
-    if isinstance(state, dict) and "script" in state:
-        state = common.read_own_checkpoint(path, Path(__file__).stem)
-        architecture = {k: state["config"][k] for k in ARCHITECTURE}
-        return dict(model=state["model"], teacher=state["teacher"], architecture=architecture, config=state["config"])
-    flat = state.get("teacher", state) if isinstance(state, dict) else {}
-    flat = flat if isinstance(flat, dict) else {}
-    flat = {k.removeprefix("module."): v for k, v in flat.items()}
-    prefixed = any(k.startswith("backbone.") for k in flat)
-    flat = {k if prefixed else f"backbone.{k}": v for k, v in flat.items()}
-    flat = {re.sub(r"blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in flat.items()}
-    own = {k.removeprefix("backbone."): v for k, v in flat.items() if k.startswith("backbone.")}
-    if not {"pos_embed", "cls_token", "mask_token", "patch_embed.proj.weight"} <= own.keys():
-        found = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
-        fail(f"{path} is no DINOv2 checkpoint: expected cls_token, mask_token, pos_embed and more, found {found}")
-    width, _, patch, _ = own["patch_embed.proj.weight"].shape
-    if not heads and width % 64 or heads and width % heads:
-        fail(f"{path} cannot say how many attention heads share its width of {width}: add --heads")
-    registers = own["register_tokens"].shape[1] if "register_tokens" in own else 0
-    architecture = dict(
-        image_size=patch * math.isqrt(own["pos_embed"].shape[1] - 1), patch=patch, width=width,
-        depth=1 + max(int(k.split(".")[1]) for k in own if k.startswith("blocks.")), heads=heads or width // 64,
-        registers=registers, swiglu="blocks.0.mlp.w12.weight" in own, interpolate_antialias=registers > 0,
-        interpolate_offset=0.0 if registers else 0.1, layer_scale=1.0 if "blocks.0.ls1.gamma" in own else 0.0,
-    )  # fmt: skip
-    return dict(model=flat, teacher=flat, architecture=architecture, config={})
-
-
-def load_weights(model, teacher, weights, path):
-    """Put what `read_checkpoint` found into (student, teacher): with its heads where it has them that fit."""
-    for module, name in ((model, "model"), (teacher, "teacher")):
-        state, own = dict(weights[name]), module.state_dict()
-        table, grid = state["backbone.pos_embed"], math.isqrt(own["backbone.pos_embed"].shape[1] - 1)
-        if table.shape[1] != 1 + grid**2:
-            old = math.isqrt(table.shape[1] - 1)
-            print(f"{path}, {name}: positions interpolated from {old}x{old} to {grid}x{grid} patches", flush=True)
-            state["backbone.pos_embed"] = position_table(table, (grid, grid), offset=0.0)
-        if not any(k.startswith("dino_head.") for k in state):
-            print(f"{path}, {name}: has no heads, they start afresh; expect features to get worse at first", flush=True)
-            state |= {k: v for k, v in own.items() if not k.startswith("backbone.")}
-        common.load_state(module, state, f"{path}, {name}")
-
-
-def load_backbone(path, heads=0):
-    """A frozen Backbone from any checkpoint that this script reads; of our own it is the teacher's.
-
-    backbone([images])[0] -> tokens [B, 1+R+N, D] of images [B, 3, H, W], H and W multiples of the patch; the first is
-    the class token. heads: where an official file's width is not a multiple of 64.
-    """
-    weights = read_checkpoint(path, heads)
-    a = weights["architecture"]
-    backbone = Backbone(
-        a["image_size"], a["patch"], a["width"], a["depth"], a["heads"], a["registers"], a["swiglu"], a["layer_scale"],
-        a["interpolate_offset"], a["interpolate_antialias"],
-    )  # fmt: skip
-    state = {k.removeprefix("backbone."): v for k, v in weights["teacher"].items() if k.startswith("backbone.")}
-    common.load_state(backbone, state, f"{path}, backbone")
-    return backbone.requires_grad_(False).eval()
-
-
-def load_teacher(config):
-    """The frozen teacher, with its heads, that --teacher names."""
-    weights = read_checkpoint(config.teacher)
-    teacher = DINOv2(replace(config, drop_path=0.0, **weights["architecture"]))
-    common.load_state(teacher, weights["teacher"], f"{config.teacher}, teacher")
-    return teacher.requires_grad_(False).eval()
-
-
-def official_head_scores(path, features):
-    """Scores [N, C] of a released linear head: weight [C, 2D] (class token and mean patch) or [C, 5D] (four blocks)."""
-    head = common.load_checkpoint(path)
-    if not isinstance(head, dict) or not {"weight", "bias"} <= head.keys():
-        fail(f"{path} is no linear head: expected `weight` and `bias`")
-    for x in probe_inputs(features.concat4, features.pooled.shape[1]).values():
-        if x.shape[1] == head["weight"].shape[1]:
-            found = x
-            return found @ head["weight"].to(x).T + head["bias"].to(x)
-    fail(f"{path} takes {head['weight'].shape[1]} features, not what a width of {features.pooled.shape[1]} gives")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -607,6 +607,23 @@ def open_split(config, name):
     return Split(root, paths, torch.tensor([number[n] for n in names]), list(number))
 
 
+def tint(pixels, seed):
+    """Colour grey images uint8 [N, 3, S, S]: black and white become a darker and a lighter random colour.
+
+    For the toy images: without colour, saturation and hue change nothing.
+    """
+    random = np.random.Generator(np.random.PCG64(seed))
+    ends = random.uniform([[0], [110]], [[120], [255]], (len(pixels), 2, 3))
+    dark, light = torch.from_numpy(ends).float()[..., None, None].unbind(1)
+    return torch.lerp(dark, light, pixels.float() / 255).round().byte()
+
+
+def open_data(config, name):
+    """`open_split`, the toy images in colour."""
+    split = open_split(config, name)
+    return replace(split, pixels=tint(split.pixels, 10 + (name == "val"))) if config.data == "toy" else split
+
+
 # Copied from ijepa.py
 def in_memory(pixels, labels, paths, classes):
     """A Split whose images are decoded already: pixels uint8 [N, 3, H, W]."""
@@ -867,23 +884,6 @@ def make_images(item, pixels, size, device, bicubic=False):
         return normalize(crop_resize(pixels[item["indices"]], item["boxes"], size, item.get("flip"), bicubic))
     images = normalize(item["pixels"])
     return torch.where(item["flip"][:, None, None, None], images.flip(3), images) if "flip" in item else images
-
-
-def tint(pixels, seed):
-    """Colour grey images uint8 [N, 3, S, S]: black and white become a darker and a lighter random colour.
-
-    For the toy images: without colour, saturation and hue change nothing.
-    """
-    random = np.random.Generator(np.random.PCG64(seed))
-    ends = random.uniform([[0], [110]], [[120], [255]], (len(pixels), 2, 3))
-    dark, light = torch.from_numpy(ends).float()[..., None, None].unbind(1)
-    return torch.lerp(dark, light, pixels.float() / 255).round().byte()
-
-
-def open_data(config, name):
-    """`open_split`, the toy images in colour."""
-    split = open_split(config, name)
-    return replace(split, pixels=tint(split.pixels, 10 + (name == "val"))) if config.data == "toy" else split
 
 
 # ---------------------------------------------------------------------------------------------------------------------

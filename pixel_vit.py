@@ -1254,6 +1254,59 @@ def open_split(config, name):
     return Split(root, paths, torch.tensor([number[n] for n in names]), list(number))
 
 
+TOY_CLASSES = ["disc", "ring", "square", "frame", "plus", "cross", "triangle", "bars", "T", "L"]
+
+
+@functools.lru_cache(maxsize=4)
+def toy_shapes(split, size):
+    """Ten bright shapes on dark ground, of any colour, shifted, scaled and turned a little, with some noise.
+
+    Few pixels must do here: what is drawn is antialiased, and known by its outline at 8 x 8 already.
+    split: "train" (8,000) or "val" (2,000 others) -> pixels uint8 [N, 3, size, size], labels int64 [N], balanced.
+    """
+    count = {"train": 8000, "val": 2000}[split]
+    random = np.random.Generator(np.random.PCG64(["train", "val"].index(split)))
+
+    def uniform(low, high, *shape):
+        return random.uniform(low, high, (count, *(shape or (1, 1))))
+
+    line = (np.arange(size) + 0.5) / size * 2 - 1  # the image spans -1 to 1
+    x, y = line - uniform(-0.25, 0.25), line[:, None] - uniform(-0.25, 0.25)
+    turn, scale = uniform(-0.25, 0.25), uniform(0.6, 0.75)
+    u, v = (x * np.cos(turn) + y * np.sin(turn)) / scale, (y * np.cos(turn) - x * np.sin(turn)) / scale
+
+    def box(u, v, width, height):
+        return np.maximum(abs(u) - width, abs(v) - height)
+
+    shapes = [
+        lambda u, v: np.hypot(u, v) - 1,
+        lambda u, v: abs(np.hypot(u, v) - 0.75) - 0.27,
+        lambda u, v: box(u, v, 0.9, 0.9),
+        lambda u, v: abs(box(u, v, 0.7, 0.7)) - 0.25,
+        lambda u, v: np.minimum(box(u, v, 1, 0.28), box(u, v, 0.28, 1)),
+        lambda u, v: np.minimum(box(u + v, u - v, 1.5, 0.4), box(u + v, u - v, 0.4, 1.5)) / 1.41,
+        lambda u, v: np.maximum(abs(u) * 0.87 - v * 0.5 - 0.5, v - 0.8),
+        lambda u, v: box(u, abs(v) - 0.6, 1, 0.27),
+        lambda u, v: np.minimum(box(u, v + 0.7, 1, 0.27), box(u, v, 0.27, 1)),
+        lambda u, v: np.minimum(box(u + 0.6, v, 0.27, 1), box(u, v - 0.7, 0.9, 0.27)),
+    ]  # distance to the outline, negative inside; in the order of TOY_CLASSES
+    outside = np.empty((count, size, size))
+    for k, shape in enumerate(shapes):
+        outside[k::10] = shape(u[k::10], v[k::10])
+    share = np.clip(0.5 - outside * scale * size / 2, 0, 1)[:, None]  # of a pixel that the shape covers
+    dark, light = uniform(0, 80, 3, 1, 1), uniform(130, 255, 3, 1, 1)
+    pixels = dark + (light - dark) * share + random.normal(0, 6, (count, 3, size, size))
+    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.arange(count) % 10
+
+
+def open_data(config, name):
+    """`open_split`, with shapes as toy images; for other data the `val` Split is None where a folder has none."""
+    if config.data == "toy":
+        pixels, labels = toy_shapes(name, config.image_size)
+        return in_memory(pixels, labels, [f"{name}/{i:05d}" for i in range(len(pixels))], TOY_CLASSES)
+    return open_split(config, name)
+
+
 # Copied from ijepa.py
 def in_memory(pixels, labels, paths, classes):
     """A Split whose images are decoded already: pixels uint8 [N, 3, H, W]."""
@@ -1514,59 +1567,6 @@ def make_images(item, pixels, size, device, bicubic=False):
         return normalize(crop_resize(pixels[item["indices"]], item["boxes"], size, item.get("flip"), bicubic))
     images = normalize(item["pixels"])
     return torch.where(item["flip"][:, None, None, None], images.flip(3), images) if "flip" in item else images
-
-
-TOY_CLASSES = ["disc", "ring", "square", "frame", "plus", "cross", "triangle", "bars", "T", "L"]
-
-
-@functools.lru_cache(maxsize=4)
-def toy_shapes(split, size):
-    """Ten bright shapes on dark ground, of any colour, shifted, scaled and turned a little, with some noise.
-
-    Few pixels must do here: what is drawn is antialiased, and known by its outline at 8 x 8 already.
-    split: "train" (8,000) or "val" (2,000 others) -> pixels uint8 [N, 3, size, size], labels int64 [N], balanced.
-    """
-    count = {"train": 8000, "val": 2000}[split]
-    random = np.random.Generator(np.random.PCG64(["train", "val"].index(split)))
-
-    def uniform(low, high, *shape):
-        return random.uniform(low, high, (count, *(shape or (1, 1))))
-
-    line = (np.arange(size) + 0.5) / size * 2 - 1  # the image spans -1 to 1
-    x, y = line - uniform(-0.25, 0.25), line[:, None] - uniform(-0.25, 0.25)
-    turn, scale = uniform(-0.25, 0.25), uniform(0.6, 0.75)
-    u, v = (x * np.cos(turn) + y * np.sin(turn)) / scale, (y * np.cos(turn) - x * np.sin(turn)) / scale
-
-    def box(u, v, width, height):
-        return np.maximum(abs(u) - width, abs(v) - height)
-
-    shapes = [
-        lambda u, v: np.hypot(u, v) - 1,
-        lambda u, v: abs(np.hypot(u, v) - 0.75) - 0.27,
-        lambda u, v: box(u, v, 0.9, 0.9),
-        lambda u, v: abs(box(u, v, 0.7, 0.7)) - 0.25,
-        lambda u, v: np.minimum(box(u, v, 1, 0.28), box(u, v, 0.28, 1)),
-        lambda u, v: np.minimum(box(u + v, u - v, 1.5, 0.4), box(u + v, u - v, 0.4, 1.5)) / 1.41,
-        lambda u, v: np.maximum(abs(u) * 0.87 - v * 0.5 - 0.5, v - 0.8),
-        lambda u, v: box(u, abs(v) - 0.6, 1, 0.27),
-        lambda u, v: np.minimum(box(u, v + 0.7, 1, 0.27), box(u, v, 0.27, 1)),
-        lambda u, v: np.minimum(box(u + 0.6, v, 0.27, 1), box(u, v - 0.7, 0.9, 0.27)),
-    ]  # distance to the outline, negative inside; in the order of TOY_CLASSES
-    outside = np.empty((count, size, size))
-    for k, shape in enumerate(shapes):
-        outside[k::10] = shape(u[k::10], v[k::10])
-    share = np.clip(0.5 - outside * scale * size / 2, 0, 1)[:, None]  # of a pixel that the shape covers
-    dark, light = uniform(0, 80, 3, 1, 1), uniform(130, 255, 3, 1, 1)
-    pixels = dark + (light - dark) * share + random.normal(0, 6, (count, 3, size, size))
-    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.arange(count) % 10
-
-
-def open_data(config, name):
-    """`open_split`, with shapes as toy images; for other data the `val` Split is None where a folder has none."""
-    if config.data == "toy":
-        pixels, labels = toy_shapes(name, config.image_size)
-        return in_memory(pixels, labels, [f"{name}/{i:05d}" for i in range(len(pixels))], TOY_CLASSES)
-    return open_split(config, name)
 
 
 def centre_crop(image, size):

@@ -84,18 +84,9 @@ class Config:
     data: str = "toy"  # toy; a folder of videos or images, also one of $DATA (default ./data); csv lists: a.csv,b.csv
     val: str = ""  # folder or csv of the validation videos, default val/ beside train/
 
-    # clips
+    # model
     image_size: int = 32  # side of a frame as the network sees it, pixels
     frames: int = 16  # frames a clip
-    step: int = 1  # every so many frames of the video
-    fps: float = 0  # frames a second of a clip, by time stamps; 0 = every --step frames
-    canvas: int = 0  # side of the square to which workers resize frames, pixels, 0 = 8/7 of the image size
-    crop_scale: tuple[float, float] = (1.0, 1.0)  # area of the random crop, share of the frame
-    crop_aspect: tuple[float, float] = (0.75, 1.35)  # width / height of the random crop
-    flip: bool = False  # mirror half of the clips
-    threads: int = 1  # decoding threads a video
-
-    # model
     patch: int = 8  # side of a tubelet, pixels
     tubelet: int = 2  # length of a tubelet, frames
     width: int = 64  # encoder width
@@ -108,6 +99,15 @@ class Config:
     rope: bool = False  # rotary positions and SwiGLU, as the physics paper's models have them
     init_std: float = 0.02  # std of the initial weights
     target: str = "features"  # what is predicted: features of the target encoder, or pixels (the control)
+
+    # clips
+    step: int = 1  # every so many frames of the video
+    fps: float = 0  # frames a second of a clip, by time stamps; 0 = every --step frames
+    canvas: int = 0  # side of the square to which workers resize frames, pixels, 0 = 8/7 of the image size
+    crop_scale: tuple[float, float] = (1.0, 1.0)  # area of the random crop, share of the frame
+    crop_aspect: tuple[float, float] = (0.75, 1.35)  # width / height of the random crop
+    flip: bool = False  # mirror half of the clips
+    threads: int = 1  # decoding threads a video
 
     # masks
     masks: str = "multiblock,time"  # kinds: multiblock, causal, random, tube, time; each with a mask token of its own
