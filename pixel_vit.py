@@ -1738,23 +1738,23 @@ def distribute(model, world, shard):
 
 def train(model, target, split, config, world, out):
     """Train the model, and average it into the target. Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
-    c, device, dtype = config, world.device, common.choose_precision(config.precision, world.device)
-    steps = c.steps or max(1, int(c.epochs * max(1, len(split) // c.batch)))
+    device, dtype = world.device, common.choose_precision(config.precision, world.device)
+    steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
     diffusion, codec = None, None
-    if c.task == "diffusion":
-        diffusion = Diffusion(noise_betas(c.noise_schedule, c.timesteps), range(c.timesteps), device)
-        codec = load_codec(c, device)
+    if config.task == "diffusion":
+        diffusion = Diffusion(noise_betas(config.noise_schedule, config.timesteps), range(config.timesteps), device)
+        codec = load_codec(config, device)
     model, target = model.to(device), target.to(device)
-    if c.compile:
+    if config.compile:
         model.compile()
-    plain, model = model, distribute(model, world, c.shard)
-    target = distribute(target, world, c.shard)
-    optimizer, ema = make_optimizer(plain, c), EMA(target, plain)
+    plain, model = model, distribute(model, world, config.shard)
+    target = distribute(target, world, config.shard)
+    optimizer, ema = make_optimizer(plain, config), EMA(target, plain)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
-    if c.resume and (out / "last.pt").exists():
-        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, c)
+    if config.resume and (out / "last.pt").exists():
+        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
         common.load_full_state(model, state["model"], optimizer, state["optimizer"])
         common.load_full_state(target, state["target"])
         scaler.load_state_dict(state["scaler"])
@@ -1762,57 +1762,58 @@ def train(model, target, split, config, world, out):
 
     def save(step):
         weights, moments = common.full_state(model, optimizer)
-        state = dict(script=Path(__file__).stem, step=step, config=asdict(c), model=weights)
+        state = dict(script=Path(__file__).stem, step=step, config=asdict(config), model=weights)
         state |= dict(target=common.full_state(target)[0], optimizer=moments)
         state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
         if world.rank == 0:
             common.save_checkpoint(out / "last.pt", state)
 
     if world.rank == 0:
-        (out / "config.json").write_text(json.dumps(asdict(c), indent=2) + "\n")
-    loader = make_loader(make_batches(split, c, world, c.batch, c.flip), range(start, steps), c, world)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    batches = make_batches(split, config, world, config.batch, config.flip)
+    loader = make_loader(batches, range(start, steps), config, world)
     pixels = None if split.pixels is None else split.pixels.to(device)
     labels = split.labels.to(device)
     trainable = [p for p in plain.parameters() if p.requires_grad]
-    mine = [rank * c.batch // world.size for rank in (world.rank, world.rank + 1)]  # in the global batch
+    mine = [rank * config.batch // world.size for rank in (world.rank, world.rank + 1)]  # in the global batch
     log = Log(out, world, steps, start)
     log.catch_signals()
+    millions = sum(p.numel() for p in plain.parameters()) / 1e6
     log.say(
-        f"{out}: {c.task}, {len(split)} images, steps {start} to {steps} of {c.batch} on {world.size} x {device.type} "
-        f"in {str(dtype)[6:]}; {token_count(c)} tokens of {c.patch}x{c.patch} pixels, "
-        f"{sum(p.numel() for p in plain.parameters()) / 1e6:.2f} M parameters, "
-        f"{forward_work(c) / 1e9:.3g} G multiply-adds an image"
+        f"{out}: {len(split)} images, steps {start} to {steps} of {config.batch} on {world.size} x {device.type} in "
+        f"{str(dtype)[6:]}; task {config.task}, {millions:.2f} M parameters, "
+        f"{token_count(config)} tokens an image, {forward_work(config) / 1e9:.3g} G multiply-adds"
     )
     waited, window, since = 0.0, start, time.monotonic()
     for step in range(start, steps):
         tick = time.monotonic()
         item = next(loader)
-        images = make_images(item, pixels, c.image_size, device, bicubic=True)
+        images = make_images(item, pixels, config.image_size, device, bicubic=True)
         waited += time.monotonic() - tick
-        log.skip(item["bad"], len(split), c.max_bad)
-        lr, decay, momentum = schedules(c, step, steps)
+        log.skip(item["bad"], len(split), config.max_bad)
+        lr, decay, momentum = schedules(config, step, steps)
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr * group["scale"], decay if group["decay"] else 0.0
 
         classes = labels[item["indices"].to(device, non_blocking=True)]
-        if c.task == "classify":
-            inputs = classification_inputs(images, classes, c, step, mine)
-        elif c.task == "mae":
+        if config.task == "classify":
+            inputs = classification_inputs(images, classes, config, step, mine)
+        elif config.task == "mae":
             inputs = images, torch.cat(item["masks"]).to(device, non_blocking=True)
         else:
-            inputs = diffusion_inputs(images, classes, c, step, mine, codec)
-        loss, parts = torch.zeros((), device=device), c.accumulate
+            inputs = diffusion_inputs(images, classes, config, step, mine, codec)
+        loss, parts = torch.zeros((), device=device), config.accumulate
         for i, part in enumerate(zip(*(x.chunk(parts) for x in inputs), strict=True)):
             autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
             with common.no_sync(model, last=i == parts - 1), autocast:
-                part_loss = forward_loss(model, part, c, diffusion) / parts
+                part_loss = forward_loss(model, part, config, diffusion) / parts
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
 
         scaler.unscale_(optimizer)
         loss, norm = common.mean_over_ranks(loss), common.gradient_norm(trainable)
-        if c.clip:
-            nn.utils.clip_grads_with_norm_(trainable, c.clip, norm)
+        if config.clip:
+            nn.utils.clip_grads_with_norm_(trainable, config.clip, norm)
         applied = (loss + norm).isfinite()  # a tensor on the device, the same on all ranks
         # with fp16's loss scaling, gradients overflow now and then by design: there only the loss counts
         bad = ~(loss.isfinite() if scaler.is_enabled() else applied)
@@ -1826,11 +1827,11 @@ def train(model, target, split, config, world, out):
 
         done = step + 1
         stopping = log.stop and world.size == 1
-        if done % c.log_every == 0 or done == steps or stopping:
+        if done % config.log_every == 0 or done == steps or stopping:
             loss_now, norm_now, bad_steps = torch.stack([loss, norm, streak]).tolist()  # the only host-device sync
             stopping = log.agree(log.stop)
             now = time.monotonic()
-            row = dict(loss=loss_now, lr=lr, images_per_s=c.batch * (done - window) / (now - since))
+            row = dict(loss=loss_now, lr=lr, images_per_s=config.batch * (done - window) / (now - since))
             row["data_wait"] = waited / (now - since)
             waited, window, since = 0.0, done, now
             log.progress(done, **row)
@@ -1838,7 +1839,7 @@ def train(model, target, split, config, world, out):
             if bad_steps >= 3:
                 advice = f"{out}/last.pt holds the last good weights. Try a lower --lr, or --precision fp32."
                 fail(f"loss or gradients were not finite in three steps in a row before step {done}; {advice}", 3)
-        if done % c.save_every == 0 or done == steps or stopping:
+        if done % config.save_every == 0 or done == steps or stopping:
             save(done)
         if stopping and done < steps:
             log.close()

@@ -2030,10 +2030,11 @@ def to_pixels(clips):
     return (clips * std + mean).clamp(0, 1) * 255
 
 
-def paste(canvas, picture, left, top, side):
-    """Draw a picture [3, S, S] of 0..255 enlarged to side x side."""
-    array = torch.as_tensor(picture).permute(1, 2, 0).byte().cpu().numpy()
-    canvas.paste(Image.fromarray(array).resize((side, side), Image.NEAREST), (left, top))
+# Copied from msn.py
+def paste(canvas, image, left, top, side):
+    """Put pixels [3, s, s] on a PIL canvas, enlarged to `side`."""
+    tile = Image.fromarray(image.permute(1, 2, 0).byte().cpu().numpy()).resize((side, side), Image.NEAREST)
+    canvas.paste(tile, (left, top))
 
 
 def draw_masks(clips, config, tile=64, gap=4):
