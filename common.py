@@ -93,10 +93,10 @@ def gather_tokens(x, keep):
 class Attention(nn.Module):
     """Multi-head self-attention, fused. qkv is one Linear whose rows are [queries | keys | values]."""
 
-    def __init__(self, width, heads, qkv_bias=True):
+    def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, queries=None):
@@ -106,8 +106,7 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, N, D/H]
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
-            q = F.linear(x[:, -queries:], weight[:width], None if bias is None else bias[:width])
-            kv = F.linear(x, weight[width:], None if bias is None else bias[width:])
+            q, kv = F.linear(x[:, -queries:], weight[:width], bias[:width]), F.linear(x, weight[width:], bias[width:])
             q = q.view(batch, queries, self.heads, -1).transpose(1, 2)
             k, v = kv.view(batch, tokens, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v)
@@ -117,11 +116,11 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of x on a context, fused. x [B, N, D], context [B, M, D] -> [B, N, D]."""
 
-    def __init__(self, width, heads, qkv_bias=True):
+    def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(width, width, bias=qkv_bias)
-        self.kv = nn.Linear(width, 2 * width, bias=qkv_bias)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, context):
@@ -179,16 +178,14 @@ def stochastic_depth(branch, rate, uniform):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(
-        self, width, heads, mlp_ratio=4.0, qkv_bias=True, layer_scale=None, drop_path=0.0, swiglu=False, eps=1e-6
-    ):
+    def __init__(self, width, heads, layer_scale=None, drop_path=0.0, swiglu=False):
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads, qkv_bias)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = (SwiGLU if swiglu else MLP)(width, int(width * mlp_ratio))
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = (SwiGLU if swiglu else MLP)(width, 4 * width)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, x, drop=None, queries=None):
@@ -252,9 +249,8 @@ class ViT(nn.Module):
     def __init__(self, image_size, patch, width, depth, heads, class_token=False, learned_positions=False):
         super().__init__()
         if image_size % patch or width % heads:
-            raise ValueError(
-                f"image size {image_size} must be a multiple of the patch {patch}, width {width} of the heads {heads}"
-            )
+            sizes = f"image size {image_size} must be a multiple of the patch {patch}"
+            raise ValueError(f"{sizes}, width {width} of the heads {heads}")
         self.grid = (image_size // patch, image_size // patch)
         self.width = width
         self.patch_embed = PatchEmbed(patch, width)
@@ -301,7 +297,7 @@ class ViT(nn.Module):
         outputs = {}
         for i, block in enumerate(self.blocks):
             x = block(x)
-            if wanted is not None and i in wanted:
+            if wanted and i in wanted:
                 outputs[i] = self.norm(x)
         return self.norm(x) if wanted is None else [outputs[i] for i in wanted]
 
@@ -555,9 +551,8 @@ def parse_config(config_class, presets, data_presets, argv=None, description=Non
         if hint is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            kind, *rest = typing.get_args(hint) or (
-                hint,
-            )  # tuple[float, float] takes two values, tuple[float, ...] any number
+            # tuple[float, float] takes two values, tuple[float, ...] any number
+            kind, *rest = typing.get_args(hint) or (hint,)
             options |= {"type": kind, "metavar": kind.__name__.upper()}
             if rest:
                 options["nargs"] = "*" if rest[-1] is ... else 1 + len(rest)

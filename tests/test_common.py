@@ -32,7 +32,7 @@ def test_attention_is_attention():
 
 def test_block_with_queries_is_the_end_of_the_whole_block():
     torch.manual_seed(0)
-    for options in ({}, {"layer_scale": 0.1, "swiglu": True, "qkv_bias": False}):
+    for options in ({}, {"layer_scale": 0.1, "swiglu": True}):
         block, x = Block(12, 3, **options).double(), torch.randn(2, 7, 12).double()
         torch.testing.assert_close(block(x, queries=2), block(x)[:, -2:])
 
@@ -113,15 +113,6 @@ def test_vit(options):
     assert vit(torch.randn(2, 3, 24, 20)).shape == (2, 30 + special, 24)
     with pytest.raises(ValueError, match="multiple"):
         ViT(16, 5, 24, 1, 2)
-
-
-def test_blocks_drop_branches_and_cut_queries():
-    block, x = common.Block(12, 2, layer_scale=0.5, drop_path=0.5, swiglu=True), torch.randn(3, 8, 12)
-    torch.testing.assert_close(block(x, drop=torch.zeros(2, 3)), x)
-    assert not torch.allclose(block(x, drop=torch.ones(2, 3)), block(x))
-    torch.testing.assert_close(block(x, queries=2), block(x)[:, -2:])
-    video = torch.randn(3, 3, 4, 8, 8)
-    assert common.PatchEmbed(4, 12, tubelet=2).patchify(video).shape == (3, 8, 3 * 2 * 4 * 4)
 
 
 def test_ema_is_the_formula_for_every_dtype_and_skips():
