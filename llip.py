@@ -94,7 +94,7 @@ class Config:
     width: int = 64  # vision width
     depth: int = 3  # vision blocks
     heads: int = 4  # attention heads of the vision transformer
-    mlp_hidden: int = 0  # hidden width of the vision MLPs, 0 = 4 x width
+    mlp_hidden: int = 0  # hidden width of its MLPs, 0 = 4 x width
     mixture_tokens: int = 8  # K: class tokens of llip, registers and average (siglip and clip have one)
     text_width: int = 64  # text width
     text_depth: int = 2  # text blocks
