@@ -93,10 +93,10 @@ def gather_tokens(x, keep):
 class Attention(nn.Module):
     """Multi-head self-attention, fused. qkv is one Linear whose rows are [queries | keys | values]."""
 
-    def __init__(self, width, heads, qkv_bias=True):
+    def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, queries=None):
@@ -106,8 +106,7 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, N, D/H]
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
-            q = F.linear(x[:, -queries:], weight[:width], None if bias is None else bias[:width])
-            kv = F.linear(x, weight[width:], None if bias is None else bias[width:])
+            q, kv = F.linear(x[:, -queries:], weight[:width], bias[:width]), F.linear(x, weight[width:], bias[width:])
             q = q.view(batch, queries, self.heads, -1).transpose(1, 2)
             k, v = kv.view(batch, tokens, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v)
@@ -117,11 +116,11 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of x on a context, fused. x [B, N, D], context [B, M, D] -> [B, N, D]."""
 
-    def __init__(self, width, heads, qkv_bias=True):
+    def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(width, width, bias=qkv_bias)
-        self.kv = nn.Linear(width, 2 * width, bias=qkv_bias)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, context):
@@ -179,16 +178,14 @@ def stochastic_depth(branch, rate, uniform):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(
-        self, width, heads, mlp_ratio=4.0, qkv_bias=True, layer_scale=None, drop_path=0.0, swiglu=False, eps=1e-6
-    ):
+    def __init__(self, width, heads, layer_scale=None, drop_path=0.0, swiglu=False):
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads, qkv_bias)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = (SwiGLU if swiglu else MLP)(width, int(width * mlp_ratio))
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = (SwiGLU if swiglu else MLP)(width, 4 * width)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, x, drop=None, queries=None):
@@ -244,43 +241,34 @@ def init_weights(module, std=0.02):
 
 
 class ViT(nn.Module):
-    """Vision transformer (pre-norm; fixed sin-cos or learned positions; class and register tokens if asked for).
+    """Vision transformer (pre-norm; fixed sin-cos or learned positions; a class token if asked for).
 
-    image_size, patch: pixels; frames and tubelet: for video [B, C, T, H, W]. The forward pass returns all tokens
-    after the final norm, in the order [class | registers | patches].
+    image_size, patch: pixels. The forward pass returns all tokens after the final norm, in the order [class | patches].
     """
 
-    def __init__(self, image_size, patch, width, depth, heads, mlp_ratio=4.0, frames=None, tubelet=None, channels=3,
-                 class_token=False, registers=0, learned_positions=False, layer_scale=None, drop_path=0.0, swiglu=False,
-                 qkv_bias=True, eps=1e-6):  # fmt: skip
+    def __init__(self, image_size, patch, width, depth, heads, class_token=False, learned_positions=False):
         super().__init__()
         if image_size % patch or width % heads:
-            raise ValueError(
-                f"image size {image_size} must be a multiple of the patch {patch}, width {width} of the heads {heads}"
-            )
-        side = image_size // patch
-        self.grid = (side, side) if tubelet is None else (frames // tubelet, side, side)
+            sizes = f"image size {image_size} must be a multiple of the patch {patch}"
+            raise ValueError(f"{sizes}, width {width} of the heads {heads}")
+        self.grid = (image_size // patch, image_size // patch)
         self.width = width
-        self.patch_embed = PatchEmbed(patch, width, channels, tubelet)
+        self.patch_embed = PatchEmbed(patch, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
-        self.register_tokens = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
-        table = (sincos_2d if tubelet is None else sincos_3d)(width, *self.grid).float()
+        table = sincos_2d(width, *self.grid).float()
         if class_token:
             table = torch.cat([torch.zeros(1, width), table])
         # a parameter even where it is fixed: in the state dict, as checkpoints have it
         self.pos_embed = nn.Parameter(table[None], requires_grad=learned_positions)
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio, qkv_bias, layer_scale, rate, swiglu, eps) for rate in rates
-        )
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)
-        for tokens in (self.cls_token, self.register_tokens, self.pos_embed if learned_positions else None):
+        for tokens in (self.cls_token, self.pos_embed if learned_positions else None):
             if tokens is not None:
                 nn.init.normal_(tokens, std=0.02)
 
     def embed(self, x, keep=None):
-        """What enters the first block: [class | registers | patches], positions added. Arguments as in `forward`."""
+        """What enters the first block: [class | patches], positions added. Arguments as in `forward`."""
         grid = self.grid
         if x.dim() > 3:
             grid = tuple(side // k for side, k in zip(x.shape[2:], self.patch_embed.kernel))
@@ -293,25 +281,23 @@ class ViT(nn.Module):
             x = self.patch_embed(x) + positions
         else:
             x = self.patch_embed(gather_tokens(x, keep)) + positions[0][keep.flatten(0, -2)]
-        tokens = [] if self.cls_token is None else [self.cls_token + self.pos_embed[:, :1]]
-        if self.register_tokens is not None:
-            tokens.append(self.register_tokens)
-        return torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1) if tokens else x
+        if self.cls_token is None:
+            return x
+        return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1), x], dim=1)
 
-    def forward(self, x, keep=None, layers=None, drop=None):
+    def forward(self, x, keep=None, layers=None):
         """Tokens after the final norm.
 
-        x: images [B, C, H, W] (or video), or patches [B, N, C*p*p] of `patch_embed.patchify`, for encoders to share
+        x: images [B, C, H, W], or patches [B, N, C*p*p] of `patch_embed.patchify`, for encoders to share
         keep: int64 [B, K] or [M, B, K], indices of the patches to run on -> [B, K, D] or [M*B, K, D]; None runs on all
         layers: block indices (negative from the end) -> a list of their outputs, each after the final norm
-        drop: uniforms [depth, 2, B] for stochastic depth
         """
         x = self.embed(x, keep)
         wanted = None if layers is None else [layer % len(self.blocks) for layer in layers]
         outputs = {}
         for i, block in enumerate(self.blocks):
-            x = block(x, None if drop is None else drop[i])
-            if wanted is not None and i in wanted:
+            x = block(x)
+            if wanted and i in wanted:
                 outputs[i] = self.norm(x)
         return self.norm(x) if wanted is None else [outputs[i] for i in wanted]
 
@@ -493,6 +479,16 @@ def generator(*key, device="cpu"):
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def worker_count(config, world, streaming):
+    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
+    and on the CPU, since a step's draws cost less than a process."""
+    if config.workers >= 0:
+        return config.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(12, cores // ranks)) if streaming else int(world.device.type == "cuda")
+
+
 def choose_precision(name, device):
     """'bf16' | 'fp16' | 'fp32' | '' (bf16 where the hardware computes in it, else fp32) -> torch dtype."""
     if not name:
@@ -555,9 +551,8 @@ def parse_config(config_class, presets, data_presets, argv=None, description=Non
         if hint is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            kind, *rest = typing.get_args(hint) or (
-                hint,
-            )  # tuple[float, float] takes two values, tuple[float, ...] any number
+            # tuple[float, float] takes two values, tuple[float, ...] any number
+            kind, *rest = typing.get_args(hint) or (hint,)
             options |= {"type": kind, "metavar": kind.__name__.upper()}
             if rest:
                 options["nargs"] = "*" if rest[-1] is ... else 1 + len(rest)
@@ -622,6 +617,20 @@ def load_checkpoint(path):
     except Exception as error:  # noqa: BLE001  whatever a broken file provokes, the answer is the same sentence
         reason = str(error).split("\n")[0][:150]
         fail(f"{path} is truncated, or not a checkpoint that can be read safely ({type(error).__name__}: {reason})")
+
+
+def read_own_checkpoint(path, script, architecture=(), config=None):
+    """A last.pt of `script`. Exits with 2 if it is another's, or if a field of `architecture` is not as in config."""
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or state.get("script") != script:
+        writer = state["script"] if isinstance(state, dict) and "script" in state else "something else"
+        fail(f"{path} was not written by {script}.py, but by {writer}")
+    theirs = state["config"]
+    differ = [k for k in architecture if config is not None and theirs[k] != getattr(config, k)]
+    if differ:
+        differences = (f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ)
+        fail(f"{path} was trained with {', '.join(differences)}")
+    return state
 
 
 def load_state(module, state, what):

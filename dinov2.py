@@ -31,13 +31,10 @@ runs/dinov2/last.pt` is the last phase; `--preset vitg14` with `--shard`; `dinov
 
 The paper reports (ImageNet-1k, kNN / linear): ViT-S/14 79.0 / 81.1, B 82.1 / 84.5, L 83.5 / 86.3 (distilled), g 83.5 /
 86.5; the released code, from scratch: ViT-L/16 on ImageNet-1k 81.6 / 82.9, ViT-L/14 on ImageNet-22k 82.0 / 84.5.
-Measured here so far, on one busy CPU core: toy, seeds 0, 1, 2: kNN 94.3, 95.9, 92.7 % against 66.0, 67.5, 70.0 of a
-random backbone and 78.3 of raw pixels; linear 98.1, 98.6, 98.5 against 79.3, 80.0, 82.2. Curation of 10,000 CIFAR-10
-images, 2,000 planted near-duplicates and 500 leaks of the test set, by pixels at the default threshold: 96 % of the
-duplicates found with precision 97, 96 % of the leaks with 85, where duplicates that CIFAR-10 has of its own count as
-wrong; 60,000 images took 140 seconds and 0.9 GiB. Distillation, at equal cost: a student 32 wide and 2 deep reaches kNN
-86.3 and linear 94.1 in 240 steps with the toy teacher of seed 0, and 80.5 and 90.1 in 400 steps without one. CIFAR-10
-in 47 minutes: kNN 46.5 (random 31.9, raw pixels 45.4), linear 49.7 (42.3). Nothing was measured on a GPU yet.
+Measured here on one CPU core (README has the tables): toy, three seeds, kNN 93 to 96 % against 66 to 70 of a random
+backbone and 78 of raw pixels, linear 98 to 99 against 79 to 82; distilled at equal cost kNN 86 to 88 against 81 to 83
+without a teacher; CIFAR-10 in 47 minutes, kNN 46.5 (raw pixels 45.4, random 31.9), linear 49.7 (42.3). Curation finds
+96 % of planted near-duplicates with precision 97. Nothing was measured on a GPU yet.
 
 On small data (`--preset toy`). What was seen to matter: a cooler teacher (0.04 to 0.05) and twice the learning rate
 (peak 2e-3). With temperature 0.07 and peak 1e-3 the DINO loss stays near ln K for 800 steps and kNN ends at 88 instead
@@ -127,13 +124,13 @@ class Config:
     # views
     local_crops: int = 4  # local crops an image
     global_scale: tuple[float, float] = (0.32, 1.0)  # area of a global crop, share of the image
-    local_scale: tuple[float, float] = (0.05, 0.32)  # area of a local crop
+    local_scale: tuple[float, float] = (0.05, 0.32)  # area of a local crop, share of the image
     flip: bool = True  # mirror half of the crops
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue: +- this
     jitter_share: float = 0.8  # share of the crops with colour jitter
-    grey: float = 0.2  # share of the crops turned grey
+    grey: float = 0.2  # share of the crops that turn grey
     blur: tuple[float, float, float] = (0.0, 0.9, 0.5)  # blurred share of first, second global, local crops (see code)
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # radius of the blur, pixels
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # std of the blur, pixels
     solarize: float = 0.2  # share of the second global crops that are solarized
 
     # masks
@@ -159,7 +156,7 @@ class Config:
     steps: int = 0  # length of the run in steps; wins over --epochs
     warmup: float = 0.1  # share of the run in which lr rises from 0
     lr: float = 4e-3  # learning rate for a batch of 1024; the peak is lr * sqrt(batch / 1024)
-    lr_final: float = 1e-6  # learning rate at the end (half a cosine)
+    lr_final: float = 1e-6  # learning rate at the end of the schedule (half a cosine)
     lr_decay: float = 1.0  # learning rates shrink by this factor a block, from the last to the first
     patch_lr: float = 0.2  # the patch projection's learning rate is multiplied with this as well
     freeze_last: float = 0.01  # share of the run in which the prototypes stay as they are
@@ -167,7 +164,7 @@ class Config:
     weight_decay_final: float = 0.4  # weight decay at the end (half a cosine)
     momentum: float = 0.992  # EMA momentum of the teacher at the start
     momentum_final: float = 1.0  # EMA momentum at the end (half a cosine)
-    clip: float = 3.0  # largest gradient norm, of the backbone and of each head
+    clip: float = 3.0  # largest norm of the gradient, of the backbone and of each head
     high_res: bool = False  # the high-resolution phase of --init: 10,000 steps at 518 / 224 times its size
 
     # run
@@ -180,23 +177,35 @@ class Config:
     device: str = ""  # cuda, mps or cpu, default the best there is
     precision: str = ""  # bf16, fp16 or fp32, default bf16 where the hardware computes in it, else fp32
     compile: bool = torch.cuda.is_available()  # torch.compile the networks
-    together: bool = True  # global and local crops in the same matrix products; else one size after the other
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    together: bool = True  # global and local crops in the same matrix products; else one size after the other
     shard: bool = False  # FSDP2 instead of DDP, for models that do not fit one GPU
     workers: int = -1  # data loading processes a rank, -1 = as fits the machine and the data
     cache: float = 2.0  # GiB: data sets whose decoded pixels fit are kept in memory
     max_bad: float = 0.01  # share of unreadable images above which a run stops
 
     # evaluation
-    eval: str = "knn,linear"  # knn, fewshot, linear, logistic, segment, retrieval, head, features, pca, match; none
-    baselines: bool = True  # evaluate a randomly initialised backbone and raw pixels beside it
+    eval: str = (
+        "knn,linear"  # of knn, fewshot, linear, logistic, segment, retrieval, head, features, pca, match; or none
+    )
+    baselines: bool = True  # evaluate a randomly initialised network and raw pixels beside it
     eval_size: int = 0  # side of evaluated images, pixels; 0 = image_size, or 224 for official checkpoints
     eval_limit: int = 0  # use at most this many training images, 0 = all
     eval_batch: int = 256  # images a forward pass in evaluation, a rank
     probe_augment: bool = False  # probe on random crops and flips, each encoded anew; else on features computed once
     probe_epochs: int = 10  # passes of the linear probe
     probe_batch: int = 256  # batch of the linear probe, over all ranks
-    probe_lrs: tuple[float, ...] = (1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # tried, scaled by batch / 256
+    probe_lrs: tuple[float, ...] = (
+        1e-3,
+        2e-3,
+        5e-3,
+        0.01,
+        0.02,
+        0.05,
+        0.1,
+        0.2,
+        0.5,
+    )  # rates tried, scaled by batch / 256
     pca_flip: bool = False  # take the other side of the first component for the foreground in pca and match
     linear_head: str = ""  # an official linear head (.pth), for --eval head
     features_split: str = "val"  # train or val
@@ -262,6 +271,8 @@ PRESETS = {
     "vitg14": LONG | GIANT | dict(shard=True, checkpointing=True),
 }  # fmt: skip
 DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10", "imagenet": "vitl16_short", "imagenet22k": "vitl14", "*": "folder"}
+EVALUATIONS = ("knn", "fewshot", "linear", "logistic", "segment", "retrieval", "head", "features", "pca", "match",
+               "none")  # fmt: skip
 
 
 def check(config, world, training=True):
@@ -277,10 +288,9 @@ def check(config, world, training=True):
     for name, known in choices.items():
         if getattr(c, name) not in known:
             fail(f"--{name.replace('_', '-')} {getattr(c, name)!r} is not one of {', '.join(k for k in known if k)}")
-    known = ("knn", "fewshot", "linear", "logistic", "segment", "retrieval", "head", "features", "pca", "match", "none")
     for name in c.eval.split(","):
-        if name not in known:
-            fail(f"--eval {name!r} is not one of {', '.join(known)}")
+        if name not in EVALUATIONS:
+            fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}")
     if "head" in c.eval.split(",") and not c.linear_head:
         fail("--eval head needs --linear-head FILE, such as dinov2_vits14_linear_head.pth")
     if not training:
@@ -1142,17 +1152,6 @@ class Files(Dataset):
 
 
 # Copied from ijepa.py
-def worker_count(config, world, streaming):
-    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
-    and on the CPU, since a step's draws cost less than a process."""
-    if config.workers >= 0:
-        return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(12, cores // ranks)) if streaming else int(world.device.type == "cuda")
-
-
-# Copied from ijepa.py
 def cache_pixels(split, config, world, log):
     """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
@@ -1166,7 +1165,7 @@ def cache_pixels(split, config, world, log):
     canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
     if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
-    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=worker_count(config, world, True))
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.worker_count(config, world, True))
     pixels, sizes, errors = zip(*files, strict=True)
     errors = [e for batch in errors for e in batch]
     log.skip([e for e in errors if e], len(split), config.max_bad)
@@ -1177,7 +1176,7 @@ def cache_pixels(split, config, world, log):
 # Copied from ijepa.py
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = worker_count(config, world, streaming=batches.canvas is None)
+    workers = common.worker_count(config, world, streaming=batches.canvas is None)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
 
 
@@ -1315,14 +1314,10 @@ def step_places(config, item, step, first, rows):
     return None, *masked_tokens(chosen)
 
 
-def train(config, world, out):
-    """Train -> (student, EMA teacher, training Split). Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
+def train(model, ema_model, split, config, world, out):
+    """Train (student, EMA teacher) on a Split. Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
     device, dtype = world.device, common.choose_precision(config.precision, world.device)
-    split = cache_pixels(open_data(config, "train"), config, world, Log(out, world))
     steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
-    model, ema_model = build(config)
-    if config.init:
-        load_weights(model, ema_model, read_checkpoint(config.init, config.heads), config.init)
     frozen = load_teacher(config).to(device) if config.teacher else None
     if frozen:
         model.backbone.mask_token.requires_grad_(False)  # nothing is masked
@@ -1339,7 +1334,7 @@ def train(config, world, out):
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = read_own_checkpoint(out / "last.pt", config)
+        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
         common.load_full_state(model, state["model"], optimizer, state["optimizer"])
         common.load_full_state(ema_model, state["teacher"])
         scaler.load_state_dict(state["scaler"])
@@ -1348,7 +1343,7 @@ def train(config, world, out):
 
     def save(step):
         weights, moments = common.full_state(model, optimizer)
-        state = dict(script="dinov2", step=step, config=asdict(config), model=weights, optimizer=moments)
+        state = dict(script=Path(__file__).stem, step=step, config=asdict(config), model=weights, optimizer=moments)
         state |= dict(teacher=common.full_state(ema_model)[0], centres=[centre.cpu() for centre in centres])
         state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
         if world.rank == 0:
@@ -1452,7 +1447,7 @@ def train(config, world, out):
             log.say(f"stopped after step {done}. To continue: {common.resume_command(out)}")
             raise SystemExit(0)
     log.close()
-    return plain, ema_model, split
+    return plain, ema_model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1498,7 +1493,7 @@ def eval_images(split, config, world, log):
             images = split.pixels[indices].to(world.device)
             yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
         return
-    workers = worker_count(config, world, streaming=True)
+    workers = common.worker_count(config, world, streaming=True)
     loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
     for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
         log.skip([e for e in errors if e], n, config.max_bad)
@@ -1707,9 +1702,6 @@ def average_precision(relevant, junk=None, trapezoid=False):
     return (precision * relevant).sum(-1) / relevant.sum(-1)
 
 
-REVISITED = {"E": ((1,), (2, 3)), "M": ((1, 2), (3,)), "H": ((2,), (1, 3))}  # protocol: relevant labels, junk labels
-
-
 def retrieval(queries, database, labels, query_labels):
     """Instance retrieval: mean over queries of the average precision of a ranking by cosine, in percent."""
     database, found = F.normalize(database, dim=1), []
@@ -1902,7 +1894,7 @@ def view_information(teacher, crops, config):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Picture
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2042,6 +2034,102 @@ def draw_matches(backbone, split, config, world, log, tile=448):
         draw.line((x1, y1, tile + x2, y2), fill=colour, width=2)
     canvas.save(log.path.parent / "match.png")
     log.say(f"{log.path.parent / 'match.png'}: {len(pairs)} matches between the first two images")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: ours and official
+# ---------------------------------------------------------------------------------------------------------------------
+
+ARCHITECTURE = ("image_size", "patch", "width", "depth", "heads", "registers", "swiglu", "interpolate_offset")
+ARCHITECTURE += ("interpolate_antialias", "prototypes", "head_hidden", "bottleneck", "separate_heads")
+ARCHITECTURE += ("ibot_prototypes", "ibot_hidden", "ibot_bottleneck", "layer_scale")
+
+
+def read_checkpoint(path, heads=0):
+    """Weights of our or official checkpoints: {"model", "teacher": state dicts of a DINOv2, "architecture": fields}.
+
+    Official are: a backbone alone (dinov2_vits14_pretrain.pth; its dict is flat), or a training snapshot {"teacher":
+    ...} with prefixes `module.`, `backbone.` and heads; blocks may be in chunks (`blocks.<chunk>.<i>`). What shapes do
+    not tell: heads are 64 wide (else --heads); with registers, positions are interpolated as for the released models.
+    """
+    state = common.load_checkpoint(path)
+    if isinstance(state, dict) and "script" in state:
+        state = common.read_own_checkpoint(path, Path(__file__).stem)
+        architecture = {k: state["config"][k] for k in ARCHITECTURE}
+        return dict(model=state["model"], teacher=state["teacher"], architecture=architecture, config=state["config"])
+    flat = state.get("teacher", state) if isinstance(state, dict) else {}
+    flat = flat if isinstance(flat, dict) else {}
+    flat = {k.removeprefix("module."): v for k, v in flat.items()}
+    prefixed = any(k.startswith("backbone.") for k in flat)
+    flat = {k if prefixed else f"backbone.{k}": v for k, v in flat.items()}
+    flat = {re.sub(r"blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in flat.items()}
+    own = {k.removeprefix("backbone."): v for k, v in flat.items() if k.startswith("backbone.")}
+    if not {"pos_embed", "cls_token", "mask_token", "patch_embed.proj.weight"} <= own.keys():
+        found = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
+        fail(f"{path} is no DINOv2 checkpoint: expected cls_token, mask_token, pos_embed and more, found {found}")
+    width, _, patch, _ = own["patch_embed.proj.weight"].shape
+    if not heads and width % 64 or heads and width % heads:
+        fail(f"{path} cannot say how many attention heads share its width of {width}: add --heads")
+    registers = own["register_tokens"].shape[1] if "register_tokens" in own else 0
+    architecture = dict(
+        image_size=patch * math.isqrt(own["pos_embed"].shape[1] - 1), patch=patch, width=width,
+        depth=1 + max(int(k.split(".")[1]) for k in own if k.startswith("blocks.")), heads=heads or width // 64,
+        registers=registers, swiglu="blocks.0.mlp.w12.weight" in own, interpolate_antialias=registers > 0,
+        interpolate_offset=0.0 if registers else 0.1, layer_scale=1.0 if "blocks.0.ls1.gamma" in own else 0.0,
+    )  # fmt: skip
+    return dict(model=flat, teacher=flat, architecture=architecture, config={})
+
+
+def load_weights(model, teacher, weights, path):
+    """Put what `read_checkpoint` found into (student, teacher): with its heads where it has them that fit."""
+    for module, name in ((model, "model"), (teacher, "teacher")):
+        state, own = dict(weights[name]), module.state_dict()
+        table, grid = state["backbone.pos_embed"], math.isqrt(own["backbone.pos_embed"].shape[1] - 1)
+        if table.shape[1] != 1 + grid**2:
+            old = math.isqrt(table.shape[1] - 1)
+            print(f"{path}, {name}: positions interpolated from {old}x{old} to {grid}x{grid} patches", flush=True)
+            state["backbone.pos_embed"] = position_table(table, (grid, grid), offset=0.0)
+        if not any(k.startswith("dino_head.") for k in state):
+            print(f"{path}, {name}: has no heads, they start afresh; expect features to get worse at first", flush=True)
+            state |= {k: v for k, v in own.items() if not k.startswith("backbone.")}
+        common.load_state(module, state, f"{path}, {name}")
+
+
+def load_backbone(path, heads=0):
+    """A frozen Backbone from any checkpoint that this script reads; of our own it is the teacher's.
+
+    backbone([images])[0] -> tokens [B, 1+R+N, D] of images [B, 3, H, W], H and W multiples of the patch; the first is
+    the class token. heads: where an official file's width is not a multiple of 64.
+    """
+    weights = read_checkpoint(path, heads)
+    a = weights["architecture"]
+    backbone = Backbone(
+        a["image_size"], a["patch"], a["width"], a["depth"], a["heads"], a["registers"], a["swiglu"], a["layer_scale"],
+        a["interpolate_offset"], a["interpolate_antialias"],
+    )  # fmt: skip
+    state = {k.removeprefix("backbone."): v for k, v in weights["teacher"].items() if k.startswith("backbone.")}
+    common.load_state(backbone, state, f"{path}, backbone")
+    return backbone.requires_grad_(False).eval()
+
+
+def load_teacher(config):
+    """The frozen teacher, with its heads, that --teacher names."""
+    weights = read_checkpoint(config.teacher)
+    teacher = DINOv2(replace(config, drop_path=0.0, **weights["architecture"]))
+    common.load_state(teacher, weights["teacher"], f"{config.teacher}, teacher")
+    return teacher.requires_grad_(False).eval()
+
+
+def official_head_scores(path, features):
+    """Scores [N, C] of a released linear head: weight [C, 2D] (class token and mean patch) or [C, 5D] (four blocks)."""
+    head = common.load_checkpoint(path)
+    if not isinstance(head, dict) or not {"weight", "bias"} <= head.keys():
+        fail(f"{path} is no linear head: expected `weight` and `bias`")
+    for x in probe_inputs(features.concat4, features.pooled.shape[1]).values():
+        if x.shape[1] == head["weight"].shape[1]:
+            found = x
+            return found @ head["weight"].to(x).T + head["bias"].to(x)
+    fail(f"{path} takes {head['weight'].shape[1]} features, not what a width of {features.pooled.shape[1]} gives")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2237,7 +2325,7 @@ def embed_folder(folder, model, work, options, log):
     done = int(np.load(progress)) if progress.exists() else 0
     mode = dict(mode="r+") if done else dict(mode="w+", dtype=np.float16, shape=(len(paths), width))
     x = np.lib.format.open_memmap(file, **mode)
-    workers = worker_count(setting, World(0, 1, device), streaming=True)
+    workers = common.worker_count(setting, World(0, 1, device), streaming=True)
     files = DataLoader(Files(split, size), options.batch, sampler=range(done, len(paths)), num_workers=workers)
     for pixels, _, errors in files if done < len(paths) else ():
         images = normalize(pixels.to(device))
@@ -2374,116 +2462,6 @@ def curate_main(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Official checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-ARCHITECTURE = ("image_size", "patch", "width", "depth", "heads", "registers", "swiglu", "interpolate_offset")
-ARCHITECTURE += ("interpolate_antialias", "prototypes", "head_hidden", "bottleneck", "separate_heads")
-ARCHITECTURE += ("ibot_prototypes", "ibot_hidden", "ibot_bottleneck", "layer_scale")
-
-
-def read_own_checkpoint(path, config=None):
-    """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
-    state = common.load_checkpoint(path)
-    if not isinstance(state, dict) or state.get("script") != "dinov2":
-        by = state["script"] if isinstance(state, dict) and "script" in state else "something else"
-        fail(f"{path} was not written by dinov2.py, but by {by}")
-    theirs = state["config"]
-    differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
-    if differ:
-        differences = (f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ)
-        fail(f"{path} was trained with {', '.join(differences)}")
-    return state
-
-
-def read_checkpoint(path, heads=0):
-    """Weights of our or official checkpoints: {"model", "teacher": state dicts of a DINOv2, "architecture": fields}.
-
-    Official are: a backbone alone (dinov2_vits14_pretrain.pth; its dict is flat), or a training snapshot {"teacher":
-    ...} with prefixes `module.`, `backbone.` and heads; blocks may be in chunks (`blocks.<chunk>.<i>`). What shapes do
-    not tell: heads are 64 wide (else --heads); with registers, positions are interpolated as for the released models.
-    """
-    state = common.load_checkpoint(path)
-    if isinstance(state, dict) and "script" in state:
-        state = read_own_checkpoint(path)
-        architecture = {k: state["config"][k] for k in ARCHITECTURE}
-        return dict(model=state["model"], teacher=state["teacher"], architecture=architecture, config=state["config"])
-    flat = state.get("teacher", state) if isinstance(state, dict) else {}
-    flat = flat if isinstance(flat, dict) else {}
-    flat = {k.removeprefix("module."): v for k, v in flat.items()}
-    prefixed = any(k.startswith("backbone.") for k in flat)
-    flat = {k if prefixed else f"backbone.{k}": v for k, v in flat.items()}
-    flat = {re.sub(r"blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in flat.items()}
-    own = {k.removeprefix("backbone."): v for k, v in flat.items() if k.startswith("backbone.")}
-    if not {"pos_embed", "cls_token", "mask_token", "patch_embed.proj.weight"} <= own.keys():
-        found = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
-        fail(f"{path} is no DINOv2 checkpoint: expected cls_token, mask_token, pos_embed and more, found {found}")
-    width, _, patch, _ = own["patch_embed.proj.weight"].shape
-    if not heads and width % 64 or heads and width % heads:
-        fail(f"{path} cannot say how many attention heads share its width of {width}: add --heads")
-    registers = own["register_tokens"].shape[1] if "register_tokens" in own else 0
-    architecture = dict(
-        image_size=patch * math.isqrt(own["pos_embed"].shape[1] - 1), patch=patch, width=width,
-        depth=1 + max(int(k.split(".")[1]) for k in own if k.startswith("blocks.")), heads=heads or width // 64,
-        registers=registers, swiglu="blocks.0.mlp.w12.weight" in own, interpolate_antialias=registers > 0,
-        interpolate_offset=0.0 if registers else 0.1, layer_scale=1.0 if "blocks.0.ls1.gamma" in own else 0.0,
-    )  # fmt: skip
-    return dict(model=flat, teacher=flat, architecture=architecture, config={})
-
-
-def load_weights(model, teacher, weights, path):
-    """Put what `read_checkpoint` found into (student, teacher): with its heads where it has them that fit."""
-    for module, name in ((model, "model"), (teacher, "teacher")):
-        state, own = dict(weights[name]), module.state_dict()
-        table, grid = state["backbone.pos_embed"], math.isqrt(own["backbone.pos_embed"].shape[1] - 1)
-        if table.shape[1] != 1 + grid**2:
-            old = math.isqrt(table.shape[1] - 1)
-            print(f"{path}, {name}: positions interpolated from {old}x{old} to {grid}x{grid} patches", flush=True)
-            state["backbone.pos_embed"] = position_table(table, (grid, grid), offset=0.0)
-        if not any(k.startswith("dino_head.") for k in state):
-            print(f"{path}, {name}: has no heads, they start afresh; expect features to get worse at first", flush=True)
-            state |= {k: v for k, v in own.items() if not k.startswith("backbone.")}
-        common.load_state(module, state, f"{path}, {name}")
-
-
-def load_backbone(path, heads=0):
-    """A frozen Backbone from any checkpoint that this script reads; of our own it is the teacher's.
-
-    backbone([images])[0] -> tokens [B, 1+R+N, D] of images [B, 3, H, W], H and W multiples of the patch; the first is
-    the class token. heads: where an official file's width is not a multiple of 64.
-    """
-    weights = read_checkpoint(path, heads)
-    a = weights["architecture"]
-    backbone = Backbone(
-        a["image_size"], a["patch"], a["width"], a["depth"], a["heads"], a["registers"], a["swiglu"], a["layer_scale"],
-        a["interpolate_offset"], a["interpolate_antialias"],
-    )  # fmt: skip
-    state = {k.removeprefix("backbone."): v for k, v in weights["teacher"].items() if k.startswith("backbone.")}
-    common.load_state(backbone, state, f"{path}, backbone")
-    return backbone.requires_grad_(False).eval()
-
-
-def load_teacher(config):
-    """The frozen teacher, with its heads, that --teacher names."""
-    weights = read_checkpoint(config.teacher)
-    teacher = DINOv2(replace(config, drop_path=0.0, **weights["architecture"]))
-    common.load_state(teacher, weights["teacher"], f"{config.teacher}, teacher")
-    return teacher.requires_grad_(False).eval()
-
-
-def official_head_scores(path, features):
-    """Scores [N, C] of a released linear head: weight [C, 2D] (class token and mean patch) or [C, 5D] (four blocks)."""
-    head = common.load_checkpoint(path)
-    if not isinstance(head, dict) or not {"weight", "bias"} <= head.keys():
-        fail(f"{path} is no linear head: expected `weight` and `bias`")
-    for x in probe_inputs(features.concat4, features.pooled.shape[1]).values():
-        if x.shape[1] == head["weight"].shape[1]:
-            found = x
-            return found @ head["weight"].to(x).T + head["bias"].to(x)
-    fail(f"{path} takes {head['weight'].shape[1]} features, not what a width of {features.pooled.shape[1]} gives")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2527,7 +2505,7 @@ def adopt(config, given):
             taken["eval_size"] = 224 // taken["patch"] * taken["patch"]
     config = replace(config, **{k: v for k, v in taken.items() if k not in given})
     if config.teacher:  # its prototypes are the student's
-        theirs = read_own_checkpoint(config.teacher)["config"]
+        theirs = common.read_own_checkpoint(config.teacher, Path(__file__).stem)["config"]
         names = ("prototypes", "ibot_prototypes", "separate_heads", "patch", "image_size", "local_size")
         config = replace(config, **{k: theirs[k] for k in names})
     return config
@@ -2539,12 +2517,16 @@ def run(config, given):
     config = adopt(config, given)
     training = not config.init or config.high_res or bool({"steps", "epochs"} & given)
     check(config, world, training)
-    out = common.choose_out(config.out, "dinov2", config.resume, world)
+    out = common.choose_out(config.out, Path(__file__).stem, config.resume, world)
     if not training:
         backbone = load_backbone(config.init, config.heads).to(world.device)
         evaluate(backbone, config, world, Log(out, world))
         return
-    _, teacher, split = train(config, world, out)
+    split = cache_pixels(open_data(config, "train"), config, world, Log(out, world))
+    model, teacher = build(config)
+    if config.init:
+        load_weights(model, teacher, read_checkpoint(config.init, config.heads), config.init)
+    _, teacher = train(model, teacher, split, config, world, out)
     log = Log(out, world)
     report(teacher, split, config, world, log)
     evaluate(teacher.backbone, config, world, log, split)

@@ -153,7 +153,7 @@ class Config:
     # evaluation
     eval: str = "knn,linear"  # comma-separated: knn, linear, lowshot, video, count, features; or none
     encoder: str = "target"  # which encoder is evaluated: target (the paper) or context
-    baselines: bool = True  # evaluate a randomly initialised encoder and raw pixels beside it
+    baselines: bool = True  # evaluate a randomly initialised network and raw pixels beside it
     eval_limit: int = 0  # use at most this many training images for knn and lowshot, 0 = all
     eval_batch: int = 256  # images a forward pass in evaluation, a rank
     probe: str = "sgd"  # optimizer of the linear probe: lars (the paper's ViT-H) or sgd (its ViT-B)
@@ -165,7 +165,7 @@ class Config:
     probe_milestones: tuple[float, ...] = (0.286, 0.571, 0.857)  # share of the epochs after which lr is divided by 10
     lowshot: float = 0.01  # share of the labels that lowshot uses
     lowshot_list: str = ""  # file of training image names for lowshot, one a line; default a seeded share of each class
-    ridge: float = 0.0025  # l2 penalty of the low-shot logistic regression, summed over the images
+    ridge: float = 0.0025  # lowshot: l2 penalty of the logistic regression, summed over the images
     davis: str = ""  # folder of DAVIS-2017 for --eval video; default moving shapes made on the fly
     features_split: str = "val"  # train or val
     features_out: str = ""  # file of --eval features, default features.npz in the run's folder
@@ -214,7 +214,7 @@ PRESETS = {
     "vit_h16_in1k": PAPER | HUGE,
 }  # fmt: skip
 DATA_PRESETS = {"toy": "toy", "scenes": "toy-scenes", "cifar10": "cifar10", "imagenet": "vit_b16_in1k", "*": "folder"}
-EVALUATIONS = ("knn", "linear", "lowshot", "video", "count", "features")
+EVALUATIONS = ("knn", "linear", "lowshot", "video", "count", "features", "none")
 
 
 def check(config, world, training=True):
@@ -232,8 +232,8 @@ def check(config, world, training=True):
         if getattr(c, name) not in known:
             fail(f"--{name.replace('_', '-')} {getattr(c, name)!r} is not one of {', '.join(k for k in known if k)}")
     for name in c.eval.split(","):
-        if name not in (*EVALUATIONS, "none"):
-            fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}, none")
+        if name not in EVALUATIONS:
+            fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}")
     if c.davis and not (Path(c.davis).expanduser() / "ImageSets/2017/val.txt").is_file():
         fail(f"no DAVIS-2017 at --davis {c.davis}: expected ImageSets/2017/val.txt, JPEGImages/480p, Annotations/480p")
     if not training:
@@ -317,7 +317,7 @@ def to_indices(blocks, length, keys=None):
 
 
 # Copied from ijepa.py
-def sample_masks(config, step, first=0, last=None, device="cpu"):
+def sample_masks(config, step, first=0, last=None):
     """Masks of samples first..last of the global batch in this step, for all of them at once.
 
     Returns a list, one entry per `micro-batch group` of config.group samples that the range touches:
@@ -337,16 +337,16 @@ def sample_masks(config, step, first=0, last=None, device="cpu"):
     last = config.batch if last is None else last
     low, high = first // group * group, -(-last // group) * group
     target_size, context_size = block_sizes(config, step)
-    random = generator(config.seed, "masks", step, device=device)
+    random = generator(config.seed, "masks", step)
 
     def draw(blocks, size):
         """Random corners for the whole global batch, of which we keep our groups': [B, blocks, 2]."""
-        room = torch.tensor([grid - size[0], grid - size[1]], device=device) + (not official)
-        uniform = torch.rand(config.batch, blocks, 2, generator=random, dtype=torch.float64, device=device)
+        room = torch.tensor([grid - size[0], grid - size[1]]) + (not official)
+        uniform = torch.rand(config.batch, blocks, 2, generator=random, dtype=torch.float64)
         return (uniform[low:high] * room).long()
 
-    todo = torch.ones(high - low, config.contexts, dtype=torch.bool, device=device)
-    targets, contexts = None, torch.zeros(high - low, config.contexts, grid * grid, dtype=torch.bool, device=device)
+    todo = torch.ones(high - low, config.contexts, dtype=torch.bool)
+    targets, contexts = None, torch.zeros(high - low, config.contexts, grid * grid, dtype=torch.bool)
     for attempt in range(20 * (count + 1)):
         if targets is None or not official:
             fresh = rectangles(draw(count, target_size), target_size, grid)  # [B, targets, N]
@@ -361,7 +361,7 @@ def sample_masks(config, step, first=0, last=None, device="cpu"):
         if not todo.any():
             break
     shape = (config.batch, *contexts.shape[1:])
-    keys = None if official else torch.rand(shape, generator=random, dtype=torch.float64, device=device)[low:high]
+    keys = None if official else torch.rand(shape, generator=random, dtype=torch.float64)[low:high]
     target_indices = to_indices(targets, math.prod(target_size))
     lengths = contexts.sum(-1).view(-1, group * config.contexts).amin(1).tolist()
     masks = []
@@ -814,17 +814,6 @@ class Files(Dataset):
 
 
 # Copied from ijepa.py
-def worker_count(config, world, streaming):
-    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
-    and on the CPU, since a step's draws cost less than a process."""
-    if config.workers >= 0:
-        return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(12, cores // ranks)) if streaming else int(world.device.type == "cuda")
-
-
-# Copied from ijepa.py
 def cache_pixels(split, config, world, log):
     """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
@@ -838,7 +827,7 @@ def cache_pixels(split, config, world, log):
     canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
     if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
-    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=worker_count(config, world, True))
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.worker_count(config, world, True))
     pixels, sizes, errors = zip(*files, strict=True)
     errors = [e for batch in errors for e in batch]
     log.skip([e for e in errors if e], len(split), config.max_bad)
@@ -849,7 +838,7 @@ def cache_pixels(split, config, world, log):
 # Copied from ijepa.py
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = worker_count(config, world, streaming=batches.canvas is None)
+    workers = common.worker_count(config, world, streaming=batches.canvas is None)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
 
 
@@ -962,7 +951,7 @@ def train(model, target, split, config, world, out):
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = read_own_checkpoint(out / "last.pt", config)
+        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
         common.load_full_state(model, state["model"], optimizer, state["optimizer"])
         common.load_full_state(target, state["target"])
         scaler.load_state_dict(state["scaler"])
@@ -1113,7 +1102,7 @@ def eval_images(split, config, world, log):
             images = split.pixels[indices].to(world.device)
             yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
         return
-    workers = worker_count(config, world, streaming=True)
+    workers = common.worker_count(config, world, streaming=True)
     loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
     for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
         log.skip([e for e in errors if e], n, config.max_bad)
@@ -1673,28 +1662,13 @@ def draw_picture(model, target, images, config, rows=6, neighbours=3, tile=96, g
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Official checkpoints: in I-JEPA's layout
+# Checkpoints: ours, and the official ones, in I-JEPA's layout
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Copied from ijepa.py
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # by width: a file's shapes do not tell
 ARCHITECTURE = ("image_size", "patch", "width", "depth", "heads")
 ARCHITECTURE += ("predictor_width", "predictor_depth", "predictor_heads", "mode")
-
-
-# Copied from msn.py
-def read_own_checkpoint(path, config=None):
-    """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
-    state, script = common.load_checkpoint(path), Path(__file__).stem
-    if not isinstance(state, dict) or state.get("script") != script:
-        writer = state["script"] if isinstance(state, dict) and "script" in state else "something else"
-        fail(f"{path} was not written by {script}.py, but by {writer}")
-    theirs = state["config"]
-    differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
-    if differ:
-        differences = (f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ)
-        fail(f"{path} was trained with {', '.join(differences)}")
-    return state
 
 
 # Copied from ijepa.py
@@ -1706,7 +1680,7 @@ def read_checkpoint(path, encoder="target", heads=0):
     """
     state = common.load_checkpoint(path)
     if isinstance(state, dict) and "script" in state:
-        state = read_own_checkpoint(path)
+        state = common.read_own_checkpoint(path, Path(__file__).stem)
         parts = {"target": state["target"]}
         for name in ("encoder", "predictor"):
             parts[name] = {k.removeprefix(f"{name}."): v for k, v in state["model"].items() if k.startswith(f"{name}.")}

@@ -140,7 +140,7 @@ class Config:
     # evaluation
     eval: str = "knn,linear"  # comma-separated: knn, linear, lowshot, features; or none
     encoder: str = "target"  # which encoder is evaluated: target (the paper) or context
-    baselines: bool = True  # evaluate a randomly initialised encoder and raw pixels beside it
+    baselines: bool = True  # evaluate a randomly initialised network and raw pixels beside it
     eval_limit: int = 0  # use at most this many training images for knn and lowshot, 0 = all
     eval_batch: int = 256  # images a forward pass in evaluation, a rank
     probe: str = "sgd"  # optimizer of the linear probe: lars (the paper on ImageNet) or sgd (its transfer protocol)
@@ -200,6 +200,7 @@ PRESETS = {
 }
 IMAGENETS = {"imagenet": "vit_h14_in1k", "imagenet22k": "vit_h14_in22k"}
 DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10"} | IMAGENETS | {"*": "folder"}
+EVALUATIONS = ("knn", "linear", "lowshot", "features", "none")
 
 
 def check(config, world, training=True):
@@ -216,8 +217,8 @@ def check(config, world, training=True):
         if getattr(c, name) not in known:
             fail(f"--{name.replace('_', '-')} {getattr(c, name)!r} is not one of {', '.join(k for k in known if k)}")
     for name in c.eval.split(","):
-        if name not in ("knn", "linear", "lowshot", "features", "none"):
-            fail(f"--eval {name!r} is not one of knn, linear, lowshot, features, none")
+        if name not in EVALUATIONS:
+            fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}")
     if not training:
         return
     micro = micro_batch(c, world)
@@ -289,7 +290,7 @@ def to_indices(blocks, length, keys=None):
     return (keys + ~blocks).argsort(dim=-1)[..., :length].sort(dim=-1).values.transpose(0, 1).contiguous()
 
 
-def sample_masks(config, step, first=0, last=None, device="cpu"):
+def sample_masks(config, step, first=0, last=None):
     """Masks of samples first..last of the global batch in this step, for all of them at once.
 
     Returns a list, one entry per `micro-batch group` of config.group samples that the range touches:
@@ -309,16 +310,16 @@ def sample_masks(config, step, first=0, last=None, device="cpu"):
     last = config.batch if last is None else last
     low, high = first // group * group, -(-last // group) * group
     target_size, context_size = block_sizes(config, step)
-    random = generator(config.seed, "masks", step, device=device)
+    random = generator(config.seed, "masks", step)
 
     def draw(blocks, size):
         """Random corners for the whole global batch, of which we keep our groups': [B, blocks, 2]."""
-        room = torch.tensor([grid - size[0], grid - size[1]], device=device) + (not official)
-        uniform = torch.rand(config.batch, blocks, 2, generator=random, dtype=torch.float64, device=device)
+        room = torch.tensor([grid - size[0], grid - size[1]]) + (not official)
+        uniform = torch.rand(config.batch, blocks, 2, generator=random, dtype=torch.float64)
         return (uniform[low:high] * room).long()
 
-    todo = torch.ones(high - low, config.contexts, dtype=torch.bool, device=device)
-    targets, contexts = None, torch.zeros(high - low, config.contexts, grid * grid, dtype=torch.bool, device=device)
+    todo = torch.ones(high - low, config.contexts, dtype=torch.bool)
+    targets, contexts = None, torch.zeros(high - low, config.contexts, grid * grid, dtype=torch.bool)
     for attempt in range(20 * (count + 1)):
         if targets is None or not official:
             fresh = rectangles(draw(count, target_size), target_size, grid)  # [B, targets, N]
@@ -333,7 +334,7 @@ def sample_masks(config, step, first=0, last=None, device="cpu"):
         if not todo.any():
             break
     shape = (config.batch, *contexts.shape[1:])
-    keys = None if official else torch.rand(shape, generator=random, dtype=torch.float64, device=device)[low:high]
+    keys = None if official else torch.rand(shape, generator=random, dtype=torch.float64)[low:high]
     target_indices = to_indices(targets, math.prod(target_size))
     lengths = contexts.sum(-1).view(-1, group * config.contexts).amin(1).tolist()
     masks = []
@@ -702,16 +703,6 @@ class Files(Dataset):
             return torch.zeros(3, canvas[1], canvas[0], dtype=torch.uint8), torch.ones(2).long(), f"{path}: {error}"
 
 
-def worker_count(config, world, streaming):
-    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
-    and on the CPU, since a step's draws cost less than a process."""
-    if config.workers >= 0:
-        return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(12, cores // ranks)) if streaming else int(world.device.type == "cuda")
-
-
 def cache_pixels(split, config, world, log):
     """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
@@ -725,7 +716,7 @@ def cache_pixels(split, config, world, log):
     canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
     if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
-    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=worker_count(config, world, True))
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.worker_count(config, world, True))
     pixels, sizes, errors = zip(*files, strict=True)
     errors = [e for batch in errors for e in batch]
     log.skip([e for e in errors if e], len(split), config.max_bad)
@@ -735,7 +726,7 @@ def cache_pixels(split, config, world, log):
 
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = worker_count(config, world, streaming=batches.canvas is None)
+    workers = common.worker_count(config, world, streaming=batches.canvas is None)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
 
 
@@ -767,14 +758,10 @@ def make_optimizer(model):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def train(config, world, out):
-    """Train -> (model, target encoder, training Split). Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
+def train(model, target, split, config, world, out):
+    """Train (model, target encoder) on a Split. Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
     device, dtype = world.device, common.choose_precision(config.precision, world.device)
-    split = cache_pixels(open_split(config, "train"), config, world, Log(out, world))
     steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
-    model, target = build(config)
-    if config.init:
-        load_weights(model, target, read_checkpoint(config.init, config.encoder, config.heads), config.init)
     model, target = model.to(device), target.to(device)
     if config.compile:
         model.compile(dynamic=True)  # the number of context tokens changes from step to step
@@ -786,7 +773,7 @@ def train(config, world, out):
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = read_own_checkpoint(out / "last.pt", config)
+        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
         common.load_full_state(model, state["model"], optimizer, state["optimizer"])
         common.load_full_state(target, state["target"])
         scaler.load_state_dict(state["scaler"])
@@ -794,7 +781,7 @@ def train(config, world, out):
 
     def save(step):
         weights, moments = common.full_state(model, optimizer)
-        state = dict(script="ijepa", step=step, config=asdict(config), model=weights)
+        state = dict(script=Path(__file__).stem, step=step, config=asdict(config), model=weights)
         state |= dict(target=common.full_state(target)[0], optimizer=moments)
         state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
         if world.rank == 0:
@@ -862,13 +849,9 @@ def train(config, world, out):
             row["data_wait"] = waited / (now - since)
             waited, window, since = 0.0, done, now
             log.progress(done, **row)
-            row |= dict(
-                weight_decay=decay, momentum=momentum, gradient_norm=norm_now, feature_std=std, feature_rank=rank
-            )
-            row |= dict(
-                context=masks_context.shape[-1], target=masks_target.shape[-1], memory_gib=common.memory_gib(device)
-            )
-            log.write(step=done, **row)
+            row |= dict(weight_decay=decay, momentum=momentum, gradient_norm=norm_now, feature_std=std)
+            row |= dict(feature_rank=rank, context=masks_context.shape[-1], target=masks_target.shape[-1])
+            log.write(step=done, **row, memory_gib=common.memory_gib(device))
             if bad_steps >= 3:
                 advice = f"{out}/last.pt holds the last good weights. Try a lower --lr, or --precision fp32."
                 fail(f"loss or gradients were not finite in three steps in a row before step {done}; {advice}", 3)
@@ -879,7 +862,7 @@ def train(config, world, out):
             log.say(f"stopped after step {done}. To continue: {common.resume_command(out)}")
             raise SystemExit(0)
     log.close()
-    return plain, target, split
+    return plain, target
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -922,7 +905,7 @@ def eval_images(split, config, world, log):
             images = split.pixels[indices].to(world.device)
             yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
         return
-    workers = worker_count(config, world, streaming=True)
+    workers = common.worker_count(config, world, streaming=True)
     loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
     for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
         log.skip([e for e in errors if e], n, config.max_bad)
@@ -1227,25 +1210,12 @@ def draw_picture(model, target, images, config, rows=6, neighbours=3, tile=96, g
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Official checkpoints
+# Checkpoints: ours and official
 # ---------------------------------------------------------------------------------------------------------------------
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # by width: a file's shapes do not tell
 ARCHITECTURE = ("image_size", "patch", "width", "depth", "heads")
 ARCHITECTURE += ("predictor_width", "predictor_depth", "predictor_heads")
-
-
-def read_own_checkpoint(path, config=None):
-    """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
-    state = common.load_checkpoint(path)
-    if not isinstance(state, dict) or state.get("script") != "ijepa":
-        fail(f"{path} was not written by ijepa.py, but by {state['script'] if 'script' in state else 'something else'}")
-    theirs = state["config"]
-    differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
-    if differ:
-        differences = (f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ)
-        fail(f"{path} was trained with {', '.join(differences)}")
-    return state
 
 
 def read_checkpoint(path, encoder="target", heads=0):
@@ -1256,7 +1226,7 @@ def read_checkpoint(path, encoder="target", heads=0):
     """
     state = common.load_checkpoint(path)
     if isinstance(state, dict) and "script" in state:
-        state = read_own_checkpoint(path)
+        state = common.read_own_checkpoint(path, Path(__file__).stem)
         parts = {"target": state["target"]}
         for name in ("encoder", "predictor"):
             parts[name] = {k.removeprefix(f"{name}."): v for k, v in state["model"].items() if k.startswith(f"{name}.")}
@@ -1344,12 +1314,16 @@ def run(config, given):
         config = replace(config, **{k: v for k, v in architecture.items() if k not in given})
     training = not config.init or bool({"steps", "epochs"} & given)
     check(config, world, training)
-    out = common.choose_out(config.out, "ijepa", config.resume, world)
+    out = common.choose_out(config.out, Path(__file__).stem, config.resume, world)
     if not training:
         encoder = load_encoder(config.init, config.image_size, config.encoder, heads).to(world.device)
         evaluate(encoder, config, world, Log(out, world))
         return
-    model, target, split = train(config, world, out)
+    split = cache_pixels(open_split(config, "train"), config, world, Log(out, world))
+    model, target = build(config)
+    if config.init:
+        load_weights(model, target, read_checkpoint(config.init, config.encoder, heads), config.init)
+    model, target = train(model, target, split, config, world, out)
     log = Log(out, world)
     report(model, target, split, config, world, log)
     evaluate(target if config.encoder == "target" else model.encoder, config, world, log, split)

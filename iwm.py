@@ -94,7 +94,7 @@ class Config:
     crop_scale: tuple[float, float] = (1.0, 1.0)  # area of the crop that both views share, share of the image
     flip: bool = False  # mirror half of the images, both views alike
     jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.4, 0.2)  # brightness, contrast, saturation, hue (turns)
-    jitter_share: float = 0.8  # share of the views that are jittered
+    jitter_share: float = 0.8  # share of the views with colour jitter
     grey: float = 0.2  # share of the sources that turn grey
     blur: float = 0.2  # share of the sources that are blurred
     blur_sigma: tuple[float, float] = (0.1, 1.0)  # std of the blur, pixels
@@ -102,7 +102,7 @@ class Config:
     action: str = "difference"  # of the jitter's factors: difference (the paper), or ratio (their logarithms)
 
     # masks
-    masks: str = "corrected"  # official (I-JEPA's: no block in the last row and column) or corrected
+    masks: str = "corrected"  # official (I-JEPA's code) or corrected (blocks reach last row, column)
     blocks: int = 4  # rectangles that are hidden together
     block_scale: tuple[float, float] = (0.15, 0.2)  # area of a rectangle, share of the image
     block_aspect: tuple[float, float] = (0.75, 1.5)  # height / width of a rectangle
@@ -145,7 +145,7 @@ class Config:
 
     # evaluation
     eval: str = "knn,linear,mrr"  # of knn, linear, attentive, mrr, finetune, segment, multitask, features; or none
-    baselines: bool = True  # evaluate a randomly initialised model and raw pixels beside it
+    baselines: bool = True  # evaluate a randomly initialised network and raw pixels beside it
     eval_limit: int = 0  # use at most this many training images for knn, linear and tuning, 0 = all
     eval_batch: int = 256  # images a forward pass in evaluation, a rank
     mrr_images: int = 256  # validation images of --eval mrr
@@ -158,7 +158,7 @@ class Config:
     probe_decays: tuple[float, ...] = (5e-4, 0.0)  # weight decays tried
     probe_milestones: tuple[float, ...] = (0.286, 0.571, 0.857)  # share of the epochs after which lr is divided by 10
     tune_epochs: float = 20  # passes of attentive, finetune, segment and multitask
-    tune_batch: int = 256  # their batch, over all ranks
+    tune_batch: int = 256  # batch of these, over all ranks
     tune_lr: float = 1e-3  # learning rate of heads and random predictors; what is pretrained gets a tenth
     features_split: str = "val"  # train or val
     features_out: str = ""  # file of --eval features, default features.npz in the run's folder
@@ -202,7 +202,7 @@ PRESETS = {
     "vit_l16_equivariant_in1k": PAPER | dict(width=1024, depth=24, heads=16, predictor_width=512, predictor_depth=36),
 }
 DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10", "imagenet": "vit_b16_equivariant_in1k", "*": "folder"}
-EVALUATIONS = ("knn", "linear", "attentive", "mrr", "finetune", "segment", "multitask", "features")
+EVALUATIONS = ("knn", "linear", "attentive", "mrr", "finetune", "segment", "multitask", "features", "none")
 SHARDED = ("knn", "linear", "features", "none")  # those that a sharded model can do
 
 
@@ -222,8 +222,8 @@ def check(config, world, training=True):
         if getattr(c, name) not in known:
             fail(f"--{name.replace('_', '-')} {getattr(c, name)!r} is not one of {', '.join(k for k in known if k)}")
     for name in c.eval.split(","):
-        if name not in (*EVALUATIONS, "none"):
-            fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}, none")
+        if name not in EVALUATIONS:
+            fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}")
     limits = (1.0, 1.0, 1.0, 0.5) if c.action == "difference" else (0.99, 0.99, 0.99, 0.5)
     if any(not 0 <= value <= limit for value, limit in zip(c.jitter, limits)):
         fail(f"--jitter {c.jitter}: changes of brightness, contrast, saturation, hue must be in 0 to {limits}")
@@ -607,6 +607,23 @@ def open_split(config, name):
     return Split(root, paths, torch.tensor([number[n] for n in names]), list(number))
 
 
+def tint(pixels, seed):
+    """Colour grey images uint8 [N, 3, S, S]: black and white become a darker and a lighter random colour.
+
+    For the toy images: without colour, saturation and hue change nothing.
+    """
+    random = np.random.Generator(np.random.PCG64(seed))
+    ends = random.uniform([[0], [110]], [[120], [255]], (len(pixels), 2, 3))
+    dark, light = torch.from_numpy(ends).float()[..., None, None].unbind(1)
+    return torch.lerp(dark, light, pixels.float() / 255).round().byte()
+
+
+def open_data(config, name):
+    """`open_split`, the toy images in colour."""
+    split = open_split(config, name)
+    return replace(split, pixels=tint(split.pixels, 10 + (name == "val"))) if config.data == "toy" else split
+
+
 # Copied from ijepa.py
 def in_memory(pixels, labels, paths, classes):
     """A Split whose images are decoded already: pixels uint8 [N, 3, H, W]."""
@@ -831,17 +848,6 @@ class Files(Dataset):
 
 
 # Copied from ijepa.py
-def worker_count(config, world, streaming):
-    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
-    and on the CPU, since a step's draws cost less than a process."""
-    if config.workers >= 0:
-        return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(12, cores // ranks)) if streaming else int(world.device.type == "cuda")
-
-
-# Copied from ijepa.py
 def cache_pixels(split, config, world, log):
     """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
@@ -855,7 +861,7 @@ def cache_pixels(split, config, world, log):
     canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
     if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
-    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=worker_count(config, world, True))
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.worker_count(config, world, True))
     pixels, sizes, errors = zip(*files, strict=True)
     errors = [e for batch in errors for e in batch]
     log.skip([e for e in errors if e], len(split), config.max_bad)
@@ -866,7 +872,7 @@ def cache_pixels(split, config, world, log):
 # Copied from ijepa.py
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = worker_count(config, world, streaming=batches.canvas is None)
+    workers = common.worker_count(config, world, streaming=batches.canvas is None)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
 
 
@@ -878,23 +884,6 @@ def make_images(item, pixels, size, device, bicubic=False):
         return normalize(crop_resize(pixels[item["indices"]], item["boxes"], size, item.get("flip"), bicubic))
     images = normalize(item["pixels"])
     return torch.where(item["flip"][:, None, None, None], images.flip(3), images) if "flip" in item else images
-
-
-def tint(pixels, seed):
-    """Colour grey images uint8 [N, 3, S, S]: black and white become a darker and a lighter random colour.
-
-    For the toy images: without colour, saturation and hue change nothing.
-    """
-    random = np.random.Generator(np.random.PCG64(seed))
-    ends = random.uniform([[0], [110]], [[120], [255]], (len(pixels), 2, 3))
-    dark, light = torch.from_numpy(ends).float()[..., None, None].unbind(1)
-    return torch.lerp(dark, light, pixels.float() / 255).round().byte()
-
-
-def open_data(config, name):
-    """`open_split`, the toy images in colour."""
-    split = open_split(config, name)
-    return replace(split, pixels=tint(split.pixels, 10 + (name == "val"))) if config.data == "toy" else split
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -933,7 +922,7 @@ def train(model, target, split, config, world, out):
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = read_own_checkpoint(out / "last.pt", config)
+        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
         common.load_full_state(model, state["model"], optimizer, state["optimizer"])
         common.load_full_state(target, state["target"])
         scaler.load_state_dict(state["scaler"])
@@ -1030,7 +1019,7 @@ def train(model, target, split, config, world, out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Is it a world model? Mean reciprocal rank (section 4 of the paper)
+# Evaluate: is it a world model? Mean reciprocal rank (section 4 of the paper)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1126,7 +1115,7 @@ def eval_images(split, config, world, log):
             images = split.pixels[indices].to(world.device)
             yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
         return
-    workers = worker_count(config, world, streaming=True)
+    workers = common.worker_count(config, world, streaming=True)
     loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
     for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
         log.skip([e for e in errors if e], n, config.max_bad)
@@ -1620,20 +1609,6 @@ ARCHITECTURE = ("image_size", "patch", "width", "depth", "heads")
 ARCHITECTURE += ("predictor_width", "predictor_depth", "predictor_heads", "conditioning")
 
 
-def read_own_checkpoint(path, config=None, scripts=("iwm",)):
-    """A last.pt of one of `scripts`. Exits with 2 if it is another's, or if its architecture is not the config's."""
-    state = common.load_checkpoint(path)
-    if not isinstance(state, dict) or state.get("script") not in scripts:
-        writer = state["script"] if isinstance(state, dict) and "script" in state else "something else"
-        fail(f"{path} was not written by {' or '.join(scripts)}, but by {writer}")
-    theirs = {"conditioning": "none"} | state["config"]
-    differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
-    if differ:
-        differences = (f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ)
-        fail(f"{path} was trained with {', '.join(differences)}")
-    return state | {"config": theirs}
-
-
 def read_checkpoint(path, heads=0):
     """Weights of our, ijepa.py's or I-JEPA's checkpoints: {"encoder", "target", "predictor": state dicts,
     "architecture": fields}. heads: for widths that the released models do not have.
@@ -1642,11 +1617,12 @@ def read_checkpoint(path, heads=0):
     """
     state = common.load_checkpoint(path)
     if isinstance(state, dict) and "script" in state:
-        state = read_own_checkpoint(path, scripts=("iwm", "ijepa"))
+        state = common.read_own_checkpoint(path, "ijepa" if state["script"] == "ijepa" else Path(__file__).stem)
         parts = {"target": state["target"]}
         for name in ("encoder", "predictor"):
             parts[name] = {k.removeprefix(f"{name}."): v for k, v in state["model"].items() if k.startswith(f"{name}.")}
-        return parts | {"architecture": {k: state["config"][k] for k in ARCHITECTURE}}
+        theirs = {"conditioning": "none"} | state["config"]
+        return parts | {"architecture": {k: theirs[k] for k in ARCHITECTURE}}
     parts = {}
     for name, key in (("encoder", "encoder"), ("target", "target_encoder"), ("predictor", "predictor")):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

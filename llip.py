@@ -130,7 +130,7 @@ class Config:
     logit_lr: float = 10.0  # learning rate of scale and bias, times --lr
     weight_decay: float = 0.1  # AdamW weight decay
     beta2: float = 0.95  # AdamW: memory of squared gradients (the paper's CLIP baselines: 0.98)
-    recompute: bool = False  # keep no activations inside the blocks, compute them again in the backward pass
+    recompute: bool = False  # recompute activations in the backward pass: less memory, a third more time
 
     # run
     seed: int = 0  # seed of everything random
@@ -141,7 +141,7 @@ class Config:
     log_every: int = 20  # steps between rows of log.jsonl
     device: str = ""  # cuda, mps or cpu, default the best there is
     precision: str = ""  # bf16, fp16 or fp32, default bf16 where the hardware computes in it, else fp32
-    compile: bool = torch.cuda.is_available()  # torch.compile the towers
+    compile: bool = torch.cuda.is_available()  # torch.compile the networks
     shard: bool = False  # FSDP2 instead of DDP, for models that do not fit one GPU
     workers: int = -1  # data loading processes a rank, -1 = as fits the machine and the data
     cache: float = 2.0  # GiB: data sets whose decoded pixels fit are kept in memory
@@ -150,7 +150,7 @@ class Config:
 
     # evaluation
     eval: str = "kinds,retrieval,linear"  # comma-separated: kinds (toy), zeroshot, retrieval, linear, features; or none
-    baselines: bool = True  # evaluate beside it a random model and, for llip, the mean of all tokens for every caption
+    baselines: bool = True  # evaluate beside it a randomly initialised network and, for llip, the mean of all tokens
     eval_limit: int = 5000  # use at most this many images for retrieval and for training the linear probe, 0 = all
     eval_batch: int = 256  # images, or captions, a forward pass in evaluation, a rank
     eval_taus: tuple[float, ...] = ()  # further temperatures of the mixing softmax to evaluate zeroshot with
@@ -1155,7 +1155,7 @@ def with_class_captions(split, config):
     return replace(split, table=table, valid=torch.arange(len(table)), **fields)
 
 
-def caption_folder(folder, root, name, config, log):
+def caption_folder(folder, root, config, log):
     """A Split of a folder: images with a same-name .txt, one caption a line; else class folders, captioned by class."""
     paths = sorted(p.relative_to(root) for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
     if not paths:
@@ -1214,7 +1214,7 @@ def open_data(config, name, log):
     folder = root / name if (root / "train").is_dir() else root
     if name == "val" and not config.val_data and (folder == root or not folder.is_dir()):
         return None
-    return caption_folder(folder if folder.is_dir() else root, root, name, config, log)
+    return caption_folder(folder if folder.is_dir() else root, root, config, log)
 
 
 # Copied from ijepa.py
@@ -1438,17 +1438,6 @@ class Files(Dataset):
 
 
 # Copied from ijepa.py
-def worker_count(config, world, streaming):
-    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
-    and on the CPU, since a step's draws cost less than a process."""
-    if config.workers >= 0:
-        return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(12, cores // ranks)) if streaming else int(world.device.type == "cuda")
-
-
-# Copied from ijepa.py
 def cache_pixels(split, config, world, log):
     """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
@@ -1462,7 +1451,7 @@ def cache_pixels(split, config, world, log):
     canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
     if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
-    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=worker_count(config, world, True))
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.worker_count(config, world, True))
     pixels, sizes, errors = zip(*files, strict=True)
     errors = [e for batch in errors for e in batch]
     log.skip([e for e in errors if e], len(split), config.max_bad)
@@ -1473,7 +1462,7 @@ def cache_pixels(split, config, world, log):
 # Copied from ijepa.py
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = worker_count(config, world, streaming=batches.canvas is None)
+    workers = common.worker_count(config, world, streaming=batches.canvas is None)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
 
 
@@ -1556,7 +1545,7 @@ def train(model, tokenizer, split, config, world, out):
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = read_own_checkpoint(out / "last.pt", config)
+        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
         common.load_full_state(model, state["model"], optimizer, state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, streak = state["step"], state["streak"].to(device)
@@ -1668,7 +1657,7 @@ def eval_images(split, config, world, log):
             images = split.pixels[indices].to(world.device)
             yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
         return
-    workers = worker_count(config, world, streaming=True)
+    workers = common.worker_count(config, world, streaming=True)
     loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
     for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
         log.skip([e for e in errors if e], n, config.max_bad)
@@ -1809,7 +1798,7 @@ def evaluate_retrieval(model, tokenizer, split, config, world, log, taus):
     return results
 
 
-def toy_questions(split, facts):
+def toy_questions(facts):
     """Per kind of caption, all phrases of it that are true of some image, and of which images: {kind: (phrases, bool
     [N, C])}. Of relations and scenes at most 500."""
     questions = {}
@@ -1832,7 +1821,7 @@ def evaluate_kinds(model, tokenizer, split, facts, config, world, log, taus):
     image are treated.
     """
     kept, image = encode_images(model, split, config, world, log)
-    questions, results = toy_questions(split, [facts[i] for i in kept.tolist()]), {column: {} for column in taus}
+    questions, results = toy_questions([facts[i] for i in kept.tolist()]), {column: {} for column in taus}
     own = {column: [] for column in taus}
     for kind, (phrases, true) in questions.items():
         true = true.to(world.device)
@@ -2055,21 +2044,6 @@ ARCHITECTURE += ("text_width", "text_depth", "text_heads", "context", "embedding
 ARCHITECTURE += ("quick_gelu",)
 
 
-# Copied from msn.py
-def read_own_checkpoint(path, config=None):
-    """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
-    state, script = common.load_checkpoint(path), Path(__file__).stem
-    if not isinstance(state, dict) or state.get("script") != script:
-        writer = state["script"] if isinstance(state, dict) and "script" in state else "something else"
-        fail(f"{path} was not written by {script}.py, but by {writer}")
-    theirs = state["config"]
-    differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
-    if differ:
-        differences = (f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ)
-        fail(f"{path} was trained with {', '.join(differences)}")
-    return state
-
-
 def read_checkpoint(path, config, given=()):
     """Weights of our or of a released checkpoint: {"model": state dict, "architecture": fields, "merges": list or None,
     or "" where the file does not say}.
@@ -2079,7 +2053,7 @@ def read_checkpoint(path, config, given=()):
     """
     state = common.load_checkpoint(path)
     if isinstance(state, dict) and "script" in state:
-        state = read_own_checkpoint(path)
+        state = common.read_own_checkpoint(path, Path(__file__).stem)
         merges = None if state["tokenizer"] == "bytes" else state["tokenizer"].split("\n") if state["tokenizer"] else []
         return dict(model=state["model"], architecture={k: state["config"][k] for k in ARCHITECTURE}, merges=merges)
     weights = state.get("state_dict", state) if isinstance(state, dict) else {}

@@ -197,7 +197,7 @@ def check(config):
     choices |= dict(score=("text", "logprobs"), parser=("official", "strict"))
     for name, known in choices.items():
         if getattr(config, name) not in known:
-            fail(f"--{name} {getattr(config, name)}: choose one of {', '.join(known)}")
+            fail(f"--{name} {getattr(config, name)!r} is not one of {', '.join(known)}")
     for name in ("frames", "size", "concurrency", "max_tokens", "scenes"):
         if getattr(config, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
@@ -2119,7 +2119,7 @@ def make_report(questions, pairs, videos, config, model, out, log, interrupted, 
     versions |= {"torch": torch.__version__, "pillow": Image.__version__}
     report = {"config": asdict(config), "model": model, "data": data, **systems.get("model", {}), "systems": systems}
     report |= {"incomplete": incomplete, "warnings": warnings, "versions": versions, "timing": timing}
-    (out / "report.json").write_text(json.dumps(report, indent=1))
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
     where = "the toy set" if config.data == "toy" else f"{config.data}, {config.split}"
     head = [f"{len(pairs)} pairs ({2 * len(pairs)} questions) of {where}; intervals: 95 %, bootstrap over pairs."]
@@ -2235,7 +2235,7 @@ def run(config, given):
     client = Client(config) if config.endpoint and not config.report else None
     if config.check or config.prepare:
         return tend_videos(config)
-    out = common.choose_out(config.out, "mvp_eval", config.resume or config.report, world)
+    out = common.choose_out(config.out, Path(__file__).stem, config.resume or config.report, world)
     if config.report:
         config = stored_config(config, given, out)
     free, views = systems_of(config)
@@ -2267,7 +2267,7 @@ def run(config, given):
 
     if world.rank == 0 and not config.report:
         stored = asdict(config) | ({"model": model} if config.endpoint else {})
-        (out / "config.json").write_text(json.dumps(stored, indent=1))
+        (out / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
     seconds, asked, stop = 0.0, 0, None
     if views and not config.report:
         seconds, asked, stop = ask_all(questions, videos, config, model, client or function, views, out, world, log)
@@ -2280,10 +2280,10 @@ def run(config, given):
         log.say(f"{speed}; {timing['memory_gib']} GiB of memory at most")
     incomplete = make_report(questions, pairs, videos, config, model, out, log, interrupted, notes, timing)
     if interrupted:
-        log.say(f"stopped; to go on: {common.resume_command(out)}")
+        log.say(f"stopped. To continue: {common.resume_command(out)}")
         return 0
     if incomplete and not config.allow_missing:
-        log.say(f"some questions have no answer; to ask them again: {common.resume_command(out)}")
+        log.say(f"some questions have no answer. To ask them again: {common.resume_command(out)}")
         return 1
     return 0
 

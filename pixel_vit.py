@@ -85,7 +85,7 @@ class Config:
     # model
     image_size: int = 12  # side of the image, pixels
     patch: int = 1  # side of a patch, pixels: 1 is the paper
-    width: int = 64  # width of the transformer
+    width: int = 64  # width of the transformer (of MAE: of its encoder)
     depth: int = 3  # blocks
     heads: int = 4  # attention heads
     positions: str = "learned"  # learned (from noise), learned-sincos (from sines), sincos (fixed) or none
@@ -96,7 +96,7 @@ class Config:
     permute_distance: int = 0  # how far apart, |rows| + |columns|, the pixels of a pair may be, 0 = any distance
     init_std: float = 0.0  # std of the initial weights, 0 = Xavier uniform; diffusion has its own initialisation
     patch_std: float = 0.0  # std of the initial patch projection, 0 = as the other weights
-    checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more work
+    drop_path: float = 0.0  # stochastic depth of the last block, rising linearly from 0 at the first
 
     # MAE
     mask_ratio: float = 0.75  # share of the tokens that the encoder does not see
@@ -128,7 +128,6 @@ class Config:
     mixup: float = 0.0  # alpha of mixup, 0 = off
     cutmix: float = 0.0  # alpha of CutMix, 0 = off; with both, each batch gets one of them
     smoothing: float = 0.0  # label smoothing
-    drop_path: float = 0.0  # stochastic depth of the last block, rising linearly from 0 at the first
 
     # optimisation
     batch: int = 64  # images a step, over all ranks
@@ -140,10 +139,10 @@ class Config:
     lr_start: float = 0.0  # learning rate of the first step
     lr_final: float = 1e-6  # learning rate at the end of the schedule
     lr_shape: str = "cosine"  # after the warmup: cosine or constant
-    schedule_scale: float = 1.0  # schedules are this many times longer than the run (>= 1)
     weight_decay: float = 0.04  # AdamW weight decay
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW betas
-    clip: float = 0.0  # largest norm of the gradients, 0 = no limit
+    schedule_scale: float = 1.0  # schedules are this many times longer than the run (>= 1)
+    clip: float = 0.0  # largest norm of the gradient, 0 = no limit
     layer_decay: float = 1.0  # learning rate of a block over that of the next
     ema: float = 0.0  # momentum of the averaged weights that are evaluated, 0 = the trained weights themselves
 
@@ -156,26 +155,29 @@ class Config:
     log_every: int = 20  # steps between rows of log.jsonl
     device: str = ""  # cuda, mps or cpu, default the best there is
     precision: str = ""  # bf16, fp16 or fp32, default bf16 where the hardware computes in it, else fp32
-    compile: bool = torch.cuda.is_available()  # torch.compile the network
+    compile: bool = torch.cuda.is_available()  # torch.compile the networks
+    checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
     shard: bool = False  # FSDP2 instead of DDP, for models that do not fit one GPU
     workers: int = -1  # data loading processes a rank, -1 = as fits the machine and the data
     cache: float = 2.0  # GiB: data sets whose decoded pixels fit are kept in memory
     max_bad: float = 0.01  # share of unreadable images above which a run stops
+
+    # sweep
     sweep: str = ""  # compare models: patch (at equal image size), input (at equal number of tokens) or permute
     sweep_values: tuple[int, ...] = ()  # patches, or pairs of pixels, to compare; default those that fit
     sweep_seeds: int = 1  # seeds of each
 
     # evaluation
-    eval: str = "accuracy"  # of accuracy, knn, linear, reconstruction, generate, bpd, features; or none
+    eval: str = "accuracy"  # comma-separated: accuracy, knn, linear, reconstruction, generate, bpd, features; or none
     baselines: bool = True  # evaluate a randomly initialised network and raw pixels beside it
     eval_limit: int = 0  # use at most this many training images for knn, 0 = all
     eval_batch: int = 256  # images a forward pass in evaluation, a rank
     probe_epochs: int = 30  # passes of the linear probe
-    probe_batch: int = 256  # batch of the linear probe
-    probe_lrs: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)  # learning rates of the probe, scaled by batch / 256
+    probe_batch: int = 256  # batch of the linear probe, over all ranks
+    probe_lrs: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)  # learning rates tried, scaled by batch / 256
     features_split: str = "val"  # train or val
     features_out: str = ""  # file of --eval features, default features.npz in the run's folder
-    tokens: bool = False  # --eval features also writes the pixel tokens
+    tokens: bool = False  # --eval features also writes all tokens
 
     # sampling
     sample: int = 0  # sample this many images: a grid and an .npz
@@ -615,12 +617,12 @@ def erase(images, boxes, noise):
     return torch.where((rows[:, :, None] & columns[:, None])[:, None], noise, images)
 
 
-def draw_mix(random, size, mixup, cutmix, switch=0.5):
+def draw_mix(random, size, mixup, cutmix):
     """Parameters of mixup or CutMix of a batch, from a numpy generator: (lam, box or None).
 
     lam: share of the image itself, for CutMix that of the box (top, bottom, left, right) that is clipped at the border.
     """
-    use_cutmix = random.random() < switch if mixup and cutmix else bool(cutmix)
+    use_cutmix = random.random() < 0.5 if mixup and cutmix else bool(cutmix)
     alpha = cutmix if use_cutmix else mixup
     lam = random.beta(alpha, alpha)
     if not use_cutmix:
@@ -686,11 +688,10 @@ def run_blocks(blocks, x, recompute, *arguments):
     """Apply blocks in turn, with activation checkpointing if asked; arguments: sequences with an entry a block."""
     for i, block in enumerate(blocks):
         given = [None if a is None else a[i] for a in arguments]
-        x = (
-            checkpoint(block, x, *given, use_reentrant=False)
-            if recompute and torch.is_grad_enabled()
-            else block(x, *given)
-        )
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(block, x, *given, use_reentrant=False)
+        else:
+            x = block(x, *given)
     return x
 
 
@@ -1253,6 +1254,59 @@ def open_split(config, name):
     return Split(root, paths, torch.tensor([number[n] for n in names]), list(number))
 
 
+TOY_CLASSES = ["disc", "ring", "square", "frame", "plus", "cross", "triangle", "bars", "T", "L"]
+
+
+@functools.lru_cache(maxsize=4)
+def toy_shapes(split, size):
+    """Ten bright shapes on dark ground, of any colour, shifted, scaled and turned a little, with some noise.
+
+    Few pixels must do here: what is drawn is antialiased, and known by its outline at 8 x 8 already.
+    split: "train" (8,000) or "val" (2,000 others) -> pixels uint8 [N, 3, size, size], labels int64 [N], balanced.
+    """
+    count = {"train": 8000, "val": 2000}[split]
+    random = np.random.Generator(np.random.PCG64(["train", "val"].index(split)))
+
+    def uniform(low, high, *shape):
+        return random.uniform(low, high, (count, *(shape or (1, 1))))
+
+    line = (np.arange(size) + 0.5) / size * 2 - 1  # the image spans -1 to 1
+    x, y = line - uniform(-0.25, 0.25), line[:, None] - uniform(-0.25, 0.25)
+    turn, scale = uniform(-0.25, 0.25), uniform(0.6, 0.75)
+    u, v = (x * np.cos(turn) + y * np.sin(turn)) / scale, (y * np.cos(turn) - x * np.sin(turn)) / scale
+
+    def box(u, v, width, height):
+        return np.maximum(abs(u) - width, abs(v) - height)
+
+    shapes = [
+        lambda u, v: np.hypot(u, v) - 1,
+        lambda u, v: abs(np.hypot(u, v) - 0.75) - 0.27,
+        lambda u, v: box(u, v, 0.9, 0.9),
+        lambda u, v: abs(box(u, v, 0.7, 0.7)) - 0.25,
+        lambda u, v: np.minimum(box(u, v, 1, 0.28), box(u, v, 0.28, 1)),
+        lambda u, v: np.minimum(box(u + v, u - v, 1.5, 0.4), box(u + v, u - v, 0.4, 1.5)) / 1.41,
+        lambda u, v: np.maximum(abs(u) * 0.87 - v * 0.5 - 0.5, v - 0.8),
+        lambda u, v: box(u, abs(v) - 0.6, 1, 0.27),
+        lambda u, v: np.minimum(box(u, v + 0.7, 1, 0.27), box(u, v, 0.27, 1)),
+        lambda u, v: np.minimum(box(u + 0.6, v, 0.27, 1), box(u, v - 0.7, 0.9, 0.27)),
+    ]  # distance to the outline, negative inside; in the order of TOY_CLASSES
+    outside = np.empty((count, size, size))
+    for k, shape in enumerate(shapes):
+        outside[k::10] = shape(u[k::10], v[k::10])
+    share = np.clip(0.5 - outside * scale * size / 2, 0, 1)[:, None]  # of a pixel that the shape covers
+    dark, light = uniform(0, 80, 3, 1, 1), uniform(130, 255, 3, 1, 1)
+    pixels = dark + (light - dark) * share + random.normal(0, 6, (count, 3, size, size))
+    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.arange(count) % 10
+
+
+def open_data(config, name):
+    """`open_split`, with shapes as toy images; for other data the `val` Split is None where a folder has none."""
+    if config.data == "toy":
+        pixels, labels = toy_shapes(name, config.image_size)
+        return in_memory(pixels, labels, [f"{name}/{i:05d}" for i in range(len(pixels))], TOY_CLASSES)
+    return open_split(config, name)
+
+
 # Copied from ijepa.py
 def in_memory(pixels, labels, paths, classes):
     """A Split whose images are decoded already: pixels uint8 [N, 3, H, W]."""
@@ -1477,17 +1531,6 @@ class Files(Dataset):
 
 
 # Copied from ijepa.py
-def worker_count(config, world, streaming):
-    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
-    and on the CPU, since a step's draws cost less than a process."""
-    if config.workers >= 0:
-        return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(12, cores // ranks)) if streaming else int(world.device.type == "cuda")
-
-
-# Copied from ijepa.py
 def cache_pixels(split, config, world, log):
     """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
@@ -1501,7 +1544,7 @@ def cache_pixels(split, config, world, log):
     canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
     if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
-    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=worker_count(config, world, True))
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.worker_count(config, world, True))
     pixels, sizes, errors = zip(*files, strict=True)
     errors = [e for batch in errors for e in batch]
     log.skip([e for e in errors if e], len(split), config.max_bad)
@@ -1512,7 +1555,7 @@ def cache_pixels(split, config, world, log):
 # Copied from ijepa.py
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = worker_count(config, world, streaming=batches.canvas is None)
+    workers = common.worker_count(config, world, streaming=batches.canvas is None)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
 
 
@@ -1524,59 +1567,6 @@ def make_images(item, pixels, size, device, bicubic=False):
         return normalize(crop_resize(pixels[item["indices"]], item["boxes"], size, item.get("flip"), bicubic))
     images = normalize(item["pixels"])
     return torch.where(item["flip"][:, None, None, None], images.flip(3), images) if "flip" in item else images
-
-
-TOY_CLASSES = ["disc", "ring", "square", "frame", "plus", "cross", "triangle", "bars", "T", "L"]
-
-
-@functools.lru_cache(maxsize=4)
-def toy_shapes(split, size):
-    """Ten bright shapes on dark ground, of any colour, shifted, scaled and turned a little, with some noise.
-
-    Few pixels must do here: what is drawn is antialiased, and known by its outline at 8 x 8 already.
-    split: "train" (8,000) or "val" (2,000 others) -> pixels uint8 [N, 3, size, size], labels int64 [N], balanced.
-    """
-    count = {"train": 8000, "val": 2000}[split]
-    random = np.random.Generator(np.random.PCG64(["train", "val"].index(split)))
-
-    def uniform(low, high, *shape):
-        return random.uniform(low, high, (count, *(shape or (1, 1))))
-
-    line = (np.arange(size) + 0.5) / size * 2 - 1  # the image spans -1 to 1
-    x, y = line - uniform(-0.25, 0.25), line[:, None] - uniform(-0.25, 0.25)
-    turn, scale = uniform(-0.25, 0.25), uniform(0.6, 0.75)
-    u, v = (x * np.cos(turn) + y * np.sin(turn)) / scale, (y * np.cos(turn) - x * np.sin(turn)) / scale
-
-    def box(u, v, width, height):
-        return np.maximum(abs(u) - width, abs(v) - height)
-
-    shapes = [
-        lambda u, v: np.hypot(u, v) - 1,
-        lambda u, v: abs(np.hypot(u, v) - 0.75) - 0.27,
-        lambda u, v: box(u, v, 0.9, 0.9),
-        lambda u, v: abs(box(u, v, 0.7, 0.7)) - 0.25,
-        lambda u, v: np.minimum(box(u, v, 1, 0.28), box(u, v, 0.28, 1)),
-        lambda u, v: np.minimum(box(u + v, u - v, 1.5, 0.4), box(u + v, u - v, 0.4, 1.5)) / 1.41,
-        lambda u, v: np.maximum(abs(u) * 0.87 - v * 0.5 - 0.5, v - 0.8),
-        lambda u, v: box(u, abs(v) - 0.6, 1, 0.27),
-        lambda u, v: np.minimum(box(u, v + 0.7, 1, 0.27), box(u, v, 0.27, 1)),
-        lambda u, v: np.minimum(box(u + 0.6, v, 0.27, 1), box(u, v - 0.7, 0.9, 0.27)),
-    ]  # distance to the outline, negative inside; in the order of TOY_CLASSES
-    outside = np.empty((count, size, size))
-    for k, shape in enumerate(shapes):
-        outside[k::10] = shape(u[k::10], v[k::10])
-    share = np.clip(0.5 - outside * scale * size / 2, 0, 1)[:, None]  # of a pixel that the shape covers
-    dark, light = uniform(0, 80, 3, 1, 1), uniform(130, 255, 3, 1, 1)
-    pixels = dark + (light - dark) * share + random.normal(0, 6, (count, 3, size, size))
-    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), torch.arange(count) % 10
-
-
-def open_data(config, name):
-    """`open_split`, with shapes as toy images; for other data the `val` Split is None where a folder has none."""
-    if config.data == "toy":
-        pixels, labels = toy_shapes(name, config.image_size)
-        return in_memory(pixels, labels, [f"{name}/{i:05d}" for i in range(len(pixels))], TOY_CLASSES)
-    return open_split(config, name)
 
 
 def centre_crop(image, size):
@@ -1714,7 +1704,7 @@ def classification_inputs(images, labels, config, step, mine):
     return images, targets, drop[first:last]
 
 
-def diffusion_inputs(images, labels, config, step, mine, diffusion, codec):
+def diffusion_inputs(images, labels, config, step, mine, codec):
     """What is denoised [b, C, h, w], step numbers k [b], noise, and labels [b], some hidden, of a rank's rows."""
     c, device, (first, last) = config, images.device, mine
     x_start, random = to_latents(images, codec, c), generator(c.seed, "diffusion", step, device=device)
@@ -1748,23 +1738,23 @@ def distribute(model, world, shard):
 
 def train(model, target, split, config, world, out):
     """Train the model, and average it into the target. Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
-    c, device, dtype = config, world.device, common.choose_precision(config.precision, world.device)
-    steps = c.steps or max(1, int(c.epochs * max(1, len(split) // c.batch)))
+    device, dtype = world.device, common.choose_precision(config.precision, world.device)
+    steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
     diffusion, codec = None, None
-    if c.task == "diffusion":
-        diffusion = Diffusion(noise_betas(c.noise_schedule, c.timesteps), range(c.timesteps), device)
-        codec = load_codec(c, device)
+    if config.task == "diffusion":
+        diffusion = Diffusion(noise_betas(config.noise_schedule, config.timesteps), range(config.timesteps), device)
+        codec = load_codec(config, device)
     model, target = model.to(device), target.to(device)
-    if c.compile:
+    if config.compile:
         model.compile()
-    plain, model = model, distribute(model, world, c.shard)
-    target = distribute(target, world, c.shard)
-    optimizer, ema = make_optimizer(plain, c), EMA(target, plain)
+    plain, model = model, distribute(model, world, config.shard)
+    target = distribute(target, world, config.shard)
+    optimizer, ema = make_optimizer(plain, config), EMA(target, plain)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
-    if c.resume and (out / "last.pt").exists():
-        state = read_own_checkpoint(out / "last.pt", c)
+    if config.resume and (out / "last.pt").exists():
+        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
         common.load_full_state(model, state["model"], optimizer, state["optimizer"])
         common.load_full_state(target, state["target"])
         scaler.load_state_dict(state["scaler"])
@@ -1772,57 +1762,58 @@ def train(model, target, split, config, world, out):
 
     def save(step):
         weights, moments = common.full_state(model, optimizer)
-        state = dict(script="pixel_vit", step=step, config=asdict(c), model=weights)
+        state = dict(script=Path(__file__).stem, step=step, config=asdict(config), model=weights)
         state |= dict(target=common.full_state(target)[0], optimizer=moments)
         state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
         if world.rank == 0:
             common.save_checkpoint(out / "last.pt", state)
 
     if world.rank == 0:
-        (out / "config.json").write_text(json.dumps(asdict(c), indent=2) + "\n")
-    loader = make_loader(make_batches(split, c, world, c.batch, c.flip), range(start, steps), c, world)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    batches = make_batches(split, config, world, config.batch, config.flip)
+    loader = make_loader(batches, range(start, steps), config, world)
     pixels = None if split.pixels is None else split.pixels.to(device)
     labels = split.labels.to(device)
     trainable = [p for p in plain.parameters() if p.requires_grad]
-    mine = [rank * c.batch // world.size for rank in (world.rank, world.rank + 1)]  # in the global batch
+    mine = [rank * config.batch // world.size for rank in (world.rank, world.rank + 1)]  # in the global batch
     log = Log(out, world, steps, start)
     log.catch_signals()
+    millions = sum(p.numel() for p in plain.parameters()) / 1e6
     log.say(
-        f"{out}: {c.task}, {len(split)} images, steps {start} to {steps} of {c.batch} on {world.size} x {device.type} "
-        f"in {str(dtype)[6:]}; {token_count(c)} tokens of {c.patch}x{c.patch} pixels, "
-        f"{sum(p.numel() for p in plain.parameters()) / 1e6:.2f} M parameters, "
-        f"{forward_work(c) / 1e9:.3g} G multiply-adds an image"
+        f"{out}: {len(split)} images, steps {start} to {steps} of {config.batch} on {world.size} x {device.type} in "
+        f"{str(dtype)[6:]}; task {config.task}, {millions:.2f} M parameters, "
+        f"{token_count(config)} tokens an image, {forward_work(config) / 1e9:.3g} G multiply-adds"
     )
     waited, window, since = 0.0, start, time.monotonic()
     for step in range(start, steps):
         tick = time.monotonic()
         item = next(loader)
-        images = make_images(item, pixels, c.image_size, device, bicubic=True)
+        images = make_images(item, pixels, config.image_size, device, bicubic=True)
         waited += time.monotonic() - tick
-        log.skip(item["bad"], len(split), c.max_bad)
-        lr, decay, momentum = schedules(c, step, steps)
+        log.skip(item["bad"], len(split), config.max_bad)
+        lr, decay, momentum = schedules(config, step, steps)
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr * group["scale"], decay if group["decay"] else 0.0
 
         classes = labels[item["indices"].to(device, non_blocking=True)]
-        if c.task == "classify":
-            inputs = classification_inputs(images, classes, c, step, mine)
-        elif c.task == "mae":
+        if config.task == "classify":
+            inputs = classification_inputs(images, classes, config, step, mine)
+        elif config.task == "mae":
             inputs = images, torch.cat(item["masks"]).to(device, non_blocking=True)
         else:
-            inputs = diffusion_inputs(images, classes, c, step, mine, diffusion, codec)
-        loss, parts = torch.zeros((), device=device), c.accumulate
+            inputs = diffusion_inputs(images, classes, config, step, mine, codec)
+        loss, parts = torch.zeros((), device=device), config.accumulate
         for i, part in enumerate(zip(*(x.chunk(parts) for x in inputs), strict=True)):
             autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
             with common.no_sync(model, last=i == parts - 1), autocast:
-                part_loss = forward_loss(model, part, c, diffusion) / parts
+                part_loss = forward_loss(model, part, config, diffusion) / parts
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
 
         scaler.unscale_(optimizer)
         loss, norm = common.mean_over_ranks(loss), common.gradient_norm(trainable)
-        if c.clip:
-            nn.utils.clip_grads_with_norm_(trainable, c.clip, norm)
+        if config.clip:
+            nn.utils.clip_grads_with_norm_(trainable, config.clip, norm)
         applied = (loss + norm).isfinite()  # a tensor on the device, the same on all ranks
         # with fp16's loss scaling, gradients overflow now and then by design: there only the loss counts
         bad = ~(loss.isfinite() if scaler.is_enabled() else applied)
@@ -1836,11 +1827,11 @@ def train(model, target, split, config, world, out):
 
         done = step + 1
         stopping = log.stop and world.size == 1
-        if done % c.log_every == 0 or done == steps or stopping:
+        if done % config.log_every == 0 or done == steps or stopping:
             loss_now, norm_now, bad_steps = torch.stack([loss, norm, streak]).tolist()  # the only host-device sync
             stopping = log.agree(log.stop)
             now = time.monotonic()
-            row = dict(loss=loss_now, lr=lr, images_per_s=c.batch * (done - window) / (now - since))
+            row = dict(loss=loss_now, lr=lr, images_per_s=config.batch * (done - window) / (now - since))
             row["data_wait"] = waited / (now - since)
             waited, window, since = 0.0, done, now
             log.progress(done, **row)
@@ -1848,7 +1839,7 @@ def train(model, target, split, config, world, out):
             if bad_steps >= 3:
                 advice = f"{out}/last.pt holds the last good weights. Try a lower --lr, or --precision fp32."
                 fail(f"loss or gradients were not finite in three steps in a row before step {done}; {advice}", 3)
-        if done % c.save_every == 0 or done == steps or stopping:
+        if done % config.save_every == 0 or done == steps or stopping:
             save(done)
         if stopping and done < steps:
             log.close()
@@ -1877,7 +1868,7 @@ def eval_images(split, config, world, log):
             images = split.pixels[indices].to(world.device)
             yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
         return
-    workers = worker_count(config, world, streaming=True)
+    workers = common.worker_count(config, world, streaming=True)
     loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
     for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
         log.skip([e for e in errors if e], n, config.max_bad)
@@ -1896,16 +1887,27 @@ def collect(rows, device):
     return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
 
 
+@dataclass
+class Features:
+    """Of N images: pooled [N, D], what a head reads; cls [N, D]; tokens [N, T, D] or None, labels int64 [N], paths."""
+
+    pooled: torch.Tensor
+    cls: torch.Tensor
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    paths: list
+
+
 @torch.no_grad()
 def extract(model, split, config, world, log, tokens=False):
-    """Of a whole Split, in its order, without what is unreadable: (features [N, D], class tokens [N, D], all tokens
-    [N, 1+N, D] or none, labels [N], paths). Features: what the classifier's head reads, or MAE's mean normed token."""
+    """Features of a whole Split on all ranks, in its order; unreadable images are left out."""
     rows = []
     for images, indices in eval_images(split, config, world, log):
         pooled, x = model(images, features=True)
         rows.append((indices.to(world.device), pooled, x[:, 0], x[:, : None if tokens else 0]))
-    kept, pooled, first, x = collect(rows, world.device)
-    return pooled, first, x, split.labels[kept].to(world.device), [split.paths[i] for i in kept.tolist()]
+    kept, pooled, cls, x = collect(rows, world.device)
+    paths = [split.paths[i] for i in kept.tolist()]
+    return Features(pooled, cls, x if tokens else None, split.labels[kept].to(world.device), paths)
 
 
 # Copied from ijepa.py
@@ -2072,23 +2074,24 @@ def evaluate_one(model, train, val, wanted, config, world, log):
     if "knn" in wanted or "linear" in wanted:
         bank, test = (extract(model, split, c, world, log) for split in (train, val))
     if "knn" in wanted:
-        scores = knn(bank[0], bank[3], test[0])
-        result |= {f"knn{k}": accuracy(s, test[3]).item() for k, s in scores.items()}
+        scores = knn(bank.pooled, bank.labels, test.pooled)
+        result |= {f"knn{k}": accuracy(s, test.labels).item() for k, s in scores.items()}
     if "linear" in wanted:
         with torch.enable_grad():
-            for name, column in (("linear", 0), ("linear, class token", 1)):
-                result[name] = linear_probe(bank[column], bank[3], test[column], test[3], len(train.classes), c)
+            for name, x, y in (("linear", bank.pooled, test.pooled), ("linear, class token", bank.cls, test.cls)):
+                result[name] = linear_probe(x, bank.labels, y, test.labels, len(train.classes), c)
     return result
 
 
-def write_features(model, split, config, world, log):
+# Copied from ijepa.py
+def write_features(encoder, split, config, world, log):
     """--eval features: .npz of features float32 [N, D], labels int64 [N], paths, and with --tokens tokens [N, T, D]."""
-    pooled, _, tokens, labels, paths = extract(model, split, config, world, log, config.tokens)
-    arrays = dict(features=pooled, labels=labels) | (dict(tokens=tokens) if config.tokens else {})
+    found = extract(encoder.eval(), split, config, world, log, config.tokens)
+    arrays = dict(features=found.pooled, labels=found.labels) | (dict(tokens=found.tokens) if config.tokens else {})
     path = Path(config.features_out or log.path.parent / "features.npz")
     if world.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, paths=np.array(paths), **{k: v.cpu().numpy() for k, v in arrays.items()})
+        np.savez(path, paths=np.array(found.paths), **{k: v.cpu().numpy() for k, v in arrays.items()})
         log.say(f"{path}: " + ", ".join(f"{k} {list(v.shape)}" for k, v in arrays.items()))
 
 
@@ -2099,20 +2102,18 @@ def write_features(model, split, config, world, log):
 NOISE_GROUP = 64  # samples whose noise comes from one generator: a sample depends on its number, not on its batch
 
 
-def sample_images(model, config, first, last, device, codec=None, labels=None):
+def sample_images(model, config, first, last, device, codec=None):
     """Samples first..last of this --seed, at once -> (uint8 [n, 3, S, S], labels int64 [n]), on the device.
 
-    labels: int64 [n], by default all classes in turn, or --sample-class. The same number gives the same picture in any
-    batch and on any number of ranks, up to rounding.
+    Of all classes in turn, or of --sample-class. The same number gives the same picture in any batch and on any number
+    of ranks, up to rounding.
     """
     c, betas = config, noise_betas(config.noise_schedule, config.timesteps)
     diffusion = Diffusion(betas, space_timesteps(c.timesteps, c.sampler_steps), device)
     shape = (NOISE_GROUP, c.channels, *[c.image_size // c.downsample] * 2)
     groups, inside = range(first // NOISE_GROUP, -(-last // NOISE_GROUP)), first % NOISE_GROUP
-    if labels is None:
-        labels = torch.arange(first, last) % max(1, c.classes)
-        labels = labels if c.sample_class < 0 or not c.classes else torch.full_like(labels, c.sample_class)
-    labels = labels.to(device)
+    labels = torch.arange(first, last, device=device) % max(1, c.classes)
+    labels = labels if c.sample_class < 0 or not c.classes else torch.full_like(labels, c.sample_class)
 
     def draw(i):
         noise = torch.cat([torch.randn(shape, generator=generator(c.seed, "sample", g, i)) for g in groups])
@@ -2259,7 +2260,7 @@ def evaluate_bpd(model, val, codec, config, world, log):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Picture
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2284,9 +2285,7 @@ def heat(values):
     """Values [..., h, w] -> pixels [..., 3, h, w] in 0..255: lowest dark blue, highest yellow."""
     low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
     v = ((values - low) / (high - low + 1e-12))[..., None, :, :]
-    dark, light = (
-        torch.tensor(colour, device=v.device)[:, None, None] for colour in ((40.0, 20, 90), (250.0, 230, 60))
-    )
+    dark, light = torch.tensor([[40.0, 20, 90], [250, 230, 60]], device=v.device)[..., None, None]
     return dark + (light - dark) * v
 
 
@@ -2391,30 +2390,8 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 512: 16}  # by width: a 
 ARCHITECTURE = ("task", "image_size", "patch", "width", "depth", "heads", "positions", "readout", "classes", "channels")
 ARCHITECTURE += ("downsample", "learn_sigma", "permute", "permute_distance")
 ARCHITECTURE += ("decoder_width", "decoder_depth", "decoder_heads")
-PROCESS = (
-    "clip_samples",
-    "predict",
-    "noise_schedule",
-    "timesteps",
-    "label_drop",
-    "norm_pix",
-    "mask_ratio",
-    "latent_scale",
-)
-
-
-def read_own_checkpoint(path, config=None):
-    """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
-    state = load_namespaced(path)
-    if not isinstance(state, dict) or state.get("script") != "pixel_vit":
-        writer = state["script"] if isinstance(state, dict) and "script" in state else "something else"
-        fail(f"{path} was not written by pixel_vit.py, but by {writer}")
-    theirs = state["config"]
-    differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
-    if differ:
-        differences = (f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ)
-        fail(f"{path} was trained with {', '.join(differences)}")
-    return state
+PROCESS = ("clip_samples", "predict", "noise_schedule", "timesteps", "label_drop", "norm_pix", "mask_ratio")
+PROCESS += ("latent_scale",)
 
 
 def load_namespaced(path):
@@ -2431,7 +2408,7 @@ def read_checkpoint(path, heads=0):
     """
     state = load_namespaced(path)
     if isinstance(state, dict) and "script" in state:
-        state = read_own_checkpoint(path)
+        state = common.read_own_checkpoint(path, Path(__file__).stem)
         return state["target"], {k: state["config"][k] for k in (*ARCHITECTURE, *PROCESS)}
     inner = state
     for key in ("ema", "model"):
@@ -2441,9 +2418,7 @@ def read_checkpoint(path, heads=0):
     weights = {}
     if isinstance(inner, dict):
         weights = {str(k).removeprefix("module."): v for k, v in inner.items() if isinstance(v, torch.Tensor)}
-    tokeniser = next(
-        (weights[f"{n}.proj.weight"] for n in ("patch_embed", "x_embedder") if f"{n}.proj.weight" in weights), None
-    )
+    tokeniser = weights.get("patch_embed.proj.weight", weights.get("x_embedder.proj.weight"))
     if tokeniser is None or "pos_embed" not in weights:
         found = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
         fail(f"{path} is no checkpoint of this script, MAE or DiT: expected pos_embed and a projection, found {found}")
@@ -2651,7 +2626,7 @@ def run(config, given):
     if not training and config.task == "classify" and not config.classes:
         fail(f"{config.init} has no head that classifies: tune one with --steps or --epochs, or use --task mae")
     check(config, world, training)
-    out = common.choose_out(config.out, "pixel_vit", config.resume, world)
+    out = common.choose_out(config.out, Path(__file__).stem, config.resume, world)
     if config.sweep:
         run_sweep(config, world, out)
     else:

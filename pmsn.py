@@ -98,9 +98,9 @@ class Config:
     flip: bool = True  # mirror half of the views
     jitter: float = 0.5  # strength s of the colour jitter: factors 1 +- 0.8 s, hue +- 0.2 s turns
     jitter_share: float = 0.8  # share of the views with colour jitter
-    grey: float = 0.2  # share of the views turned grey
+    grey: float = 0.2  # share of the views that turn grey
     blur: float = 0.5  # share of the views that are blurred
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # radius of the blur, pixels
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # std of the blur, pixels
 
     # loss
     temperature: float = 0.1  # tau, of the assignments
@@ -134,8 +134,8 @@ class Config:
     weight_decay_final: float = 0.4  # weight decay at the end (half a cosine)
     momentum: float = 0.99  # EMA momentum of the target network at the start
     momentum_final: float = 1.0  # EMA momentum at the end (linear)
-    clip: float = 3.0  # the network's gradient is cut to this norm (prototypes are not), 0 = never
     schedule_scale: float = 1.0  # schedules are this many times longer than the run (>= 1)
+    clip: float = 3.0  # largest norm of the gradient of all but the prototypes, 0 = no limit
 
     # run
     seed: int = 0  # seed of everything random
@@ -154,7 +154,7 @@ class Config:
 
     # evaluation
     eval: str = "knn,linear,lowshot"  # comma-separated: knn, linear, lowshot, percent, finetune, features; or none
-    baselines: bool = True  # evaluate a randomly initialised encoder and raw pixels beside it
+    baselines: bool = True  # evaluate a randomly initialised network and raw pixels beside it
     eval_limit: int = 0  # use at most this many training images for knn and linear, 0 = all
     eval_batch: int = 256  # images a forward pass in evaluation, a rank
     probe_augment: bool = False  # probe on random crops and flips, each encoded anew; else on features computed once
@@ -163,7 +163,7 @@ class Config:
     probe_lrs: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)  # learning rates tried, scaled by batch / 256
     shots: tuple[int, ...] = (1, 2, 5)  # lowshot: labelled images a class
     splits: int = 3  # lowshot and percent: draws of the labelled images, of which mean and std are reported
-    ridge: float = 0.0025  # lowshot: strength of the logistic regression's penalty
+    ridge: float = 0.0025  # lowshot: l2 penalty of the logistic regression, summed over the images
     ridge_percent: float = 0.075  # percent: the same
     finetune_epochs: float = 100  # passes of fine-tuning
     finetune_batch: int = 1024  # batch of fine-tuning, over all ranks
@@ -208,6 +208,8 @@ DATA_PRESETS = {
     "inat18": "vit_s16_inat18",
     "*": "folder",
 }
+# Copied from msn.py
+EVALUATIONS = ("knn", "linear", "lowshot", "percent", "finetune", "features", "none")
 
 
 # Copied from msn.py
@@ -223,12 +225,12 @@ def check(config, world, training=True):
         if getattr(c, name) not in known:
             fail(f"--{name.replace('_', '-')} {getattr(c, name)!r} is not one of {', '.join(k for k in known if k)}")
     for name in c.eval.split(","):
-        if name not in (known := ("knn", "linear", "lowshot", "percent", "finetune", "features", "none")):
-            fail(f"--eval {name!r} is not one of {', '.join(known)}")
+        if name not in EVALUATIONS:
+            fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}")
     if not training:
         return
     if c.batch % (world.size * c.accumulate):
-        fail(f"--batch {c.batch} does not divide into {world.size} ranks x {c.accumulate} parts of --accumulate")
+        fail(f"--batch {c.batch} does not divide into {world.size} ranks x {c.accumulate} accumulations")
     if c.random_views + c.focal_views < 1 or (c.focal_views and c.focal_size < c.patch):
         fail(f"a step needs a random or a focal view, and focal views of --focal-size >= --patch {c.patch}")
     if kept_patches((c.image_size // c.patch) ** 2, c.drop) < 1:
@@ -989,17 +991,6 @@ class Files(Dataset):
 
 
 # Copied from ijepa.py
-def worker_count(config, world, streaming):
-    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
-    and on the CPU, since a step's draws cost less than a process."""
-    if config.workers >= 0:
-        return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(12, cores // ranks)) if streaming else int(world.device.type == "cuda")
-
-
-# Copied from ijepa.py
 def cache_pixels(split, config, world, log):
     """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
@@ -1013,7 +1004,7 @@ def cache_pixels(split, config, world, log):
     canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
     if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
-    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=worker_count(config, world, True))
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.worker_count(config, world, True))
     pixels, sizes, errors = zip(*files, strict=True)
     errors = [e for batch in errors for e in batch]
     log.skip([e for e in errors if e], len(split), config.max_bad)
@@ -1024,7 +1015,7 @@ def cache_pixels(split, config, world, log):
 # Copied from ijepa.py
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = worker_count(config, world, streaming=batches.canvas is None)
+    workers = common.worker_count(config, world, streaming=batches.canvas is None)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
 
 
@@ -1098,7 +1089,7 @@ def train(model, target, split, config, world, out):
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = read_own_checkpoint(out / "last.pt", config)
+        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
         common.load_full_state(model, state["model"], optimizer, state["optimizer"])
         common.load_full_state(target, state["target"])
         scaler.load_state_dict(state["scaler"])
@@ -1244,7 +1235,7 @@ def eval_images(split, config, world, log):
             images = split.pixels[indices].to(world.device)
             yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
         return
-    workers = worker_count(config, world, streaming=True)
+    workers = common.worker_count(config, world, streaming=True)
     loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
     for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
         log.skip([e for e in errors if e], n, config.max_bad)
@@ -1728,28 +1719,13 @@ def draw_picture(p, views, keep, images, prior, config, rows=5, tile=84, gap=6):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Official checkpoints: MSN's
+# Checkpoints: ours, and MSN's official ones
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Copied from msn.py
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width: a file's shapes do not tell
 # Copied from msn.py
 ARCHITECTURE = ("image_size", "patch", "width", "depth", "heads", "head_hidden", "embedding", "prototypes")
-
-
-# Copied from msn.py
-def read_own_checkpoint(path, config=None):
-    """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
-    state, script = common.load_checkpoint(path), Path(__file__).stem
-    if not isinstance(state, dict) or state.get("script") != script:
-        writer = state["script"] if isinstance(state, dict) and "script" in state else "something else"
-        fail(f"{path} was not written by {script}.py, but by {writer}")
-    theirs = state["config"]
-    differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
-    if differ:
-        differences = (f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ)
-        fail(f"{path} was trained with {', '.join(differences)}")
-    return state
 
 
 # Copied from msn.py
@@ -1762,7 +1738,7 @@ def read_checkpoint(path, heads=0):
     """
     state = common.load_checkpoint(path)
     if isinstance(state, dict) and "script" in state:
-        state = read_own_checkpoint(path)
+        state = common.read_own_checkpoint(path, Path(__file__).stem)
         network = {k.removeprefix("network."): v for k, v in state["model"].items() if k.startswith("network.")}
         architecture = {k: state["config"][k] for k in ARCHITECTURE}
         parts = dict(network=network, target=state["target"], prototypes=state["model"]["prototypes"])

@@ -84,18 +84,9 @@ class Config:
     data: str = "toy"  # toy; a folder of videos or images, also one of $DATA (default ./data); csv lists: a.csv,b.csv
     val: str = ""  # folder or csv of the validation videos, default val/ beside train/
 
-    # clips
+    # model
     image_size: int = 32  # side of a frame as the network sees it, pixels
     frames: int = 16  # frames a clip
-    step: int = 1  # every so many frames of the video
-    fps: float = 0  # frames a second of a clip, by time stamps; 0 = every --step frames
-    canvas: int = 0  # side of the square to which workers resize frames, pixels, 0 = 8/7 of the image size
-    crop_scale: tuple[float, float] = (1.0, 1.0)  # area of the random crop, share of the frame
-    crop_aspect: tuple[float, float] = (0.75, 1.35)  # width / height of the random crop
-    flip: bool = False  # mirror half of the clips
-    threads: int = 1  # decoding threads a video
-
-    # model
     patch: int = 8  # side of a tubelet, pixels
     tubelet: int = 2  # length of a tubelet, frames
     width: int = 64  # encoder width
@@ -108,6 +99,15 @@ class Config:
     rope: bool = False  # rotary positions and SwiGLU, as the physics paper's models have them
     init_std: float = 0.02  # std of the initial weights
     target: str = "features"  # what is predicted: features of the target encoder, or pixels (the control)
+
+    # clips
+    step: int = 1  # every so many frames of the video
+    fps: float = 0  # frames a second of a clip, by time stamps; 0 = every --step frames
+    canvas: int = 0  # side of the square to which workers resize frames, pixels, 0 = 8/7 of the image size
+    crop_scale: tuple[float, float] = (1.0, 1.0)  # area of the random crop, share of the frame
+    crop_aspect: tuple[float, float] = (0.75, 1.35)  # width / height of the random crop
+    flip: bool = False  # mirror half of the clips
+    threads: int = 1  # decoding threads a video
 
     # masks
     masks: str = "multiblock,time"  # kinds: multiblock, causal, random, tube, time; each with a mask token of its own
@@ -133,7 +133,7 @@ class Config:
     momentum: float = 0.99  # EMA momentum of the target encoder at the start
     momentum_final: float = 1.0  # EMA momentum at the end (linear)
     schedule_scale: float = 1.25  # schedules are this many times longer than the run (>= 1)
-    clip: float = 10.0  # norm to which gradients of encoder and of predictor are clipped after the warmup, 0 = never
+    clip: float = 10.0  # largest norm of the gradient, of encoder and of predictor, after the warmup; 0 = no limit
 
     # run
     seed: int = 0  # seed of everything random
@@ -151,7 +151,7 @@ class Config:
 
     # evaluation
     eval: str = "physics,knn"  # comma-separated: physics, knn, probe, features; or none
-    baselines: bool = True  # evaluate a randomly initialised network, and for knn raw pixels, beside it
+    baselines: bool = True  # evaluate a randomly initialised network and raw pixels beside it
     eval_limit: int = 2000  # use at most this many training videos for knn, 0 = all
     eval_batch: int = 64  # clips or windows a forward pass in evaluation, a rank
     physics: str = "toy"  # toy, or a folder in the layout of IntPhys, GRASP (level2) or InfLevel-lab
@@ -164,9 +164,9 @@ class Config:
     probe_init: str = ""  # attentive probe to evaluate instead of training one: an official probe checkpoint
     probe_epochs: int = 20  # passes of the attentive probe
     probe_batch: int = 64  # batch of the attentive probe, over all ranks
-    probe_lr: float = 1e-3  # its learning rate at the start (half a cosine to 0)
-    probe_decay: float = 0.01  # its weight decay at the start (half a cosine to 1e-6)
-    probe_clips: int = 1  # clips of a video whose tokens it sees together
+    probe_lr: float = 1e-3  # learning rate of the probe at the start (half a cosine to 0)
+    probe_decay: float = 0.01  # weight decay of the probe at the start (half a cosine to 1e-6)
+    probe_clips: int = 1  # clips of a video whose tokens the probe sees together
     probe_views: int = 1  # 1: the centre; 3: three squares along the longer side, averaged
     features_split: str = "val"  # train or val
     features_out: str = ""  # file of --eval features, default features.npz in the run's folder
@@ -200,6 +200,7 @@ PRESETS = {
     "vit_h16_rope": PAPER | HUGE | dict(rope=True, fps=16 / 3, eval="physics"),
 }
 DATA_PRESETS = {"toy": "toy", "videomix2m": "vit_l16", "howto100m": "vit_l16_rope", "*": "folder"}
+EVALUATIONS = ("physics", "knn", "probe", "features", "none")
 KINDS = ("multiblock", "causal", "random", "tube", "time")
 
 
@@ -221,8 +222,7 @@ def check(config, world, training=True):
         if getattr(c, name) not in known:
             words = ", ".join(str(k) for k in known if k)
             fail(f"--{name.replace('_', '-')} {getattr(c, name)!r} is not one of {words}")
-    for flag, names, known in (("eval", c.eval, ("physics", "knn", "probe", "features", "none")),
-                               ("masks", c.masks, KINDS)):  # fmt: skip
+    for flag, names, known in (("eval", c.eval, EVALUATIONS), ("masks", c.masks, KINDS)):
         for name in names.split(","):
             if name not in known:
                 fail(f"--{flag} {name!r} is not one of {', '.join(known)}")
@@ -569,12 +569,11 @@ def build(config):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pixel_targets(patches, patch, tubelet):
+def pixel_targets(patches):
     """The control's target: normalised patches [B, N, 3*t*p*p] -> pixels in the order (t, row, column, colour), each
     colour of a tubelet brought to mean 0 and std 1."""
-    pixels = (
-        patches.float().unflatten(2, (3, -1)) * torch.tensor(STD, device=patches.device)[:, None]
-    )  # [B, N, 3, t*p*p]
+    std = torch.tensor(STD, device=patches.device)[:, None]
+    pixels = patches.float().unflatten(2, (3, -1)) * std  # [B, N, 3, t*p*p]
     pixels = pixels - pixels[..., :1]  # exact where a tubelet is nearly flat; the mean of the whole does not matter
     pixels = (pixels - pixels.mean(3, keepdim=True)) / (pixels.std(3, keepdim=True) + 1e-6)
     return pixels.mT.flatten(2)
@@ -750,7 +749,7 @@ def occlusion(before, after, rise, full):
     return up + [("screen", 0, 1.0)] * full + [("screen", after, h) for h in heights[::-1]]
 
 
-def quadruplet(scene, hold=4, rise=2, full=4, length=6):
+def quadruplet(scene):
     """Symbols of four videos made of the very same frames: [possible, impossible, possible, impossible].
 
     Two videos of a pair begin alike. What is impossible happens behind the screens, twice: state 0 rises, 1 sinks. All
@@ -762,6 +761,7 @@ def quadruplet(scene, hold=4, rise=2, full=4, length=6):
         fall = [("state", 0)] * 13 + change(0, 12) + [("state", 1)] * 13
         rise = [("state", 1)] * 13 + change(1, 12, "lift") + [("state", 0)] * 13
         return [fall, fall[::-1], rise, rise[::-1]]
+    hold, rise, full, length = 4, 2, 4, 6  # frames: of rest, of a screen's rise, of its being up, of a change
     videos = []
     for a in (0, 1):
         b = 1 - a
@@ -1166,20 +1166,9 @@ class EvalClips(Dataset):
         return (torch.stack(views) + 0.5).byte(), ""
 
 
-# Copied from ijepa.py
-def worker_count(config, world, streaming):
-    """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
-    and on the CPU, since a step's draws cost less than a process."""
-    if config.workers >= 0:
-        return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(12, cores // ranks)) if streaming else int(world.device.type == "cuda")
-
-
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = worker_count(config, world, streaming=batches.split.root is not None)
+    workers = common.worker_count(config, world, streaming=batches.split.root is not None)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
 
 
@@ -1229,7 +1218,7 @@ def train(model, target, split, config, world, out):
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = read_own_checkpoint(out / "last.pt", config)
+        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
         common.load_full_state(model, state["model"], optimizer, state["optimizer"])
         common.load_full_state(target, state["target"])
         scaler.load_state_dict(state["scaler"])
@@ -1272,7 +1261,7 @@ def train(model, target, split, config, world, out):
             autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
             with common.no_sync(model, last=i == parts - 1), autocast:
                 with torch.no_grad():
-                    tokens = pixel_targets(part, config.patch, config.tubelet) if pixels else target(part)
+                    tokens = pixel_targets(part) if pixels else target(part)
                     targets = gather_targets(tokens, masks, norm=not pixels)
                 predictions = model(part, masks)
                 part_loss = vjepa_loss(predictions, targets, 2 if pixels else 1) / parts
@@ -1328,7 +1317,7 @@ def train(model, target, split, config, world, out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluate: physics, by violation of expectation (2502.11831)
+# Evaluate: intuitive physics, by violation of expectation (2502.11831)
 # ---------------------------------------------------------------------------------------------------------------------
 
 # property of a data set: the categories that its score counts for
@@ -1426,11 +1415,11 @@ def toy_trials(config, root, step):
     ]
 
 
-def read_all(path, step, config, first=0, upto=None):
+def read_all(path, step, config, first=0):
     """Every step-th frame of a video, from number `first` on: uint8 [T, 3, H, W]."""
 
     def choose(times):
-        return np.arange(min(first, len(times) - 1), len(times) if upto is None else upto, step)
+        return np.arange(min(first, len(times) - 1), len(times), step)
 
     return read_frames(path, choose, threads=config.threads)[0]
 
@@ -1543,7 +1532,7 @@ def surprise(model, target, windows, contexts, patch, tubelet, token=0, normaliz
     the student, as in the released evaluation.
     """
     patches = model.encoder.patch_embed.patchify(windows)
-    tokens = pixel_targets(patches, patch, tubelet) if target is None else target(patches)
+    tokens = pixel_targets(patches) if target is None else target(patches)
     n, per_step, rows = patches.shape[1], windows.shape[3] * windows.shape[4] // patch**2, []
     order = torch.arange(n, device=windows.device).expand(1, len(windows), n)
     for context in contexts:
@@ -1837,7 +1826,7 @@ def eval_clips(split, config, world, log, clips=1, views=1):
     """
     n = len(split)
     mine = (torch.arange(math.ceil(n / world.size)) * world.size + world.rank) % n
-    workers = worker_count(config, world, streaming=split.root is not None)
+    workers = common.worker_count(config, world, streaming=split.root is not None)
     size = max(1, config.eval_batch // (clips * views))
     data = EvalClips(split, config, clips, views)
     loader = DataLoader(data, size, sampler=mine.tolist(), num_workers=workers)
@@ -1858,15 +1847,25 @@ def collect(rows, device):
     return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
 
 
+@dataclass
+class Features:
+    """Of N videos: pooled [N, D], tokens [N, T, D] or None, labels int64 [N], paths."""
+
+    pooled: torch.Tensor
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    paths: list
+
+
 def extract(encoder, split, config, world, log, tokens=False):
-    """(pooled features [N, D], labels [N], paths, tokens [N, T, D] or None) of a Split on all ranks, in its order."""
+    """Features of a whole Split on all ranks, in its order; unreadable videos are left out."""
     rows = []
     for pixels, indices in eval_clips(split, config, world, log):
         found = encode(encoder, pixels[:, 0])
         rows.append((indices.to(world.device), found.mean(1), found if tokens else found[:, :0]))
     kept, pooled, found = collect(rows, world.device)
     paths = [split.paths[i] for i in kept.tolist()]
-    return pooled, split.labels[kept].to(world.device), paths, found if tokens else None
+    return Features(pooled, found if tokens else None, split.labels[kept].to(world.device), paths)
 
 
 def raw_pixels(split, config, world, log):
@@ -1975,10 +1974,9 @@ def evaluate(model, target, config, world, log, train_split=None):
         result = results.setdefault(name, {})
         encoder.eval()
         if "knn" in wanted:
-            test, labels, _, _ = extract(encoder, val, config, world, log)
-            bank, bank_labels, _, _ = extract(encoder, some, config, world, log)
-            scores = knn(bank, bank_labels, test)
-            result |= {f"knn{k}": accuracy(s, labels).item() for k, s in scores.items()}
+            bank, test = (extract(encoder, split, config, world, log) for split in (some, val))
+            scores = knn(bank.pooled, bank.labels, test.pooled)
+            result |= {f"knn{k}": accuracy(s, test.labels).item() for k, s in scores.items()}
         if "probe" in wanted:
             if config.probe_init and name != "trained":
                 continue  # it reads the features of one encoder only
@@ -1997,14 +1995,15 @@ def evaluate(model, target, config, world, log, train_split=None):
     return results
 
 
+# Copied from ijepa.py
 def write_features(encoder, split, config, world, log):
     """--eval features: .npz of features float32 [N, D], labels int64 [N], paths, and with --tokens tokens [N, T, D]."""
-    pooled, labels, paths, tokens = extract(encoder.eval(), split, config, world, log, config.tokens)
-    arrays = dict(features=pooled, labels=labels) | (dict(tokens=tokens) if config.tokens else {})
+    found = extract(encoder.eval(), split, config, world, log, config.tokens)
+    arrays = dict(features=found.pooled, labels=found.labels) | (dict(tokens=found.tokens) if config.tokens else {})
     path = Path(config.features_out or log.path.parent / "features.npz")
     if world.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, paths=np.array(paths), **{k: v.cpu().numpy() for k, v in arrays.items()})
+        np.savez(path, paths=np.array(found.paths), **{k: v.cpu().numpy() for k, v in arrays.items()})
         log.say(f"{path}: " + ", ".join(f"{k} {list(v.shape)}" for k, v in arrays.items()))
 
 
@@ -2014,14 +2013,14 @@ def content_ratio(model, target, clips, config):
     masks = sample_masks(replace(config, batch=len(clips), group=0), step=0)[0]
     masks = [m.to(clips.device) for m in masks]
     patches, pixels = model.encoder.patch_embed.patchify(clips), config.target == "pixels"
-    tokens = pixel_targets(patches, config.patch, config.tubelet) if pixels else target(clips)
+    tokens = pixel_targets(patches) if pixels else target(clips)
     targets = gather_targets(tokens, masks, norm=not pixels)
     right, wrong = (vjepa_loss(model(p, masks), targets, 2 if pixels else 1) for p in (patches, patches.roll(1, 0)))
     return right.item(), (wrong / right).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Picture
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2031,10 +2030,11 @@ def to_pixels(clips):
     return (clips * std + mean).clamp(0, 1) * 255
 
 
-def paste(canvas, picture, left, top, side):
-    """Draw a picture [3, S, S] of 0..255 enlarged to side x side."""
-    array = torch.as_tensor(picture).permute(1, 2, 0).byte().cpu().numpy()
-    canvas.paste(Image.fromarray(array).resize((side, side), Image.NEAREST), (left, top))
+# Copied from msn.py
+def paste(canvas, image, left, top, side):
+    """Put pixels [3, s, s] on a PIL canvas, enlarged to `side`."""
+    tile = Image.fromarray(image.permute(1, 2, 0).byte().cpu().numpy()).resize((side, side), Image.NEAREST)
+    canvas.paste(tile, (left, top))
 
 
 def draw_masks(clips, config, tile=64, gap=4):
@@ -2136,27 +2136,12 @@ def picture_surprise(model, target, config, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints, ours and official
+# Checkpoints: ours and official
 # ---------------------------------------------------------------------------------------------------------------------
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # by width: a file's shapes do not tell
 ARCHITECTURE = ("image_size", "patch", "frames", "tubelet", "width", "depth", "heads", "predictor_width")
 ARCHITECTURE += ("predictor_depth", "predictor_heads", "rope", "target", "masks", "mask_blocks", "mask_scales")
-
-
-# Copied from msn.py
-def read_own_checkpoint(path, config=None):
-    """A last.pt of this script. Exits with 2 if it is another's, or if its architecture is not the config's."""
-    state, script = common.load_checkpoint(path), Path(__file__).stem
-    if not isinstance(state, dict) or state.get("script") != script:
-        writer = state["script"] if isinstance(state, dict) and "script" in state else "something else"
-        fail(f"{path} was not written by {script}.py, but by {writer}")
-    theirs = state["config"]
-    differ = [k for k in ARCHITECTURE if config is not None and theirs[k] != getattr(config, k)]
-    if differ:
-        differences = (f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ)
-        fail(f"{path} was trained with {', '.join(differences)}")
-    return state
 
 
 def read_checkpoint(path, heads=0, frames=0, image_size=0):
@@ -2167,7 +2152,7 @@ def read_checkpoint(path, heads=0, frames=0, image_size=0):
     """
     state = common.load_checkpoint(path)
     if isinstance(state, dict) and "script" in state:
-        state = read_own_checkpoint(path)
+        state = common.read_own_checkpoint(path, Path(__file__).stem)
         parts = {"target": state["target"]}
         for name in ("encoder", "predictor"):
             parts[name] = {k.removeprefix(f"{name}."): v for k, v in state["model"].items() if k.startswith(f"{name}.")}

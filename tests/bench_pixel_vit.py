@@ -59,7 +59,7 @@ def measure(args):
             (noise,) = pixel_vit.micro_batch_masks(c, step, 0, c.batch, world)
             inputs = images, noise.to(device)
         else:
-            inputs = pixel_vit.diffusion_inputs(images, labels, c, step, (0, c.batch), diffusion, None)
+            inputs = pixel_vit.diffusion_inputs(images, labels, c, step, (0, c.batch), None)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             pixel_vit.forward_loss(model, inputs, c, diffusion).backward()
         optimizer.step()

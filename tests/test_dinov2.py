@@ -366,7 +366,8 @@ def test_retrieval():
     np.testing.assert_array_equal(ranks, g["ranks"])
     ranked = labels.gather(1, ranks)
     close(dinov2.average_precision(ranked > 0), g["plain_ap"], atol=1e-9)
-    for protocol, (relevant, junk) in dinov2.REVISITED.items():
+    revisited = {"E": ((1,), (2, 3)), "M": ((1, 2), (3,)), "H": ((2,), (1, 3))}  # relevant, junk labels
+    for protocol, (relevant, junk) in revisited.items():
         ap = dinov2.average_precision(*(sum(ranked == v for v in values) > 0 for values in (relevant, junk)), True)
         np.testing.assert_allclose(ap, g[f"ap_{protocol}"], atol=1e-9)
         close(ap.nanmean(), g[f"map_{protocol}"], atol=1e-9)
