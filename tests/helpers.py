@@ -55,7 +55,7 @@ def start(script, *flags, ranks=1):
     return subprocess.Popen(command(script, *flags, ranks=ranks), env=environment(), **options)
 
 
-def kill_at_random(script, *flags, times, seed, longest):
+def kill_at_random(script, *flags, times, seed, longest, start=start):
     """Run with --resume, kill -9 after a random time, and again; returns how many were killed before their end."""
     chance, killed = random.Random(seed), 0
     for _ in range(times):
