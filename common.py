@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -517,6 +518,12 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
+def fail_if_full(error):
+    """For an OSError that nothing else has answered: exit 1 if it says that the disk is full."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        fail(f"the disk is full: {error}; what was saved before is intact. Free some space, then --resume.", code=1)
+
+
 def nearest(word, words):
     """'; did you mean a, b?' for a mistyped word, or '.' where nothing comes near."""
     close = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
@@ -643,7 +650,7 @@ def save_config(out, config):
 
 
 def load_checkpoint(path):
-    """Read a checkpoint, a dict of plain tensors, mapped from disk; runs no code in the file. Exits with 2 if it is none.
+    """Read a checkpoint, a dict of plain tensors, mapped from disk; runs no code in it. Exits with 2 if it is none.
 
     torch does not check what it reads, so a flipped bit would become a weight: the archive's checksums are compared.
     """
@@ -708,14 +715,11 @@ def choose_out(out, script, resume, world):
             if not out:
                 names = [Path("runs", script), *(Path("runs", f"{script}-{i}") for i in range(2, 10000))]
                 free = next(i for i, name in enumerate(names) if not name.exists())
-                path = names[max(0, free - 1) if resume else free]
-                while not resume:  # another run may take the name before we make the folder
-                    try:
+                path = names[max(0, free - 1)]
+                for path in [] if resume else names[free:]:  # noqa: B007  another run may take a name before we do
+                    with contextlib.suppress(FileExistsError):
                         path.mkdir(parents=True)
                         break
-                    except FileExistsError:
-                        free += 1
-                        path = names[free]
             path.mkdir(parents=True, exist_ok=True)
             if not lock(path):
                 problem = f"another process is writing to {path}: wait until it has ended, or choose another --out"

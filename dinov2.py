@@ -2565,6 +2565,9 @@ def main(argv=None):
         reason = str(error).split(". ")[0]
         advice = "try --accumulate 2 (4, 8), --checkpointing, --precision bf16, --shard, or a smaller --batch"
         fail(f"out of GPU memory ({reason}): {advice}", 4)
+    except OSError as error:
+        common.fail_if_full(error)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

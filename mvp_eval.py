@@ -2313,6 +2313,9 @@ def main(argv=None):
         )
         config = common.parse_config(Config, PRESETS, DATA_PRESETS, argv, about)
         code = run(config, common.given_flags(argv))
+    except OSError as error:
+        common.fail_if_full(error)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

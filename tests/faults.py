@@ -1,7 +1,7 @@
 """Break every script in eleven ways and say what survives: real processes, real signals, files that are really broken.
 
-python tests/faults.py                                                     # all of it: a quarter of an hour on a core
-python tests/faults.py --scripts ijepa msn --faults kill disk --out DIR    # a part; writes DIR/faults.md and faults.json
+python tests/faults.py                                                  # all of it: a quarter of an hour on a core
+python tests/faults.py --scripts ijepa msn --faults kill disk --out DIR   # a part; writes DIR/faults.md and faults.json
 
 Prints a Markdown table; exits with 1 if anything failed, after saying what. Runs are forked from this process, since
 importing torch takes seconds, and end, die and are killed as if started from a shell; only ranks come from torchrun.
@@ -38,6 +38,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # which an optimizer's first step would import, in each child anew
 from helpers import command, environment, free_port, kill_at_random, log_rows
 from PIL import Image
 from test_dinov2 import SMALL as SMALL_DINOV2
@@ -50,7 +51,7 @@ import llip
 import mvp_eval
 import pixel_vit
 
-STEPS = ("--steps", 40, "--save-every", 1)
+STEPS = ("--steps", 24, "--save-every", 1)
 SLOW = f"""import sys, time
 sys.path.insert(0, {str(Path(__file__).resolve().parent)!r})
 import stand_in
@@ -198,7 +199,7 @@ def slowly(case):
     schedules = getattr(case.module, "schedules", None)
 
     def slow(*arguments):
-        time.sleep(0.03)
+        time.sleep(0.05)
         return schedules(*arguments)
 
     if schedules:
@@ -231,7 +232,7 @@ def kill(case):
     """kill -9 at random moments, run again with --resume."""
     whole, seconds = undisturbed(case)
     flags = [*case.small, *case.whole, "--out", "killed"]
-    killed = kill_at_random(f"{case.name}.py", *flags, times=4, seed=case.name, longest=seconds,
+    killed = kill_at_random(f"{case.name}.py", *flags, times=4, seed=case.name, longest=0.6 * seconds,
                             start=partial(Forked, before=partial(slowly, case)))  # fmt: skip
     assert killed >= 2, f"only {killed} of 4 were killed before their end"
     run(case, *case.whole, "--out", "killed", "--resume")
@@ -248,11 +249,13 @@ def disk(case):
 
     if case.module is mvp_eval:
         whole, _ = undisturbed(case)
-        printed = run(case, "--out", "full", code=1, before=partial(at_most, 12000))
+        printed = run(case, "--out", "toy", code=1, before=partial(at_most, 1500))
+        assert "the disk is full" in printed, printed
+        flags = ["--data", "whole/toy", "--out", "full"]
+        printed = run(case, *flags, code=1, before=partial(at_most, 12000))
         assert "could not write" in printed and "--resume" in printed, printed
-        kept = answers("full")
-        assert kept, "nothing was kept"
-        run(case, "--out", "full", "--resume")
+        assert answers("full"), "nothing was kept"
+        run(case, *flags, "--resume")
         case.assert_same(whole, "full")
         return
     run(case, "--steps", 4, "--out", "never-full")
@@ -269,8 +272,12 @@ def disk(case):
     printed = run(case, *flags, "log", code=1, before=partial(at_most, log.stat().st_size + 50))
     assert "could not write log/log.jsonl" in printed and "--resume" in printed, printed
     assert Path("log/last.pt").read_bytes() == whole
-    printed = run(case, "--steps", 4, "--out", "new", code=1, before=partial(at_most, 100))
+    printed = run(case, "--steps", 4, "--out", "new", code=1, before=partial(at_most, 1500))
     assert "could not write" in printed, printed
+    os.symlink("/dev/full", "full.npz")
+    features = ["--eval", "features", "--init", "full/last.pt", "--features-out", "full.npz", "--device", "cpu"]
+    printed = Forked(f"{case.name}.py", *features).end(1)
+    assert "the disk is full" in printed, printed
     for out in ("full", "log", "new"):
         run(case, *flags, out)
         case.assert_same("never-full", out)
@@ -361,22 +368,22 @@ def data(case):
 
 
 def data_of_pairs(case):
-    """The same for the videos of the toy pairs: of 384, 3 broken ones leave pairs open; 4 stop the run."""
-    run(case, "--scenes", 12, "--fn", "", "--baseline", "random", "--out", "toy")
+    """The same for the videos of the toy pairs: of 200, 2 broken ones leave pairs open; 3 stop the run."""
+    run(case, "--scenes", 10, "--fn", "", "--baseline", "random", "--out", "toy")
     root = Path("toy/toy/videos")
     files = sorted(p for p in root.rglob("*") if p.is_file())
-    broken = random.Random(case.name).sample(files, 4)
+    broken = random.Random(case.name).sample(files, 3)
     flags = ["--data", "toy/toy", "--videos", root, "--concurrency", 4, "--fn", "quick:solve"]
     Path("quick.py").write_text(SLOW.replace("0.05", "0"))
-    for i, content in enumerate((broken[0].read_bytes()[:200], b"", b"not a video\n", b"\0" * 500)):
+    for i, content in enumerate((broken[0].read_bytes()[:200], b"", b"not a video\n")):
         broken[i].write_bytes(content)
-        if i == 2:
+        if i == 1:
             printed = start(case, *flags, "--out", "few").communicate()[0]
-            names = [path.relative_to(root) for path in broken[:3]]
+            names = [path.relative_to(root) for path in broken[:2]]
             assert all(f"skipped an unreadable file: {name}" in printed for name in names), printed
             assert "some questions have no answer" in printed and "Traceback" not in printed, printed
     printed = run(case, *flags, "--out", "many", code=2)
-    assert f"4 of {len(files)} files could not be read" in printed, printed
+    assert len(files) == 200 and "3 of 200 files could not be read" in printed, printed
 
 
 def nan(case):
@@ -447,7 +454,7 @@ def rank(case):
         options = dict(env=environment(), stdout=output, stderr=output, start_new_session=True)
         process = subprocess.Popen(line, **options)
     doomed = random.Random(case.name).randrange(2)
-    while case.progress("restarted") < 8:
+    while case.progress("restarted") < 6:
         assert process.poll() is None, Path("torchrun.txt").read_text()[-3000:]
         time.sleep(0.01)
     killed = [pid for pid in ranks_of(process.pid) if f"\0RANK={doomed}\0" in environment_of(pid)]
@@ -494,14 +501,12 @@ def twice(case):
     whole, _ = undisturbed(case)
     case.assert_same(whole, "same")
     case.assert_log("same")
-    for resume in ([], ["--resume"]):  # at the same moment
-        out = f"race{''.join(resume)}"
-        pair = [start(case, *case.whole, "--out", out, *resume, before=calm) for _ in range(2)]
-        printed = [process.communicate()[0] for process in pair]
-        codes = sorted(process.poll() for process in pair)
-        assert codes == [0, 2], f"exit codes {codes} of two runs in {out}: {printed}"
-        case.assert_same(whole, out)
-        case.assert_log(out)
+    pair = [start(case, *case.whole, "--out", "race", "--resume", before=calm) for _ in range(2)]  # at one moment
+    printed = [process.communicate()[0] for process in pair]
+    codes = sorted(process.poll() for process in pair)
+    assert codes == [0, 2], f"exit codes {codes} of two runs in one folder: {printed}"
+    case.assert_same(whole, "race")
+    case.assert_log("race")
     pair = [start(case, *case.whole, before=calm) for _ in range(2)]  # without --out: each gets a folder of its own
     for process in pair:
         process.end()
@@ -614,7 +619,7 @@ def signals(case):
         assert (launcher, script) == ("python", f"{case.name}.py") and words[-1] == "--resume", line
         if case.module is not mvp_eval:
             step = torch.load(Path(out, "last.pt"), weights_only=True)["step"]
-            assert 4 <= step < 40 and step == log_rows(out)[-1]["step"], step
+            assert 4 <= step < 24 and step == log_rows(out)[-1]["step"], step
         Forked(script, *words).end()
         case.assert_same(whole, out)
         case.assert_log(out)
@@ -700,8 +705,6 @@ def main(argv=None):
     options = parser.parse_args(argv)
     out = Path(options.out).resolve() if options.out else None
     torch.set_num_threads(1)
-    import torch._dynamo  # noqa: F401, I001  which the first step of an optimizer does, in each child
-
     cells = {script: {} for script in options.scripts}
     with tempfile.TemporaryDirectory(prefix="faults-") as root:
         for script in options.scripts:
