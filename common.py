@@ -22,6 +22,7 @@ import resource
 import shlex
 import signal
 import sys
+import threading
 import time
 import typing
 import zipfile
@@ -447,6 +448,24 @@ def gather_over_ranks(x):
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded.contiguous())
     return torch.cat([part[:n] for part, n in zip(parts, lengths)])
+
+
+def ignore_signals(worker):
+    """For DataLoader: Ctrl-C and schedulers signal a run's loading processes too, but when to stop is for it to say.
+
+    Its own SIGTERM, the last means of ending them, is obeyed, where the system tells whose it is (macOS does not).
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        parent = os.getppid()
+
+        def obey():
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+                pass
+            os._exit(0)
+
+        threading.Thread(target=obey, daemon=True).start()
 
 
 def distribute(model, world, shard=False):

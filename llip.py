@@ -1460,7 +1460,8 @@ def cache_pixels(split, config, world, log):
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
     workers = worker_count(config, world, streaming=batches.canvas is None)
-    return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
+    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.ignore_signals)
+    return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, **options))
 
 
 # Copied from ijepa.py

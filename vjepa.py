@@ -1180,7 +1180,8 @@ def worker_count(config, world, streaming):
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
     workers = worker_count(config, world, streaming=batches.split.root is not None)
-    return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
+    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.ignore_signals)
+    return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, **options))
 
 
 def make_clips(item, size, device):
