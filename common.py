@@ -9,6 +9,8 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -20,8 +22,10 @@ import resource
 import shlex
 import signal
 import sys
+import threading
 import time
 import typing
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -432,6 +436,24 @@ def gather_over_ranks(x):
     return torch.cat([part[:n] for part, n in zip(parts, lengths)])
 
 
+def ignore_signals(worker):
+    """For DataLoader: Ctrl-C and schedulers signal a run's loading processes too, but when to stop is for it to say.
+
+    Its own SIGTERM, the last means of ending them, is obeyed, where the system tells whose it is (macOS does not).
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        parent = os.getppid()
+
+        def obey():
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+                pass
+            os._exit(0)
+
+        threading.Thread(target=obey, daemon=True).start()
+
+
 def distribute(model, world, shard=False):
     """Wrap for all ranks: DDP, or with `shard` FSDP2, block by block. Alone, or with nothing to train: as it is."""
     if shard:
@@ -511,17 +533,27 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
+def fail_if_full(error):
+    """For an OSError that nothing else has answered: exit 1 if it says that the disk is full."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        fail(f"the disk is full: {error}; what was saved before is intact. Free some space, then --resume.", code=1)
+
+
 def nearest(word, words):
     """'; did you mean a, b?' for a mistyped word, or '.' where nothing comes near."""
     close = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else "."
 
 
+POSITIVE = "batch accumulate image_size patch width depth heads log_every save_every eval_batch probe_batch".split()
+NOT_NEGATIVE = "steps epochs lr lr_start lr_final warmup weight_decay cache max_bad".split()
+
+
 def parse_config(config_class, presets, data_presets, argv=None, description=None):
     """Command line -> config. Each dataclass field is a flag, the comment beside it its help; flags override presets.
 
     presets: {name: {field: value}}; data_presets: {data name: preset name}, "*" for any other data.
-    Exits with 2 for an unknown flag or preset, naming the nearest known ones.
+    Exits with 2 for an unknown flag or preset, naming the nearest known ones, and for a value that no run can have.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(config_class), re.MULTILINE))
@@ -531,7 +563,8 @@ def parse_config(config_class, presets, data_presets, argv=None, description=Non
     def flag(name):
         return "--" + name.replace("_", "-")
 
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.error = fail  # one line, as for all other errors, and not the usage of a hundred flags
     early.add_argument("--preset")
     early.add_argument("--data")
     first, _ = early.parse_known_args([a for a in argv if a not in ("-h", "--help")])
@@ -543,6 +576,7 @@ def parse_config(config_class, presets, data_presets, argv=None, description=Non
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.error = fail
     for field, hint in hints.items():
         text = comments.get(field, "").replace("%", "%%") + f" [{str(defaults[field]).replace('%', '%%')}]"
         options = {"help": text, "default": defaults[field]}
@@ -561,6 +595,14 @@ def parse_config(config_class, presets, data_presets, argv=None, description=Non
     if unknown:
         word = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
         fail(f"unknown argument {word}{nearest(word, [flag(f) for f in fields])} --help lists all.")
+    for field, value in vars(args).items():
+        if isinstance(value, float) and math.isnan(value):
+            fail(f"{flag(field)} is not a number")
+        if field in POSITIVE and value < 1 or field in NOT_NEGATIVE and value < 0:
+            fail(f"{flag(field)} {value} is below {int(field in POSITIVE)}")
+    place = Path(getattr(args, "features_out", "")).parent
+    if not place.is_dir():
+        fail(f"--features-out {args.features_out}: there is no folder {place}")
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()})
 
 
@@ -589,12 +631,16 @@ def load_full_state(model, state, optimizer=None, optimizer_state=None):
         dcp.set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
 
 
-def save_checkpoint(path, state):
-    """Write atomically: to a temporary file beside it, synced, then renamed, so `path` is whole at every moment."""
+@contextlib.contextmanager
+def replacing(path):
+    """with replacing(path) as file: what is written takes the place of `path` at the end, synced, or exit 1.
+
+    It goes to a temporary file beside it, renamed when complete, so `path` is whole at every moment.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -605,18 +651,41 @@ def save_checkpoint(path, state):
         fail(f"could not write {path}: {error}; {kept}. {advice}", code=1)
 
 
+def save_checkpoint(path, state):
+    """Write plain tensors, numbers and strings, atomically."""
+    with replacing(path) as file:
+        torch.save(state, file)
+
+
+def save_config(out, config):
+    """Write config.json into the run's folder, atomically, since --resume comes here again and may be killed."""
+    with replacing(Path(out) / "config.json") as file:
+        file.write(json.dumps(dataclasses.asdict(config), indent=2).encode() + b"\n")
+
+
 def load_checkpoint(path):
-    """Read a checkpoint as plain tensors, mapped from disk; runs no code in the file. Exits with 2 if it is not one."""
+    """Read a checkpoint, a dict of plain tensors, mapped from disk; runs no code in it. Exits with 2 if it is none.
+
+    torch does not check what it reads, so a flipped bit would become a weight: the archive's checksums are compared.
+    """
     if not Path(path).is_file():
         fail(f"no checkpoint at {path}")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, ValueError):  # files older than torch 1.6 can't be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001  whatever a broken file provokes, the answer is the same sentence
         reason = str(error).split("\n")[0][:150]
         fail(f"{path} is truncated, or not a checkpoint that can be read safely ({type(error).__name__}: {reason})")
+    if not isinstance(state, dict):
+        fail(f"{path} is not a checkpoint: expected a dict of weights, found {type(state).__name__}")
+    return state
 
 
 def read_own_checkpoint(path, script, architecture=(), config=None):
@@ -646,26 +715,52 @@ def load_state(module, state, what):
     module.load_state_dict(state)
 
 
-def choose_out(out, script, resume, world):
-    """The run's folder, made. '' -> runs/SCRIPT, or the first free runs/SCRIPT-2, -3, ... (with resume: the last one).
+def lock(folder):
+    """Whether this process has the folder for itself, from now to its end. OSError if it cannot be written.
 
-    A folder that was named and already holds a run is refused unless resume (exit 2).
+    A POSIX lock: it ends with the process, even by kill -9, and loading processes do not inherit it. A filesystem that
+    knows no locks grants everything.
     """
-    path = Path(out)
-    if not out:
-        names = [f"runs/{script}", *(f"runs/{script}-{i}" for i in range(2, 10000))]
-        free = next(i for i, name in enumerate(names) if not Path(name).exists())
-        path = Path(names[max(0, free - 1) if resume else free])
-    elif not resume and any((path / name).exists() for name in ("config.json", "last.pt", "log.jsonl")):
-        fail(f"{path} already holds a run: add --resume to continue it, or choose another --out")
-    if world.size > 1:  # all ranks take rank 0's choice, before it makes the folder
-        names = [str(path)]
-        dist.broadcast_object_list(names)
-        path = Path(names[0])
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # left open: closing it would give up the lock
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot write to {path}: {error}; choose another --out")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def choose_out(out, script, resume, world):
+    """The run's folder, made and locked. '' -> runs/SCRIPT, or the first free runs/SCRIPT-2, ... (resume: the last).
+
+    Exits with 2 if it cannot be written, if another process is writing it, or if it was named and already holds a run
+    that is not to be resumed.
+    """
+    path, problem = Path(out), ""
+    if world.rank == 0:
+        try:
+            if not out:
+                names = [Path("runs", script), *(Path("runs", f"{script}-{i}") for i in range(2, 10000))]
+                free = next(i for i, name in enumerate(names) if not name.exists())
+                path = names[max(0, free - 1)]
+                for path in [] if resume else names[free:]:  # noqa: B007  another run may take a name before we do
+                    with contextlib.suppress(FileExistsError):
+                        path.mkdir(parents=True)
+                        break
+            path.mkdir(parents=True, exist_ok=True)
+            if not lock(path):
+                problem = f"another process is writing to {path}: wait until it has ended, or choose another --out"
+            elif out and not resume and any((path / name).exists() for name in ("config.json", "last.pt", "log.jsonl")):
+                problem = f"{path} already holds a run: add --resume to continue it, or choose another --out"
+        except OSError as error:
+            problem = f"cannot write to {path}: {error}; choose another --out"
+    if world.size > 1:  # all ranks take rank 0's choice
+        words = [str(path), problem]
+        dist.broadcast_object_list(words)
+        path, problem = Path(words[0]), words[1]
+    if problem:
+        fail(problem)
     return path
 
 
@@ -684,6 +779,14 @@ def resume_command(out):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def stop_not_finite(out, step):
+    """Leave after three steps in a row that were not applied (exit 3), and say which weights are still good."""
+    last = Path(out) / "last.pt"
+    kept = f"{last} holds the last good weights" if last.exists() else "no checkpoint had been written yet"
+    bad = f"loss or gradients were not finite in three steps in a row before step {step}"
+    fail(f"{bad}; {kept}. Try a lower --lr, or --precision fp32.", code=3)
+
+
 class Log:
     """log.jsonl, a progress bar, and the request to stop: SIGTERM and SIGINT set `stop`, the loop ends its step."""
 
@@ -691,19 +794,34 @@ class Log:
         self.rank, self.start, self.total, self.stop = world.rank, start, total, None
         self.path = Path(out) / "log.jsonl"
         self.bar, self.began, self.skipped = None, time.monotonic(), set()
+        self.size, self.catching = world.size, False
         if self.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if total and self.path.exists():  # rows after the step that we resume from will be written again
-                rows = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-                kept = [line for line in rows if json.loads(line).get("step", 0) <= start]
-                self.path.write_text("".join(line + "\n" for line in kept))
+                kept = []
+                for line in self.path.read_text(errors="replace").splitlines():
+                    with contextlib.suppress(ValueError):  # a line that a crash tore
+                        if json.loads(line).get("step", 0) <= start:
+                            kept.append(line + "\n")
+                with replacing(self.path) as file:
+                    file.write("".join(kept).encode())
             if total > start and sys.stderr.isatty():
                 self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
 
     def catch_signals(self):
         """From now on SIGTERM and SIGINT ask for a stop instead of ending the process."""
+        self.handle_signals(lambda caught, frame: setattr(self, "stop", caught))
+
+    def leave(self, *_):
+        """End at once: what follows training can be done again from last.pt."""
+        self.say(f"stopped. To continue: {resume_command(self.path.parent)}")
+        raise SystemExit(0)
+
+    def handle_signals(self, handler):
+        """Answer SIGTERM and SIGINT by handler(signal, frame)."""
+        self.catching = True
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda caught, frame: setattr(self, "stop", caught))
+            signal.signal(number, handler)
 
     def agree(self, flag):
         """Whether `flag` is set on any rank."""
@@ -716,8 +834,11 @@ class Log:
     def write(self, **row):
         """Append one object to log.jsonl (rank 0 only)."""
         if self.rank == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                fail(f"could not write {self.path}: {error}; last.pt is intact. Free some space, then --resume.", 1)
 
     def progress(self, step, **shown):
         """Show the state after `step` steps: in the bar, or as a plain line when the output is no terminal."""
@@ -748,10 +869,12 @@ class Log:
             fail(f"{len(self.skipped)} of {total} files could not be read, more than --max-bad {limit:g} allows")
 
     def close(self):
-        """End the progress bar."""
+        """End the progress bar. From now on a signal ends the process, but no rank, since others may wait for it."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+        if self.catching and self.size == 1:
+            self.handle_signals(self.leave)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -358,7 +358,7 @@ def download_annotations(folder, split, say=print, pause=2.0):
                     with urllib.request.urlopen(url, timeout=60) as response:
                         page = json.load(response)
                     break
-                except (OSError, ValueError) as error:
+                except (OSError, ValueError, http.client.HTTPException) as error:
                     gone = isinstance(error, urllib.error.HTTPError) and error.code not in (429, 500, 502, 503, 504)
                     if gone or attempt == 5:
                         fail(f"cannot download {url}: {error}; put the data set's files into {folder} by hand")
@@ -2267,7 +2267,8 @@ def run(config, given):
 
     if world.rank == 0 and not config.report:
         stored = asdict(config) | ({"model": model} if config.endpoint else {})
-        (out / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+        with common.replacing(out / "config.json") as file:  # --resume reads it, and may come after a kill
+            file.write(json.dumps(stored, indent=2).encode() + b"\n")
     seconds, asked, stop = 0.0, 0, None
     if views and not config.report:
         seconds, asked, stop = ask_all(questions, videos, config, model, client or function, views, out, world, log)
@@ -2312,6 +2313,9 @@ def main(argv=None):
         )
         config = common.parse_config(Config, PRESETS, DATA_PRESETS, argv, about)
         code = run(config, common.given_flags(argv))
+    except OSError as error:
+        common.fail_if_full(error)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

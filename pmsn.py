@@ -40,8 +40,8 @@ import contextlib
 import copy
 import functools
 import hashlib
+import http.client
 import io
-import json
 import math
 import os
 import sys
@@ -672,15 +672,18 @@ def cifar10_binary(folder, name):
     """CIFAR-10 from its home page's archive, downloaded once into `folder` and checked; read without extracting it."""
     archive = folder / "cifar-10-binary.tar.gz"
     if not archive.exists():
+        part = folder / f"{archive.name}.{os.getpid()}.part"  # ranks may get here together, each with a file of its own
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            urllib.request.urlretrieve(CIFAR10_URL, f"{archive}.part")
-            os.replace(f"{archive}.part", archive)
-        except OSError as error:
+            urllib.request.urlretrieve(CIFAR10_URL, part)
+            os.replace(part, archive)
+        except (OSError, http.client.HTTPException) as error:
             fail(
                 f"could not download CIFAR-10 ({error}). Put {CIFAR10_URL} at {archive}, "
                 f"or its images at {folder}/cifar10/train/CLASS/*.png and val/CLASS/*.png"
             )
+        finally:
+            part.unlink(missing_ok=True)
     data = archive.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != CIFAR10_SHA256:
@@ -1016,7 +1019,8 @@ def cache_pixels(split, config, world, log):
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
     workers = common.worker_count(config, world, streaming=batches.canvas is None)
-    return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
+    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.ignore_signals)
+    return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, **options))
 
 
 # Copied from msn.py
@@ -1104,7 +1108,7 @@ def train(model, target, split, config, world, out):
             common.save_checkpoint(out / "last.pt", state)
 
     if world.rank == 0:
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        common.save_config(out, config)
     groups = view_groups(config)
     loader = make_loader(Views(split, config, world, config.batch, groups), range(start, steps), config, world)
     pixels = None if split.pixels is None else split.pixels.to(device)
@@ -1170,9 +1174,8 @@ def train(model, target, split, config, world, out):
             row |= dict(max_target=sure, feature_std=std, feature_rank=rank, memory_gib=common.memory_gib(device))
             log.write(step=done, **row)
             if bad_steps >= 3:
-                advice = f"{out}/last.pt holds the last good weights. Try a lower --lr, or --precision fp32."
-                fail(f"loss or gradients were not finite in three steps in a row before step {done}; {advice}", 3)
-        if done % config.save_every == 0 or done == steps or stopping:
+                common.stop_not_finite(out, done)
+        if (done % config.save_every == 0 and streak < 3) or done == steps or stopping:
             save(done)
         if stopping and done < steps:
             log.close()
@@ -1903,6 +1906,9 @@ def main(argv=None):
         reason = str(error).split(". ")[0]
         advice = "try --accumulate 2 (4, 8), --precision bf16, --shard, or a smaller --batch"
         fail(f"out of GPU memory ({reason}): {advice}", 4)
+    except OSError as error:
+        common.fail_if_full(error)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1169,7 +1169,8 @@ class EvalClips(Dataset):
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
     workers = common.worker_count(config, world, streaming=batches.split.root is not None)
-    return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=world.device.type == "cuda"))
+    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.ignore_signals)
+    return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, **options))
 
 
 def make_clips(item, size, device):
@@ -1233,7 +1234,7 @@ def train(model, target, split, config, world, out):
             common.save_checkpoint(out / "last.pt", state)
 
     if world.rank == 0:
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        common.save_config(out, config)
     loader = make_loader(Clips(split, config, world, config.batch), range(start, steps), config, world)
     parts_of_model = [[p for p in m.parameters() if p.requires_grad] for m in (plain.encoder, plain.predictor)]
     log = Log(out, world, steps, start)
@@ -1304,9 +1305,8 @@ def train(model, target, split, config, world, out):
             row |= dict(context=[m.shape[-1] for m in masks[::2]], target=[m.shape[-1] for m in masks[1::2]])
             log.write(step=done, **row)
             if bad_steps >= 3:
-                advice = f"{out}/last.pt holds the last good weights. Try a lower --lr, or --precision fp32."
-                fail(f"loss or gradients were not finite in three steps in a row before step {done}; {advice}", 3)
-        if done % config.save_every == 0 or done == steps or stopping:
+                common.stop_not_finite(out, done)
+        if (done % config.save_every == 0 and streak < 3) or done == steps or stopping:
             save(done)
         if stopping and done < steps:
             log.close()
@@ -2348,6 +2348,9 @@ def main(argv=None):
         reason = str(error).split(". ")[0]
         advice = "try --accumulate 2 (4, 8), --precision bf16, --shard, or a smaller --batch"
         fail(f"out of GPU memory ({reason}): {advice}", 4)
+    except OSError as error:
+        common.fail_if_full(error)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

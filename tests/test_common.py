@@ -2,6 +2,11 @@
 
 import copy
 import math
+import multiprocessing
+import os
+import resource
+import signal
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -218,6 +223,96 @@ def test_choice_of_the_output_folder(capsys):
     with pytest.raises(SystemExit) as stop:
         common.choose_out("mine/file/below", "ijepa", False, world)
     assert stop.value.code == 2 and "cannot write" in capsys.readouterr().err
+
+
+def hold(folder):
+    common.lock(folder)
+    (folder / "held").touch()
+    time.sleep(60)
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path, capsys):
+    """The lock is seen by others, is not inherited by a holder's children, and does not outlive a kill -9."""
+    world = common.World(0, 1, torch.device("cpu"))
+    holder = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path,))
+    holder.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    for resume in (False, True):
+        with pytest.raises(SystemExit) as stop:
+            common.choose_out(str(tmp_path), "ijepa", resume, world)
+        assert stop.value.code == 2 and "another process is writing" in capsys.readouterr().err
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    assert common.choose_out(str(tmp_path), "ijepa", True, world) == tmp_path
+    loader = multiprocessing.get_context("fork").Process(target=lambda: os._exit(common.lock(tmp_path)))
+    loader.start()
+    loader.join()
+    assert loader.exitcode == 0, "a child took the lock that its parent holds"
+
+
+def test_a_filesystem_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(common.fcntl, "lockf", unknown)
+    assert common.lock(tmp_path)
+
+
+def test_log_on_a_full_disk_and_torn_lines(capsys, monkeypatch):
+    """A row that does not fit ends the run with one line; the torn row is dropped by the run that resumes."""
+    world = common.World(0, 1, torch.device("cpu"))
+    log = common.Log("run", world)
+    log.write(step=1, loss=0.5)
+    log.write(step=2, nested={"a": {"b": 1.0}})
+    whole = log.path.read_text()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(signal, "SIGXFSZ", signal.signal(signal.SIGXFSZ, signal.SIG_IGN) or signal.SIGXFSZ)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 30, limit[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            log.write(step=3, nested={"a": {"b": 1.0}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert stop.value.code == 1 and "could not write run/log.jsonl" in capsys.readouterr().err
+    assert log.path.read_text().startswith(whole)
+    log.path.write_text(whole + '{"step": 3, "nested": {"a": {"b": 1.0}' + "\n")  # ends like a whole row
+    common.Log("run", world, total=9, start=2)
+    assert log.path.read_text() == whole
+
+
+def test_signals_stop_the_loop_and_then_the_evaluation(capsys):
+    """In training a signal is a wish that the loop grants; after it nothing would be lost, so it ends the process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        log = common.Log("run", common.World(0, 1, torch.device("cpu")))
+        log.catch_signals()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert log.stop == signal.SIGTERM
+        log.close()
+        with pytest.raises(SystemExit) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        assert stop.value.code == 0 and "--out run --resume" in capsys.readouterr().out
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_checkpoint_with_a_flipped_bit(tmp_path, capsys):
+    """torch.load would take it; the checksum tells. What holds no dict is named."""
+    path = tmp_path / "last.pt"
+    common.save_checkpoint(path, {"weight": torch.zeros(1000), "config": {"width": 16}})
+    assert common.load_checkpoint(path)["config"] == {"width": 16}
+    whole = path.read_bytes()
+    middle = whole.index(bytes(4000)) + 2000
+    path.write_bytes(whole[:middle] + b"\x10" + whole[middle + 1 :])
+    assert torch.load(path, weights_only=True)["weight"].any(), "a bit was flipped"
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    for name, words in (("last.pt", "checksum"), ("tensor.pt", "found Tensor")):
+        with pytest.raises(SystemExit) as stop:
+            common.load_checkpoint(tmp_path / name)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_log_drops_rows_that_will_be_written_again():

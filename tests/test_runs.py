@@ -520,11 +520,19 @@ def test_a_step_that_is_not_finite_is_not_applied(script, monkeypatch):
 
 
 def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(script, monkeypatch, capsys):
-    poison(monkeypatch, script, lambda step: step > 4, float("inf"))
-    here(script, *script.small, "--steps", 50, "--save-every", 1, "--out", "bad", code=3)
-    assert "last good" in capsys.readouterr().err
-    step, state = weights("bad")
-    assert step in (4, 5, 6) and all(v.isfinite().all() for v in state.values())
+    for log_every in (1, 5):
+        flags = ["--steps", 20, "--save-every", 1, "--log-every", log_every, "--out", f"bad{log_every}"]
+        with monkeypatch.context() as patch:
+            poison(patch, script, lambda step: step > 4, float("inf"))
+            here(script, *script.small, *flags, code=3)
+        assert "last good" in capsys.readouterr().err
+        step, state = weights(f"bad{log_every}")
+        assert step in (4, 5, 6) and all(v.isfinite().all() for v in state.values())
+    here(script, *script.small, *flags, "--resume")  # what was saved is no dead end
+    assert weights("bad5")[0] == 20
+    poison(monkeypatch, script, lambda step: True, float("inf"))
+    here(script, *script.small, "--steps", 50, "--out", "never", code=3)
+    assert "no checkpoint had been written" in capsys.readouterr().err and not Path("never/last.pt").exists()
 
 
 def test_out_that_holds_a_run_is_refused(script, capsys):
@@ -594,6 +602,14 @@ SETTINGS = [
     ("--precision fp8", "bf16"),
     ("--schedule-scale 0.5", "--schedule-scale"),
     ("--device tpu", "device"),
+    ("--batch ten", "--batch"),
+    ("--steps", "--steps"),
+    ("--preset", "--preset"),
+    ("--batch 0", "--batch"),
+    ("--log-every 0", "--log-every"),
+    ("--steps -1", "--steps"),
+    ("--lr nan", "--lr"),
+    ("--features-out none/f.npz", "no folder none"),
 ]
 MORE_SETTINGS = {
     "ijepa": [("--group 48", "--batch 64"), ("--masks funny", "official"), ("--min-keep 30", "--min-keep")],
