@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import fcntl
 import functools
 import hashlib
 import inspect
@@ -718,9 +717,13 @@ def load_state(module, state, what):
 def lock(folder):
     """Whether this process has the folder for itself, from now to its end. OSError if it cannot be written.
 
-    A POSIX lock: it ends with the process, even by kill -9, and loading processes do not inherit it. A filesystem that
-    knows no locks grants everything.
+    A POSIX lock: it ends with the process, even by kill -9, and loading processes do not inherit it. A system or a
+    filesystem that knows no such locks grants everything.
     """
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return True
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # left open: closing it would give up the lock
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
