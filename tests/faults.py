@@ -10,6 +10,7 @@ that ends a run (pictures), for time.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -103,7 +104,10 @@ ORDER = "ijepa vjepa iwm flexpredict msn pmsn llip dinov2 pixel_vit mvp_eval".sp
 
 def answers(out):
     """{key: reply} of a run; no question may have two answers."""
-    rows = [json.loads(line) for file in sorted(Path(out).glob("answers*.jsonl")) for line in file.open()]
+    rows = []
+    for line in "".join(file.read_text() for file in sorted(Path(out).glob("answers*.jsonl"))).splitlines():
+        with contextlib.suppress(ValueError):  # torn by a crash: the next run ends it and asks again
+            rows.append(json.loads(line))
     found = {row["key"]: row["reply"] for row in rows if row["status"] == "ok"}
     assert len(found) == len(rows), f"{len(rows)} answers to {len(found)} questions"
     return found
