@@ -185,9 +185,7 @@ class Config:
     max_bad: float = 0.01  # share of unreadable images above which a run stops
 
     # evaluation
-    eval: str = (
-        "knn,linear"  # of knn, fewshot, linear, logistic, segment, retrieval, head, features, pca, match; or none
-    )
+    eval: str = "knn,linear"  # knn, fewshot, linear, logistic, segment, retrieval, head, features, pca, match; or none
     baselines: bool = True  # evaluate a randomly initialised network and raw pixels beside it
     eval_size: int = 0  # side of evaluated images, pixels; 0 = image_size, or 224 for official checkpoints
     eval_limit: int = 0  # use at most this many training images, 0 = all

@@ -255,7 +255,7 @@ def test_a_filesystem_without_locks_is_no_obstacle(tmp_path, monkeypatch):
     def unknown(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(common.fcntl, "lockf", unknown)
+    monkeypatch.setattr("fcntl.lockf", unknown)
     assert common.lock(tmp_path)
 
 

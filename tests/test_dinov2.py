@@ -1008,7 +1008,7 @@ def test_checkpoints_that_are_none(tmp_path, capsys):
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        patch.setattr(os, "fsync", full)
+        patch.setattr(torch, "save", full)
         message = refused(capsys, *SMALL, "--steps", 2, "--out", "good", "--resume", code=1)
     assert "could not write" in message and "the previous last.pt is intact" in message
     assert Path("good/last.pt").read_bytes() == whole
