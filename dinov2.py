@@ -193,17 +193,7 @@ class Config:
     probe_augment: bool = False  # probe on random crops and flips, each encoded anew; else on features computed once
     probe_epochs: int = 10  # passes of the linear probe
     probe_batch: int = 256  # batch of the linear probe, over all ranks
-    probe_lrs: tuple[float, ...] = (
-        1e-3,
-        2e-3,
-        5e-3,
-        0.01,
-        0.02,
-        0.05,
-        0.1,
-        0.2,
-        0.5,
-    )  # rates tried, scaled by batch / 256
+    probe_lrs: tuple[float, ...] = (1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # tried, scaled by batch / 256
     pca_flip: bool = False  # take the other side of the first component for the foreground in pca and match
     linear_head: str = ""  # an official linear head (.pth), for --eval head
     features_split: str = "val"  # train or val

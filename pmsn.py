@@ -106,9 +106,7 @@ class Config:
     temperature: float = 0.1  # tau, of the assignments
     sharpen: float = 0.25  # T: targets are p^(1/T), normalised
     sharpen_final: float = 0.25  # T at the end (linear)
-    prior: str = (
-        "power-law"  # sizes of clusters: uniform (that is MSN), power-law, counts (the classes'), or a .npy file
-    )
+    prior: str = "power-law"  # sizes of clusters: uniform (that is MSN), power-law, counts (of classes), or a .npy file
     tau: float = 0.25  # exponent of the power law
     prior_kl: str = "forward"  # forward: KL(mean || prior), the paper's; reverse: KL(prior || mean)
     sinkhorn: int = 0  # Sinkhorn iterations that move the use of prototypes in the targets to the prior

@@ -5,8 +5,10 @@ What design and error table promise of every script is tested for each of SCRIPT
 """
 
 import functools
+import inspect
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass, replace
@@ -652,8 +654,11 @@ def test_out_of_memory_names_the_flags_that_help(script, monkeypatch, capsys):
 def test_help_lists_every_flag_with_meaning_and_default(script, capsys):
     here(script, "--help", code=0)
     output = capsys.readouterr().out
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.+)$", inspect.getsource(script.module.Config), re.MULTILINE))
+    words = " ".join(output.split())
     for name in vars(script.module.Config()):
         assert f"--{name.replace('_', '-')}" in output, name
+        assert comments[name].split()[0] in words, f"--{name} has no help"
     assert "pixels" in output and "[0.04]" in output
     large = next(name for name in script.module.PRESETS if name.startswith("vit_"))
     here(script, "--preset", large, "--help", code=0)
