@@ -186,7 +186,7 @@ FOLDER = dict(
 PRESETS = {
     "toy": dict(steps=3000, merges=200),  # the defaults of Config
     "cifar10-cpu": CIFAR10 | dict(patch=8, width=96, depth=4, mixture_tokens=8, text_width=64, embedding=64, tau=4.0,
-                                  batch=256, epochs=0, steps=6000),
+                                  batch=256, epochs=0, steps=3000),
     "cifar10": CIFAR10,  # on one GPU; not measured yet, nor is folder
     "folder": FOLDER,
     "vit_b32": PAPER | dict(patch=32),
