@@ -288,18 +288,19 @@ class ViT(nn.Module):
             return x
         return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1), x], dim=1)
 
-    def forward(self, x, keep=None, layers=None):
+    def forward(self, x, keep=None, layers=None, drop=None):
         """Tokens after the final norm.
 
         x: images [B, C, H, W], or patches [B, N, C*p*p] of `patch_embed.patchify`, for encoders to share
         keep: int64 [B, K] or [M, B, K], indices of the patches to run on -> [B, K, D] or [M*B, K, D]; None runs on all
         layers: block indices (negative from the end) -> a list of their outputs, each after the final norm
+        drop: uniforms [depth, 2, B] for stochastic depth, at the rates that the blocks have
         """
         x = self.embed(x, keep)
         wanted = None if layers is None else [layer % len(self.blocks) for layer in layers]
         outputs = {}
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, None if drop is None else drop[i])
             if wanted and i in wanted:
                 outputs[i] = self.norm(x)
         return self.norm(x) if wanted is None else [outputs[i] for i in wanted]

@@ -116,6 +116,14 @@ def test_vit(options):
     torch.testing.assert_close(layers[1], full)
     assert len(layers) == 2 and layers[0].mean(-1).abs().max() < 1e-5
     assert vit(torch.randn(2, 3, 24, 20)).shape == (2, 30 + special, 24)
+    uniform = torch.ones(3, 2, 2)
+    torch.testing.assert_close(vit(images, drop=uniform), full)  # the blocks drop nothing yet
+    vit.blocks[1].drop_path = 0.5
+    uniform[1, :, 0] = 0.0  # the second block is left out for the first image, and counts twice for the other
+    dropped = vit(images, drop=uniform)
+    assert (dropped - full).abs().amax((1, 2)).min() > 1e-4
+    vit.blocks[1].forward = lambda x, drop=None: x
+    torch.testing.assert_close(vit(images)[0], dropped[0])
     with pytest.raises(ValueError, match="multiple"):
         ViT(16, 5, 24, 1, 2)
 
