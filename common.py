@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -398,7 +399,11 @@ def start_world(device=""):
         torch.backends.cuda.matmul.allow_tf32 = True
         device = f"cuda:{torch.cuda.current_device()}"
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # torchrun keeps its store when it restarts: without a prefix a quick rank finds the address of one that died
+        store, rank, size = next(rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     joined = dist.is_initialized()
     return World(dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, torch.device(device))
 
