@@ -579,8 +579,9 @@ def parse_config(config_class, presets, data_presets, argv=None, description=Non
     defaults = {n: f.default for n, f in fields.items()} | presets[name] | {"preset": name}
 
     parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        usage="%(prog)s [--preset NAME] [--data NAME or PATH] [--FLAG VALUE ...]", description=description,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.error = fail
     for field, hint in hints.items():
         text = comments.get(field, "").replace("%", "%%") + f" [{str(defaults[field]).replace('%', '%%')}]"
