@@ -1145,7 +1145,6 @@ def write_features(encoder, split, config, world, log):
     arrays = dict(features=found.pooled, labels=found.labels) | (dict(tokens=found.tokens) if config.tokens else {})
     path = Path(config.features_out or log.path.parent / "features.npz")
     if world.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, paths=np.array(found.paths), **{k: v.cpu().numpy() for k, v in arrays.items()})
         log.say(f"{path}: " + ", ".join(f"{k} {list(v.shape)}" for k, v in arrays.items()))
 

@@ -1972,7 +1972,6 @@ def write_features(model, split, config, world, log):
     path = Path(config.features_out or log.path.parent / "features.npz")
     if world.rank == 0:
         names = [split.paths[i] if isinstance(split, Split) else str(i) for i in kept.tolist()]
-        path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, paths=np.array(names), **{k: v.cpu().numpy() for k, v in arrays.items()})
         log.say(f"{path}: " + ", ".join(f"{k} {list(v.shape)}" for k, v in arrays.items()))
 
