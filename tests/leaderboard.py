@@ -71,7 +71,7 @@ METHODS = {
     "MAE (Pixel Transformer's file, same patches)": "pixel_vit --task mae",
     "Llip, captioned by class": "llip --mixture-tokens 8",
     "SigLIP, captioned by class": "llip --model siglip",
-    "supervised ViT (Pixel Transformer's file)": "pixel_vit --task classify --crop-scale 0.5,1",
+    "supervised ViT (Pixel Transformer's file)": "pixel_vit --task classify --crop-scale 0.5 1",
 }  # name: script and flags
 LABELS = ("Llip, captioned by class", "SigLIP, captioned by class", "supervised ViT (Pixel Transformer's file)")
 SHOTS = 10  # labelled images a class in the low-shot evaluation
