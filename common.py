@@ -384,8 +384,11 @@ class World:
     device: torch.device
 
 
-def start_world(device=""):
-    """Join the process group that torchrun describes, if any, or run alone. device: cuda | mps | cpu, '' = best."""
+def start_world(device="", timeout=None):
+    """Join the process group that torchrun describes, if any, or run alone. device: cuda | mps | cpu, '' = best.
+
+    timeout: a timedelta, how long ranks wait for one another, default torch's.
+    """
     if not device:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device not in ("cuda", "mps", "cpu"):
@@ -403,7 +406,7 @@ def start_world(device=""):
         store, rank, size = next(rendezvous("env://"))
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     joined = dist.is_initialized()
     return World(dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, torch.device(device))
 

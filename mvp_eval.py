@@ -2228,9 +2228,8 @@ def stored_config(config, given, out):
 def run(config, given):
     """Ask and report; returns the exit code. given: names of the flags that were typed."""
     check(config)
-    if "RANK" in os.environ and not dist.is_initialized():  # ranks finish at different times: let them wait for days
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-    world, notes = common.start_world("cpu"), []
+    # ranks finish at different times: let them wait for days
+    world, notes = common.start_world("cpu", timedelta(days=30)), []
     function = import_function(config.fn) if config.fn and not config.report else None
     client = Client(config) if config.endpoint and not config.report else None
     if config.check or config.prepare:
