@@ -15,8 +15,10 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 SECONDS = {
     "test_dinov2": dict(it_learns=32, official_checkpoint_in_features_and_pictures_out=12,
                         two_ranks_are_one_process=11),
+    "test_faults": dict(cheap_faults_on_one_script=26),
+    "test_leaderboard": dict(a_cell_of_the_table=22),
     "test_llip": dict(corrupt_images_are_skipped_counted_and_limited=10, number_of_workers_changes_nothing=11,
-                      two_ranks_and_accumulation_are_one_process=14),
+                      llip_learns=40, two_ranks_and_accumulation_are_one_process=14),
     "test_mvp_eval": dict(a_function_that_looks_is_perfect_and_one_that_sees_half_gets_nothing=11,
                           kill_and_resume_loses_nothing_and_repeats_nothing=13),
     "test_pixel_vit": dict(classifier_learns=20, diffusion_learns=19, mae_learns=14, two_ranks_are_one_process=10),
