@@ -127,7 +127,7 @@ def prepare(data, folder):
 
 
 def run(script, flags, device):
-    """Run a script to its end -> (seconds of processor time, or on an accelerator by the clock; peak memory, GiB)."""
+    """Run a script to its end -> seconds of processor time, or on an accelerator by the clock."""
     threads = {} if device else {"OMP_NUM_THREADS": "1"}
     command = list(map(str, [sys.executable, ROOT / f"{script}.py", *flags, *(["--device", device] if device else [])]))
     start = os.times().elapsed
@@ -137,9 +137,7 @@ def run(script, flags, device):
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{printed[-2000:]}")
-    cpu = usage.ru_utime + usage.ru_stime
-    kib = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return (os.times().elapsed - start if device else cpu), kib / 2**20
+    return os.times().elapsed - start if device else usage.ru_utime + usage.ru_stime
 
 
 def logged(out, name):
@@ -177,7 +175,7 @@ def measure(data, method, seed, args):
         for steps in (3 + args.trial, 3):  # a run's start, its picture and loading the images cancel
             shutil.rmtree(trial, ignore_errors=True)
             # with a learning rate of 0 the weights stay those of the start
-            cost[steps] = run(script, [*flags, "--lr", 0, "--steps", steps, "--out", trial], args.device)[0]
+            cost[steps] = run(script, [*flags, "--lr", 0, "--steps", steps, "--out", trial], args.device)
         step = max(cost[3 + args.trial] - cost[3], 1e-3) / args.trial
         random = evaluate(features(script, flags, trial, images, args.device))
         shutil.rmtree(trial)
@@ -186,13 +184,15 @@ def measure(data, method, seed, args):
     plan = json.loads(plan.read_text())
     whole = not (out / "last.pt").exists()  # else the time before the cut is not known
     length = ["--steps", plan["steps"], "--save-every", max(1, plan["steps"] // 10), "--out", out, "--resume"]
-    seconds, memory = run(script, [*flags, *length], args.device)
-    if args.device:
-        memory = max(logged(out, "memory_gib"))
+    seconds = run(script, [*flags, *length], args.device)
     config = json.loads((out / "config.json").read_text())
     result = dict(data=data, method=method, seed=seed, script=script, steps=plan["steps"], random=plan["random"])
-    result |= dict(images=plan["steps"] * config["batch"], minutes=seconds / 60 if whole else None, memory=memory)
-    result |= dict(speed=config["batch"] / plan["step"], finite=bool(np.isfinite(logged(out, "loss")[-1])))
+    result |= dict(images=plan["steps"] * config["batch"], minutes=seconds / 60 if whole else None)
+    result |= dict(
+        memory=max(logged(out, "memory_gib")),
+        speed=config["batch"] / plan["step"],
+        finite=bool(np.isfinite(logged(out, "loss")[-1])),
+    )
     result["trained"] = evaluate(features(script, flags, out, images, args.device))
     kept.write_text(json.dumps(result, indent=1))
     shutil.rmtree(out)

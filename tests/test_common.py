@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
@@ -126,6 +128,17 @@ def test_vit(options):
     torch.testing.assert_close(vit(images)[0], dropped[0])
     with pytest.raises(ValueError, match="multiple"):
         ViT(16, 5, 24, 1, 2)
+
+
+def test_memory_is_of_this_process_alone():
+    """What a large process starts does not inherit its peak."""
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(common.__file__)!r}); import common, torch; "
+    code += "print(common.memory_gib(torch.device('cpu')))"
+    before = common.memory_gib(torch.device("cpu"))
+    large = torch.ones(150_000_000)
+    assert common.memory_gib(torch.device("cpu")) > max(before, large.numel() * 4 / 2**30)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.05 < float(child.stdout) < 0.5 or sys.platform != "linux"
 
 
 def test_ema_is_the_formula_for_every_dtype_and_skips():
