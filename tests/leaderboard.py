@@ -277,7 +277,7 @@ def markdown(data, rows, pixels, args):
 def draw(tables, pixels):
     """Bars of all scores, a row a method and a column a score; the tick is the untrained network, the line raw
     pixels."""
-    left, bar, wide, gap = 290, 16, 170, 24
+    left, bar, wide, gap = 290, 16, 170, 48
     heights = [(len(rows) + 2) * (bar + 8) + 20 for rows in tables.values()]
     image = Image.new("RGB", (left + len(SCORES) * (wide + gap), sum(heights) + 10), "white")
     pen, top = ImageDraw.Draw(image), 8
