@@ -161,11 +161,14 @@ def features(script, flags, out, images, device):
 
 
 def measure(data, method, seed, args):
-    """One cell of the comparison: train, or take up a run that was cut off, and evaluate -> a dict, kept in --out."""
+    """One cell of the comparison: train, or take up a run that was cut off, and evaluate -> a dict, kept in --out.
+
+    With --report only a dict that is there, else None.
+    """
     name = re.sub(r"\W+", "-", f"{data}-{method}-{seed}").strip("-").lower()
     kept, out, images = args.out / f"{name}.json", args.out / "runs" / name, args.out / "images" / data
-    if kept.exists():
-        return json.loads(kept.read_text())
+    if kept.exists() or args.report:
+        return json.loads(kept.read_text()) if kept.exists() else None
     script, flags = flags_of(data, method, seed)
     flags += ["--data", images / "train", "--eval", "none"]
     plan, trial = args.out / "runs" / f"{name}.steps.json", args.out / "runs" / f"{name}.trial"
@@ -249,7 +252,7 @@ def mean_and_spread(values, digits=1):
 def markdown(data, rows, pixels, args):
     """The table of one data set; rows: {method: [result of a seed]}, in the order of their kNN."""
     unit = "core" if not args.device else args.device
-    many = len(next(iter(rows.values())))
+    many = max(map(len, rows.values()))
     title = "CIFAR-10" if data == "cifar10" else "Toy textures"
     lines = [
         f"**{title}**, `{DATA[data].size}`, {args.minutes[data]:g} minutes on {args.device or 'two cores'} each, "
@@ -328,6 +331,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("runs/leaderboard"))
     parser.add_argument("--device", default="", help="cuda or mps, by default two CPU cores")
     parser.add_argument("--jobs", type=int, default=0, help="runs side by side, by default two on a CPU, else one")
+    parser.add_argument("--report", action="store_true", help="run nothing: tables and picture of what is in --out")
     parser.add_argument("--readme", type=Path, help="a file with the marker <!-- leaderboard -->")
     args = parser.parse_args(argv)
     methods = [m for m in METHODS if any(m.lower().startswith(part.lower()) for part in args.methods)]
@@ -350,11 +354,13 @@ def main(argv=None):
         prepare(data, args.out / "images" / data)
     cells = [(data, method, seed) for data in args.data for seed in args.seeds for method in methods]
     with concurrent.futures.ThreadPoolExecutor(args.jobs or (1 if args.device else 2)) as pool:
-        found = list(pool.map(lambda cell: measure(*cell, args), cells))
+        found = [r for r in pool.map(lambda cell: measure(*cell, args), cells) if r is not None]
     tables, pixels = {}, {data: evaluate_pixels(data, args) for data in args.data}
     for data in args.data:
         rows = {m: [r for r in found if (r["data"], r["method"]) == (data, m)] for m in methods}
-        order = sorted(rows, key=lambda m: (m in LABELS, -statistics.mean(r["trained"]["knn"] for r in rows[m])))
+        order = sorted(
+            filter(rows.get, rows), key=lambda m: (m in LABELS, -statistics.mean(r["trained"]["knn"] for r in rows[m]))
+        )
         tables[data] = {m: rows[m] for m in order}
     write(tables, pixels, args)
 

@@ -45,6 +45,8 @@ def test_a_cell_of_the_table(few_images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(leaderboard, "run", lambda *_: pytest.fail("what is done is not run again"))
     leaderboard.main(command)
     assert page.read_text() == text
+    leaderboard.main([*command, "--methods", "msn", "iwm", "--report"])  # of which one is not there
+    assert page.read_text() == text
     with pytest.raises(SystemExit) as stopped:
         leaderboard.main([*command, "--minutes", "1"])
     assert stopped.value.code == 2 and "has results of 0.005 minutes" in capsys.readouterr().err
