@@ -104,6 +104,8 @@ class StandIn:
                 stand_in.serve(self, body, fault)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        # a client that was killed is no news; and to print a traceback while another thread parses crashes Python 3.11
+        self.server.handle_error = lambda *_: None
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
