@@ -177,7 +177,7 @@ class Config:
     device: str = ""  # cuda, mps or cpu, default the best there is
     precision: str = ""  # bf16, fp16 or fp32, default bf16 where the hardware computes in it, else fp32
     compile: bool = torch.cuda.is_available()  # torch.compile the networks
-    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    recompute: bool = False  # activation checkpointing: less memory, a third more time
     together: bool = True  # global and local crops in the same matrix products; else one size after the other
     shard: bool = False  # FSDP2 instead of DDP, for models that do not fit one GPU
     workers: int = -1  # data loading processes a rank, -1 = as fits the machine and the data
@@ -256,7 +256,7 @@ PRESETS = {
     "folder_b": FOLDER | BASE | dict(batch=64),
     "vitl16_short": SHORT | LARGE,
     "vitl14": LONG | LARGE,
-    "vitg14": LONG | GIANT | dict(shard=True, checkpointing=True),
+    "vitg14": LONG | GIANT | dict(shard=True, recompute=True),
 }  # fmt: skip
 DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10", "imagenet": "vitl16_short", "imagenet22k": "vitl14", "*": "folder"}
 EVALUATIONS = ("knn", "fewshot", "linear", "logistic", "segment", "retrieval", "head", "features", "pca", "match",
@@ -586,7 +586,7 @@ class Backbone(nn.Module):
     def __init__(self, image_size, patch, width, depth, heads, registers=0, swiglu=False, layer_scale=1.0,
                  offset=0.1, antialias=False):  # fmt: skip
         super().__init__()
-        self.offset, self.antialias, self.checkpointing = offset, antialias, False
+        self.offset, self.antialias, self.recompute = offset, antialias, False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, width))
         self.registers = registers
@@ -626,7 +626,7 @@ class Backbone(nn.Module):
         outputs = {}
         for i, block in enumerate(self.blocks):
             subsets = [[None, None] if kept is None else k[i] for k in (kept or tokens)]
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, shapes, subsets, use_reentrant=False)
             else:
                 x = block(x, shapes, subsets)
@@ -677,7 +677,7 @@ class DINOv2(nn.Module):
             c.image_size, c.patch, c.width, c.depth, c.heads, c.registers, c.swiglu, c.layer_scale,
             c.interpolate_offset, c.interpolate_antialias,
         )  # fmt: skip
-        self.backbone.checkpointing = c.checkpointing
+        self.backbone.recompute = c.recompute
         self.dino_head = Head(c.width, c.head_hidden, c.bottleneck, c.prototypes)
         if c.separate_heads:
             self.ibot_head = Head(c.width, c.ibot_hidden, c.ibot_bottleneck, c.ibot_prototypes)
@@ -2533,7 +2533,7 @@ def main(argv=None):
         run(config, common.given_flags(argv))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        advice = "try --accumulate 2 (4, 8), --checkpointing, --precision bf16, --shard, or a smaller --batch"
+        advice = "try --accumulate 2 (4, 8), --recompute, --precision bf16, --shard, or a smaller --batch"
         fail(f"out of GPU memory ({reason}): {advice}", 4)
     except OSError as error:
         common.fail_if_full(error)

@@ -131,7 +131,7 @@ class Config:
     logit_lr: float = 10.0  # learning rate of scale and bias, times --lr
     weight_decay: float = 0.1  # AdamW weight decay
     beta2: float = 0.95  # AdamW: memory of squared gradients (the paper's CLIP baselines: 0.98)
-    recompute: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    recompute: bool = False  # activation checkpointing: less memory, a third more time
 
     # run
     seed: int = 0  # seed of everything random

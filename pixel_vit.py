@@ -157,7 +157,7 @@ class Config:
     device: str = ""  # cuda, mps or cpu, default the best there is
     precision: str = ""  # bf16, fp16 or fp32, default bf16 where the hardware computes in it, else fp32
     compile: bool = torch.cuda.is_available()  # torch.compile the networks
-    checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    recompute: bool = False  # activation checkpointing: less memory, a third more time
     shard: bool = False  # FSDP2 instead of DDP, for models that do not fit one GPU
     workers: int = -1  # data loading processes a rank, -1 = as fits the machine and the data
     cache: float = 2.0  # GiB: data sets whose decoded pixels fit are kept in memory
@@ -702,7 +702,7 @@ class Trunk(nn.Module):
     def __init__(self, config):
         super().__init__()
         c, self.grid = config, config.image_size // config.patch
-        self.recompute = c.checkpoint
+        self.recompute = c.recompute
         self.patch_embed = PatchEmbed(c.patch, c.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
         self.pos_embed = make_positions(c.positions, c.position_std, c.width, self.grid, special=1)
@@ -878,7 +878,7 @@ class DiT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c, self.patch, self.recompute = config, config.patch, config.checkpoint
+        c, self.patch, self.recompute = config, config.patch, config.recompute
         self.null = c.classes  # the label that stands for none
         self.x_embedder = PatchEmbed(c.patch, c.width, c.channels)
         grid = c.image_size // c.downsample // c.patch
@@ -2649,7 +2649,7 @@ def main(argv=None):
         run(config, common.given_flags(argv))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        advice = "try --accumulate 2 (4, 8), --checkpoint, --precision bf16, --shard, or a smaller --batch"
+        advice = "try --accumulate 2 (4, 8), --recompute, --precision bf16, --shard, or a smaller --batch"
         fail(f"out of GPU memory ({reason}): {advice}", 4)
     except OSError as error:
         common.fail_if_full(error)

@@ -36,7 +36,7 @@ def make_config(args):
     side = round(args.tokens[0] ** 0.5)
     return pixel_vit.Config(task=args.task, image_size=side, width=args.width, depth=args.depth, heads=args.heads,
                             batch=args.batch, classes=10, decoder_width=args.width // 2, decoder_depth=args.depth // 3,
-                            decoder_heads=args.heads, checkpoint=args.kind == "checkpointed")  # fmt: skip
+                            decoder_heads=args.heads, recompute=args.kind == "checkpointed")  # fmt: skip
 
 
 def measure(args):

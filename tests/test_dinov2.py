@@ -86,10 +86,10 @@ def test_forward(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients(kind, checkpointing):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients(kind, recompute):
     backbone, g = pretrained(kind)
-    backbone.requires_grad_(True).checkpointing = checkpointing
+    backbone.requires_grad_(True).checkpointing = recompute
     tokens = backbone([tensor(g["x"])], tensor(g["masks"], torch.bool))[0]
     loss = (tokens[:, 0] ** 2).sum() + tokens[:, 1 + backbone.registers :].sin().sum()
     close(loss, g["grad_loss"])
@@ -657,7 +657,7 @@ def test_two_ranks_are_one_process(tmp_path):
     run_several(*(["dinov2", *flags, "--out", out] for out, flags in runs.items()), ranks=2)
     run(*base, *knn, "--out", "one")
     run(*base, "--out", "parts", "--accumulate", 4)
-    run(*base, "--out", "apart", "--no-together", "--checkpointing")
+    run(*base, "--out", "apart", "--no-together", "--recompute")
     run(*softmax, "--out", "one-softmax")
     for one, other in (
         ("one", "two"),
@@ -1039,7 +1039,7 @@ def test_settings_that_cannot_work(capsys, monkeypatch):
 
     monkeypatch.setattr(dinov2, "train", full)
     printed = refused(capsys, "--out", "memory", "--device", "cpu", code=4)
-    assert all(flag in printed for flag in ("--accumulate", "--checkpointing", "--precision", "--shard", "--batch"))
+    assert all(flag in printed for flag in ("--accumulate", "--recompute", "--precision", "--shard", "--batch"))
 
 
 def test_presets_build():

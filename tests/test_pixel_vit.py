@@ -74,7 +74,7 @@ def classifier(readout="gap", **changes):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_classifier(readout, recompute):
     g = golden("vit_pixel")
-    model, config = classifier(readout, checkpoint=recompute)
+    model, config = classifier(readout, recompute=recompute)
     images, labels = tensor(g["imgs"]), tensor(g["labels"])
     read, tokens = model(images, features=True)
     close(read, g[f"{readout}_features"], atol=1e-5)
@@ -572,7 +572,7 @@ def on_two_ranks(tmp_path_factory):
 def test_two_ranks_are_one_process(task, on_two_ranks):
     flags = [*TINY, *TASKS[task].split(), *FOUR_STEPS]
     main(*flags, "--out", "one", "--sample", 5 * (task == "diffusion"))
-    main(*flags, "--out", "parts", "--accumulate", 4, "--checkpoint")
+    main(*flags, "--out", "parts", "--accumulate", 4, "--recompute")
     for other in (on_two_ranks / task / "two", on_two_ranks / task / "shard", "parts"):
         assert largest_difference("one", other) < 1e-5
         for a, b in zip(log_rows("one"), log_rows(other), strict=False):
