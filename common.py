@@ -511,6 +511,13 @@ def generator(*key, device="cpu"):
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+@functools.lru_cache
+@torch.inference_mode(False)
+def constant(values, device):
+    """A tensor of these numbers, made once: to copy them to an accelerator at each step would make the host wait."""
+    return torch.tensor(values, device=device)
+
+
 def worker_count(config, world, streaming):
     """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
     and on the CPU, since a step's draws cost less than a process."""

@@ -338,7 +338,7 @@ def shift_hue(images, turns):
     hue = (255 * (hue / 6 % 1)).floor()
     saturation = (255 * (value - lowest) / value.clamp(min=1e-6)).floor() / 255
     hue = (hue + (255 * turns).trunc()[:, None, None]) % 256 * (6 / 255)
-    places = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    places = torch.arange(5.0, 0.0, -2.0, device=images.device)[:, None, None]
     k = (places + hue[:, None]) % 6  # each channel falls and rises once in a turn
     depth = torch.minimum(k, 4 - k).clamp(0, 1)
     return (value[:, None] * (1 - saturation[:, None] * depth)).round_()
@@ -352,16 +352,19 @@ def colour_jitter(images, factors, order):
     order int64 [B, 4], on the CPU: which of the four comes when. The first three are blends with black, with the mean
     grey and with the grey image, so a place in the order is one blend; hue, which costs most, runs only where it is.
     """
-    device = images.device
-    blends = torch.where(order == 3, 1.0, factors.gather(1, order)).to(device)[..., None, None, None]  # [B, 4, 1, 1, 1]
-    turns, operations = factors[:, 3].to(device), order.to(device)[..., None, None, None]
+
+    def send(x):  # without waiting for what the device still has to do
+        return x.to(images.device, non_blocking=True)
+
+    blends = send(torch.where(order == 3, 1.0, factors.gather(1, order)))[..., None, None, None]  # [B, 4, 1, 1, 1]
+    turns, operations = send(factors[:, 3]), send(order)[..., None, None, None]
     for place in range(4):
         grey, operation = grey_levels(images), operations[:, place]
         mean = (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor()
         base = torch.where(operation == 2, grey, torch.where(operation == 1, mean, 0.0))
         # lerp is exact at factor 1; the 1e-3 is for values that rounding puts just below an integer
         images = torch.lerp(base, images, blends[:, place]).clamp_(0, 255).add_(1e-3).floor_()
-        rows = ((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0].to(device)
+        rows = send(((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0])
         images.index_copy_(0, rows, shift_hue(images[rows], turns[rows]))
     return images
 
@@ -415,17 +418,20 @@ def augment(images, factors, order, grey, sigma, solarize):
 
     In the order of the released code. An image keeps its pixels exactly where no operation was drawn for it.
     """
-    device = images.device
+
+    def send(x):  # without waiting for what the device still has to do
+        return x.to(images.device, non_blocking=True)
+
     if (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any():
         images = colour_jitter(images.round(), factors, order)
     if grey.any():
-        images = torch.where(grey.to(device)[:, None, None, None], grey_levels(images), images)
+        images = torch.where(send(grey)[:, None, None, None], grey_levels(images), images)
     rows = sigma.nonzero()[:, 0]
     if len(rows):
-        sigma, rows = sigma[rows].to(device), rows.to(device)
+        sigma, rows = send(sigma[rows]), send(rows)
         images = images.index_copy(0, rows, gaussian_blur(images[rows], sigma))
     if solarize.any():
-        images = torch.where(solarize.to(device)[:, None, None, None] & (images >= 128), 255 - images, images)
+        images = torch.where(send(solarize)[:, None, None, None] & (images >= 128), 255 - images, images)
     return images
 
 
@@ -748,7 +754,7 @@ def sinkhorn(logits, temperature, iterations=3):
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
     q = (q - largest).exp()
-    rows = sum_over_ranks(torch.tensor(float(len(q)), device=q.device)).clamp(min=1)
+    rows = sum_over_ranks(q.new_full((), len(q))).clamp(min=1)
     q = q / sum_over_ranks(q.sum())
     tiny = torch.finfo(torch.float32).tiny  # prototypes so far from all images that exp gave 0
     for _ in range(iterations):
@@ -1027,7 +1033,7 @@ def crop_resize(images, boxes, size, flip=None, bicubic=False):
 # Copied from ijepa.py
 def normalize(images):
     """0..255 -> the networks' range, by ImageNet's mean and std: [B, 3, H, W]."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (common.constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
@@ -1936,7 +1942,7 @@ def picture_inputs(backbone, split, config, world, log, count):
 
 def to_picture(images):
     """Normalised images [n, 3, H, W] -> uint8 array [n, H, W, 3]."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (common.constant(v, images.device)[:, None, None] for v in (MEAN, STD))
     return ((images * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 

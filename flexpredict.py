@@ -731,14 +731,14 @@ def crop_resize(images, boxes, size, flip=None, bicubic=False):
 # Copied from ijepa.py
 def normalize(images):
     """0..255 -> the networks' range, by ImageNet's mean and std: [B, 3, H, W]."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (common.constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
 # Copied from msn.py
 def to_pixels(images):
     """Normalised images [..., 3, S, S] -> 0..255."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (common.constant(v, images.device)[:, None, None] for v in (MEAN, STD))
     return (images * std + mean).clamp(0, 1) * 255
 
 
@@ -906,9 +906,10 @@ def grey_and_blur(images, config, step, first):
     low, high = config.blur_sigma
     sigma = torch.where(uniform[1] < config.blur, low + (high - low) * uniform[2], 0.0)
     pixels = to_pixels(images).round()
-    grey, rows = (chosen.nonzero()[:, 0].to(images.device) for chosen in (uniform[0] < config.grey, sigma))
+    drawn = (uniform[0] < config.grey).nonzero()[:, 0], sigma.nonzero()[:, 0], sigma[sigma > 0]  # on the CPU
+    grey, rows, sigma = (x.to(images.device, non_blocking=True) for x in drawn)
     pixels = pixels.index_copy(0, grey, grey_levels(pixels[grey]).expand(-1, 3, -1, -1))
-    pixels = pixels.index_copy(0, rows, blur(pixels[rows], sigma[sigma > 0].to(images.device)))
+    pixels = pixels.index_copy(0, rows, blur(pixels[rows], sigma))
     return normalize(pixels)
 
 
@@ -1280,7 +1281,7 @@ def augmented_batches(encoder, split, config, world, log):
             log.skip(item["bad"], len(split), config.max_bad)
             images = make_images(item, pixels, config.image_size, world.device, bicubic=True)
             parts = [encode(encoder, x)[:2] for x in images.split(config.eval_batch)]
-            labels = split.labels[item["indices"]].to(world.device)
+            labels = split.labels[item["indices"]].to(world.device, non_blocking=True)
             yield [common.gather_over_ranks(x) for x in (*map(torch.cat, zip(*parts, strict=True)), labels)]
 
     return batches
@@ -1632,7 +1633,7 @@ def draw_picture(model, target, images, config, rows=6, neighbours=3, tile=96, g
     shared = torch.cat([m.expand(n, -1) for m in masks_target[:, :rows].flatten(0, 1)[:, None]])
     represented = gather_targets(tokens, shared.view(-1, n, masks_target.shape[-1]))  # of each block in each image
     represented = F.normalize(represented.view(blocks, rows, n, -1, tokens.shape[-1]).mean(3), dim=-1)
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (common.constant(v, images.device)[:, None, None] for v in (MEAN, STD))
     pixels = (images * std + mean).clamp(0, 1) * 255
     centred = tokens - tokens.mean((0, 1))
     components = centred @ torch.linalg.svd(centred[:64].flatten(0, 1), full_matrices=False)[2][:3].T

@@ -271,7 +271,7 @@ def turn_hue(images, turns):
     hue = torch.where(value == green, (blue - red).mul_(scale).add_(2), (red - green).mul_(scale).add_(4))
     hue = torch.where(value == red, (green - blue).mul_(scale), hue).add_(6 * turns[:, None, None])
     hue -= 6 * (hue / 6).floor()  # in 0..6, six colours in a turn: red 0, green 2, blue 4
-    places = torch.tensor([0.0, 2.0, 4.0], device=images.device)[:, None, None]
+    places = torch.arange(0.0, 6.0, 2.0, device=images.device)[:, None, None]
     below = (hue[:, None] - places).abs_().sub_(3).abs_().neg_().add_(2).clamp_(0, 1)  # [B, 3, H, W], under `value`
     return below.mul_(span[:, None]).neg_().add_(value[:, None])
 
@@ -338,7 +338,8 @@ def make_action(source, target, flags, kind="difference"):
 def make_pair(images, views, config):
     """The two views of images [B, 3, S, S] in 0..1, normalised, and the action: x, y [B, 3, S, S], a [B, 7]."""
     rows = views["flags"][:, 1].nonzero()[:, 0]  # drawn on the CPU, so this waits for no device
-    views, rows = {k: v.to(images.device, non_blocking=True) for k, v in views.items()}, rows.to(images.device)
+    views = {k: v.to(images.device, non_blocking=True) for k, v in views.items()}
+    rows = rows.to(images.device, non_blocking=True)
     x, y = jitter(images.repeat(2, 1, 1, 1), torch.cat([views["source"], views["target"]])).chunk(2)
     grey, _, inverted = (flag[:, None, None, None] > 0 for flag in views["flags"].unbind(1))
     x = torch.where(grey, luma(x), x)
@@ -765,14 +766,14 @@ def crop_resize(images, boxes, size, flip=None, bicubic=False):
 # Copied from ijepa.py
 def normalize(images):
     """0..255 -> the networks' range, by ImageNet's mean and std: [B, 3, H, W]."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (common.constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
 # Copied from msn.py
 def to_pixels(images):
     """Normalised images [..., 3, S, S] -> 0..255."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (common.constant(v, images.device)[:, None, None] for v in (MEAN, STD))
     return (images * std + mean).clamp(0, 1) * 255
 
 
@@ -1388,7 +1389,7 @@ def tune(encoder, predictor, tasks, config, world, log, train_encoder=False, fre
             scores, loss = wrapped(*images), 0.0
             for task, item, s in zip(tasks, items, scores, strict=True):
                 log.skip(item["bad"], len(task.train), c.max_bad)
-                labels = task.train.labels[item["indices"]].to(device).flatten()
+                labels = task.train.labels[item["indices"]].to(device, non_blocking=True).flatten()
                 loss = loss + F.cross_entropy(s.float().flatten(0, -2), labels, label_smoothing=0.1) / len(tasks)
         loss.backward()
         optimizer.step()

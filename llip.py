@@ -1361,7 +1361,7 @@ def crop_resize(images, boxes, size, flip=None, bicubic=False):
 
 def normalize(images):
     """0..255 -> the networks' range, by CLIP's mean and std: [B, 3, H, W]."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (common.constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
@@ -2002,7 +2002,7 @@ def draw_picture(model, tokenizer, images, captions, config, tile=112, gap=8):
     each of its captions. Bright is where the mix looks: the tokens' maps, weighted by how much the caption takes of
     each; relative to the mean over captions. Below, that weight for each head (rows) and token (columns)."""
     maps = token_maps(model.visual, images)
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (common.constant(v, images.device)[:, None, None] for v in (MEAN, STD))
     pixels = (images * std + mean).clamp(0, 1)
     columns = max(map(len, captions))
     bar = 6 * config.mix_heads if config.model == "llip" else 0

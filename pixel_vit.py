@@ -423,7 +423,7 @@ def shift_hue(images, turns):
     hue = (255 * (hue / 6 % 1)).floor()
     saturation = (255 * (value - lowest) / value.clamp(min=1e-6)).floor() / 255
     hue = (hue + (255 * turns).trunc()[:, None, None]) % 256 * (6 / 255)
-    places = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    places = torch.arange(5.0, 0.0, -2.0, device=images.device)[:, None, None]
     k = (places + hue[:, None]) % 6  # each channel falls and rises once in a turn
     depth = torch.minimum(k, 4 - k).clamp(0, 1)
     return (value[:, None] * (1 - saturation[:, None] * depth)).round_()
@@ -437,16 +437,19 @@ def colour_jitter(images, factors, order):
     order int64 [B, 4], on the CPU: which of the four comes when. The first three are blends with black, with the mean
     grey and with the grey image, so a place in the order is one blend; hue, which costs most, runs only where it is.
     """
-    device = images.device
-    blends = torch.where(order == 3, 1.0, factors.gather(1, order)).to(device)[..., None, None, None]  # [B, 4, 1, 1, 1]
-    turns, operations = factors[:, 3].to(device), order.to(device)[..., None, None, None]
+
+    def send(x):  # without waiting for what the device still has to do
+        return x.to(images.device, non_blocking=True)
+
+    blends = send(torch.where(order == 3, 1.0, factors.gather(1, order)))[..., None, None, None]  # [B, 4, 1, 1, 1]
+    turns, operations = send(factors[:, 3]), send(order)[..., None, None, None]
     for place in range(4):
         grey, operation = grey_levels(images), operations[:, place]
         mean = (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor()
         base = torch.where(operation == 2, grey, torch.where(operation == 1, mean, 0.0))
         # lerp is exact at factor 1; the 1e-3 is for values that rounding puts just below an integer
         images = torch.lerp(base, images, blends[:, place]).clamp_(0, 255).add_(1e-3).floor_()
-        rows = ((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0].to(device)
+        rows = send(((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0])
         images.index_copy_(0, rows, shift_hue(images[rows], turns[rows]))
     return images
 
@@ -501,7 +504,7 @@ def warp(images, matrix):
     y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
     places = torch.stack([x + 0.5, y + 0.5, torch.ones_like(x)]).flatten(1)  # [3, H*W]
     at = matrix.to(images) @ places.to(images)  # [B, 2, H*W]
-    inside = ((at >= 0) & (at < torch.tensor([[width], [height]], device=device))).all(1)
+    inside = ((at >= 0) & (at < common.constant(((width,), (height,)), device))).all(1)
     base = (at - 0.5).floor()
     d = at - 0.5 - base
     offsets = torch.arange(-1, 3, device=device)
@@ -512,7 +515,7 @@ def warp(images, matrix):
     index = (rows[..., :, None] * width + columns[..., None, :]).flatten(1)  # [B, H*W*16]
     found = images.flatten(2).gather(2, index[:, None].expand(-1, images.shape[1], -1)).unflatten(2, (-1, 4, 4))
     found = torch.einsum("bcnyx,bny,bnx->bcn", found, weights[:, 1], weights[:, 0])
-    fill = torch.tensor(FILL, device=device).to(images)[:, None]
+    fill = common.constant(FILL, device).to(images)[:, None]
     return torch.where(inside[:, None], (found + 1e-3).floor().clamp(0, 255), fill).view_as(images)
 
 
@@ -578,20 +581,24 @@ def draw_augmentation(count, config, random):
 
 def augment(images, draws):
     """RandAugment, colour jitter and grey of images [B, 3, H, W] in 0..255, by `draw_augmentation` (on the CPU)."""
-    device, (factors, order) = images.device, (draws["factors"], draws["order"])
+
+    def send(x):  # without waiting for what the device still has to do
+        return x.to(images.device, non_blocking=True)
+
+    factors, order = draws["factors"], draws["order"]
     if (draws["operation"] >= 0).any():
         images = images.round()
     for place, number in itertools.product(range(draws["operation"].shape[1]), range(len(OPERATIONS))):
         rows = (draws["operation"][:, place] == number).nonzero()[:, 0]
         if len(rows):
             name = OPERATIONS[number]
-            value = operation_value(name, draws["level"][rows, place], draws["sign"][rows, place]).to(device)
-            rows = rows.to(device)
+            value = send(operation_value(name, draws["level"][rows, place], draws["sign"][rows, place]))
+            rows = send(rows)
             images = images.index_copy(0, rows, operate(name, images[rows], value))
     if (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any():
         images = colour_jitter(images.round(), factors, order)
     if draws["grey"].any():
-        images = torch.where(draws["grey"].to(device)[:, None, None, None], grey_levels(images), images)
+        images = torch.where(send(draws["grey"])[:, None, None, None], grey_levels(images), images)
     return images
 
 
@@ -1449,14 +1456,14 @@ def crop_resize(images, boxes, size, flip=None, bicubic=False):
 # Copied from ijepa.py
 def normalize(images):
     """0..255 -> the networks' range, by ImageNet's mean and std: [B, 3, H, W]."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (common.constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
 # Copied from msn.py
 def to_pixels(images):
     """Normalised images [..., 3, S, S] -> 0..255."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (common.constant(v, images.device)[:, None, None] for v in (MEAN, STD))
     return (images * std + mean).clamp(0, 1) * 255
 
 

@@ -277,7 +277,7 @@ def shift_hue(images, turns):
     hue = (255 * (hue / 6 % 1)).floor()
     saturation = (255 * (value - lowest) / value.clamp(min=1e-6)).floor() / 255
     hue = (hue + (255 * turns).trunc()[:, None, None]) % 256 * (6 / 255)
-    places = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    places = torch.arange(5.0, 0.0, -2.0, device=images.device)[:, None, None]
     k = (places + hue[:, None]) % 6  # each channel falls and rises once in a turn
     depth = torch.minimum(k, 4 - k).clamp(0, 1)
     return (value[:, None] * (1 - saturation[:, None] * depth)).round_()
@@ -291,16 +291,19 @@ def colour_jitter(images, factors, order):
     order int64 [B, 4], on the CPU: which of the four comes when. The first three are blends with black, with the mean
     grey and with the grey image, so a place in the order is one blend; hue, which costs most, runs only where it is.
     """
-    device = images.device
-    blends = torch.where(order == 3, 1.0, factors.gather(1, order)).to(device)[..., None, None, None]  # [B, 4, 1, 1, 1]
-    turns, operations = factors[:, 3].to(device), order.to(device)[..., None, None, None]
+
+    def send(x):  # without waiting for what the device still has to do
+        return x.to(images.device, non_blocking=True)
+
+    blends = send(torch.where(order == 3, 1.0, factors.gather(1, order)))[..., None, None, None]  # [B, 4, 1, 1, 1]
+    turns, operations = send(factors[:, 3]), send(order)[..., None, None, None]
     for place in range(4):
         grey, operation = grey_levels(images), operations[:, place]
         mean = (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor()
         base = torch.where(operation == 2, grey, torch.where(operation == 1, mean, 0.0))
         # lerp is exact at factor 1; the 1e-3 is for values that rounding puts just below an integer
         images = torch.lerp(base, images, blends[:, place]).clamp_(0, 255).add_(1e-3).floor_()
-        rows = ((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0].to(device)
+        rows = send(((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0])
         images.index_copy_(0, rows, shift_hue(images[rows], turns[rows]))
     return images
 
@@ -362,14 +365,17 @@ def augment(images, factors, order, grey, sigma):
 
     A view keeps its pixels exactly where no operation was drawn for it.
     """
-    device = images.device
+
+    def send(x):  # without waiting for what the device still has to do
+        return x.to(images.device, non_blocking=True)
+
     if (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any():
         images = colour_jitter(images.round(), factors, order)
     if grey.any():
-        images = torch.where(grey.to(device)[:, None, None, None], grey_levels(images), images)
+        images = torch.where(send(grey)[:, None, None, None], grey_levels(images), images)
     rows = sigma.nonzero()[:, 0]
     if len(rows):
-        sigma, rows = sigma[rows].to(device), rows.to(device)
+        sigma, rows = send(sigma[rows]), send(rows)
         images = images.index_copy(0, rows, blur(images[rows], sigma))
     return images
 
@@ -786,7 +792,7 @@ def crop_resize(images, boxes, size, flip=None, bicubic=False):
 # Copied from ijepa.py
 def normalize(images):
     """0..255 -> the networks' range, by ImageNet's mean and std: [B, 3, H, W]."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (common.constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
@@ -1418,7 +1424,7 @@ def probe_batches(encoder, split, features, config, world, log):
             log.skip(item["bad"], len(split), config.max_bad)
             images = make_views(item, pixels, groups, world.device, bicubic=True)[0][0]
             x = torch.cat([encode(encoder, part)[0] for part in images.split(config.eval_batch)])
-            labels = split.labels[item["indices"]].to(world.device)
+            labels = split.labels[item["indices"]].to(world.device, non_blocking=True)
             yield common.gather_over_ranks(x), common.gather_over_ranks(labels)
 
     return augmented, n // batch
@@ -1478,11 +1484,12 @@ def finetune(encoder, split, val, classes, config, world, log):
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         images = make_views(item, pixels, views, device, bicubic=True)[0][0]
-        targets = F.one_hot(split.labels[item["indices"]], classes).to(device).float()
+        targets = F.one_hot(split.labels[item["indices"]], classes).to(device, non_blocking=True).float()
         images, targets = mix(images, targets, generator(c.seed, "mix", step, world.rank))
         drop = torch.rand(len(blocks), 2, len(images), generator=generator(c.seed, "drop path", step, world.rank))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = F.cross_entropy(wrapped(images, drop.to(device)).float(), targets, label_smoothing=0.1)
+            logits = wrapped(images, drop.to(device, non_blocking=True)).float()
+            loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -1657,7 +1664,7 @@ def epoch_assignments(model, split, config, world, steps=64):
 # Copied from msn.py
 def to_pixels(images):
     """Normalised images [..., 3, S, S] -> 0..255."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (common.constant(v, images.device)[:, None, None] for v in (MEAN, STD))
     return (images * std + mean).clamp(0, 1) * 255
 
 

@@ -1079,7 +1079,7 @@ def crop_resize(clips, boxes, size, flip=None):
 # Copied from ijepa.py
 def normalize(images):
     """0..255 -> the networks' range, by ImageNet's mean and std: [B, 3, H, W]."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (common.constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
@@ -1176,7 +1176,7 @@ def make_loader(batches, steps, config, world):
 def make_clips(item, size, device):
     """A loader's item -> normalised clips float [b * C, 3, T, S, S] on the device."""
     pixels, boxes = (item[k].to(device, non_blocking=True) for k in ("pixels", "boxes"))
-    flip, count = item["flip"].to(device) if "flip" in item else None, pixels.shape[1]
+    flip, count = item["flip"].to(device, non_blocking=True) if "flip" in item else None, pixels.shape[1]
     boxes = boxes.repeat_interleave(count, 0)
     flip = None if flip is None else flip.repeat_interleave(count)
     return normalize(crop_resize(pixels.flatten(0, 1), boxes, size, flip)).transpose(1, 2)
@@ -1918,7 +1918,7 @@ def train_probe(encoder, split, config, world, log):
         with torch.no_grad():
             tokens = torch.cat([encoder(part).float() for part in clips.split(c.eval_batch)])
         tokens = tokens.unflatten(0, (-1, c.probe_clips)).flatten(1, 2)
-        loss = F.cross_entropy(wrapped(tokens), split.labels[item["indices"]].to(device))
+        loss = F.cross_entropy(wrapped(tokens), split.labels[item["indices"]].to(device, non_blocking=True))
         loss.backward()
         nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
         optimizer.step()
@@ -2025,7 +2025,7 @@ def content_ratio(model, target, clips, config):
 
 def to_pixels(clips):
     """Normalised clips [..., 3, T, S, S] -> 0..255, the same shape."""
-    mean, std = (torch.tensor(v, device=clips.device)[:, None, None, None] for v in (MEAN, STD))
+    mean, std = (common.constant(v, clips.device)[:, None, None, None] for v in (MEAN, STD))
     return (clips * std + mean).clamp(0, 1) * 255
 
 
