@@ -2,7 +2,7 @@
 
     python tests/bench.py                 # every script, tables in Markdown
     python tests/bench.py ijepa msn --steps 20 --width 192
-    python tests/bench.py --profile ijepa msn --preset cifar10-cpu --data toy    # where the time of a step goes
+    python tests/bench.py --profile ijepa msn --preset cifar10-cpu --data toy    # where a step's time goes
     python tests/bench.py --decode DIR    # images, or clips of videos, read a second and core
 
 Both run in processes of their own, one after the other, twice in turn; speeds are the better of the two, since other
@@ -22,11 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Callable
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils import flop_counter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -249,40 +251,72 @@ def bench_step(name, flags, steps):
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::mkldnn_convolution")
 
 
-def profile_steps(name, flags, steps, rows=12):
-    """Print which operators the time of a script's training goes to, their own time without what they call."""
-    module, found = importlib.import_module(name), {}
+def attention_flops(q, k, v, *_, **__):
+    """Of the CPU's fused attention, from its shapes; torch's counter knows only those of GPUs."""
+    return flop_counter.sdpa_flop_count(q, k, v)
 
-    def profiled(*args, train=module.train, **kwargs):
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        kinds += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+
+def attention_backward_flops(gradient, q, k, v, *_, **__):
+    """The same of its backward pass."""
+    return flop_counter.sdpa_backward_flop_count(gradient, q, k, v)
+
+
+def train_within(context, name, flags, steps):
+    """Run a script, its training inside `context` -> seconds that this took."""
+    module, seconds = importlib.import_module(name), []
+
+    def timed(*args, train=module.train, **kwargs):
         begin = time.monotonic()
-        with torch.profiler.profile(activities=kinds) as profile:
+        with context:
             result = train(*args, **kwargs)
-        found.update(seconds=time.monotonic() - begin, events=profile.key_averages())
+        seconds.append(time.monotonic() - begin)
         return result
 
-    module.train = profiled
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(module, "train", timed):
         own = ["--steps", steps, "--eval", "none", "--save-every", 10**9, "--out", Path(folder) / "run"]
         module.main([*flags, *map(str, own)])
+    return seconds[0]
+
+
+def profile_steps(name, flags, steps, rows=12):
+    """Print which operators the time of a script's training goes to, their own time without what they call, and the
+    share of the matmul peak that its step reaches, by the FLOPs of products and attention that torch counts."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    profile = torch.profiler.profile(activities=kinds)
+    seconds = train_within(profile, name, flags, steps)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formulas = {fused: attention_flops, getattr(torch.ops.aten, f"{fused.__name__}_backward"): attention_backward_flops}
+    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=formulas)
+    train_within(counter, name, flags, 2)
+    speed = run_script(name, flags, steps)["speed"]
 
     def own_time(event):
         return getattr(event, "self_device_time_total", 0) if torch.cuda.is_available() else event.self_cpu_time_total
 
-    events = sorted(found["events"], key=own_time, reverse=True)
+    events = sorted(profile.key_averages(), key=own_time, reverse=True)
     total = sum(map(own_time, events))
     products = sum(own_time(e) for e in events if e.key in PRODUCTS) / total
     attention = sum(own_time(e) for e in events if "attention" in e.key) / total
     print(
-        f"\n{name}.py, {' '.join(flags)}: {steps} steps, {1000 * found['seconds'] / steps:.1f} ms each under the "
+        f"\n{name}.py, {' '.join(flags)}: {steps} steps, {1000 * seconds / steps:.1f} ms each under the "
         f"profiler, of which {total / steps / 1000:.1f} ms in operators (all threads): matrix products "
         f"{100 * products:.0f} %, fused attention {100 * attention:.0f} %\n"
     )
     print("| operator | calls a step | ms a step | % |\n|---|---|---|---|")
     for e in events[:rows]:
         share = f"{own_time(e) / steps / 1000:.2f} | {100 * own_time(e) / total:.1f}"
-        print(f"| {e.key} | {e.count / steps:.1f} | {share} |", flush=True)
+        print(f"| {e.key} | {e.count / steps:.1f} | {share} |")
+    module = importlib.import_module(name)
+    config = common.parse_config(module.Config, module.PRESETS, module.DATA_PRESETS, flags)
+    device = common.start_world(config.device).device
+    peak = matmul_peak(common.choose_precision(config.precision, device), device)
+    sample = counter.get_total_flops() / (2 * config.batch)
+    print(
+        f"\n{speed:.0f} samples/s of {sample / 1e9:.3g} GFLOP, {100 * sample * speed / peak:.0f} % of the matmul peak, "
+        f"{peak / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads",
+        flush=True,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding
