@@ -2368,6 +2368,8 @@ def curate(options, log):
         fail(f"cannot write {options.out}: its folder does not exist")
     work = Path(options.work or f"{options.out}.work")
     work.mkdir(parents=True, exist_ok=True)
+    if not common.lock(work):
+        fail(f"another process is writing to {work}: wait until it has ended, or choose another --work")
     descriptor, device = options.descriptor or options.init, torch.device(options.device)
     embed = functools.partial(embed_folder, work=work, options=options, log=log)
 
@@ -2414,9 +2416,8 @@ def curate(options, log):
             found.append(indices)
         kept = kept[torch.cat(found).unique()]
     chosen = [paths[i] for i in kept.tolist()]
-    temporary = Path(f"{options.out}.tmp")
-    temporary.write_text("".join(path + "\n" for path in chosen))
-    os.replace(temporary, options.out)
+    with common.replacing(Path(options.out)) as file:
+        file.write("".join(path + "\n" for path in chosen).encode())
     log.say(f"{options.out}: {len(chosen)} images; train on them with --data {options.out}")
     return chosen
 

@@ -3,7 +3,8 @@
 A tensor on it holds a CPU tensor. An operation on tensors of both devices, or with a generator of the other, is an
 error. WAITS counts what makes a CUDA host wait until the device has done all it was asked to, by the line that did it:
 values that are read, shapes that depend on values, copies to the host, and copies to the device that are not
-`non_blocking`. For tests only, in a process of its own: `register` changes torch for good. It needs torch 2.10.
+`non_blocking`. For tests only, in a process of its own: `register` changes torch for good. AVAILABLE: whether this
+torch has what it needs, an experimental part of recent versions.
 """
 
 import traceback

@@ -13,6 +13,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # seconds of one core that the longest tests take, all their cases and fixtures together; a case of the others: 0.5
 SECONDS = {
+    "test_away": dict(a_step_runs_on_an_accelerator_without_waiting_for_it=40),
     "test_dinov2": dict(it_learns=32, official_checkpoint_in_features_and_pictures_out=12,
                         two_ranks_are_one_process=11),
     "test_faults": dict(cheap_faults_on_one_script=26),

@@ -921,6 +921,8 @@ def test_curate_command(tmp_path, capsys, monkeypatch):
     assert "no data at data/nowhere" in refused(capsys, "curate", "--pool", "nowhere", "--out", "n.txt")
     Path("text.txt").write_text("hello\n")
     assert "no list of images" in refused(capsys, *SMALL, "--data", "text.txt", "--out", "text")
+    monkeypatch.setattr(common, "lock", lambda folder: folder != Path("list.txt.work"))
+    assert "another process is writing to list.txt.work" in refused(capsys, *flags)
 
 
 # ------------------------------------------------------------------------------------------------------ the error table
