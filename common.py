@@ -511,6 +511,11 @@ def generator(*key, device="cpu"):
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def send(x, device):
+    """x on the device, where the host does not wait for what the device still has to do."""
+    return x.to(device, non_blocking=True)
+
+
 @functools.lru_cache
 @torch.inference_mode(False)
 def constant(values, device):

@@ -352,19 +352,17 @@ def colour_jitter(images, factors, order):
     order int64 [B, 4], on the CPU: which of the four comes when. The first three are blends with black, with the mean
     grey and with the grey image, so a place in the order is one blend; hue, which costs most, runs only where it is.
     """
-
-    def send(x):  # without waiting for what the device still has to do
-        return x.to(images.device, non_blocking=True)
-
-    blends = send(torch.where(order == 3, 1.0, factors.gather(1, order)))[..., None, None, None]  # [B, 4, 1, 1, 1]
-    turns, operations = send(factors[:, 3]), send(order)[..., None, None, None]
+    device = images.device
+    blends = torch.where(order == 3, 1.0, factors.gather(1, order))[..., None, None, None]  # [B, 4, 1, 1, 1]
+    blends, turns = common.send(blends, device), common.send(factors[:, 3], device)
+    operations = common.send(order, device)[..., None, None, None]
     for place in range(4):
         grey, operation = grey_levels(images), operations[:, place]
         mean = (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor()
         base = torch.where(operation == 2, grey, torch.where(operation == 1, mean, 0.0))
         # lerp is exact at factor 1; the 1e-3 is for values that rounding puts just below an integer
         images = torch.lerp(base, images, blends[:, place]).clamp_(0, 255).add_(1e-3).floor_()
-        rows = send(((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0])
+        rows = common.send(((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0], device)
         images.index_copy_(0, rows, shift_hue(images[rows], turns[rows]))
     return images
 
@@ -418,20 +416,17 @@ def augment(images, factors, order, grey, sigma, solarize):
 
     In the order of the released code. An image keeps its pixels exactly where no operation was drawn for it.
     """
-
-    def send(x):  # without waiting for what the device still has to do
-        return x.to(images.device, non_blocking=True)
-
+    device = images.device
     if (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any():
         images = colour_jitter(images.round(), factors, order)
     if grey.any():
-        images = torch.where(send(grey)[:, None, None, None], grey_levels(images), images)
+        images = torch.where(common.send(grey, device)[:, None, None, None], grey_levels(images), images)
     rows = sigma.nonzero()[:, 0]
     if len(rows):
-        sigma, rows = send(sigma[rows]), send(rows)
+        sigma, rows = common.send(sigma[rows], device), common.send(rows, device)
         images = images.index_copy(0, rows, gaussian_blur(images[rows], sigma))
     if solarize.any():
-        images = torch.where(send(solarize)[:, None, None, None] & (images >= 128), 255 - images, images)
+        images = torch.where(common.send(solarize, device)[:, None, None, None] & (images >= 128), 255 - images, images)
     return images
 
 

@@ -437,19 +437,17 @@ def colour_jitter(images, factors, order):
     order int64 [B, 4], on the CPU: which of the four comes when. The first three are blends with black, with the mean
     grey and with the grey image, so a place in the order is one blend; hue, which costs most, runs only where it is.
     """
-
-    def send(x):  # without waiting for what the device still has to do
-        return x.to(images.device, non_blocking=True)
-
-    blends = send(torch.where(order == 3, 1.0, factors.gather(1, order)))[..., None, None, None]  # [B, 4, 1, 1, 1]
-    turns, operations = send(factors[:, 3]), send(order)[..., None, None, None]
+    device = images.device
+    blends = torch.where(order == 3, 1.0, factors.gather(1, order))[..., None, None, None]  # [B, 4, 1, 1, 1]
+    blends, turns = common.send(blends, device), common.send(factors[:, 3], device)
+    operations = common.send(order, device)[..., None, None, None]
     for place in range(4):
         grey, operation = grey_levels(images), operations[:, place]
         mean = (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor()
         base = torch.where(operation == 2, grey, torch.where(operation == 1, mean, 0.0))
         # lerp is exact at factor 1; the 1e-3 is for values that rounding puts just below an integer
         images = torch.lerp(base, images, blends[:, place]).clamp_(0, 255).add_(1e-3).floor_()
-        rows = send(((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0])
+        rows = common.send(((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0], device)
         images.index_copy_(0, rows, shift_hue(images[rows], turns[rows]))
     return images
 
@@ -581,24 +579,20 @@ def draw_augmentation(count, config, random):
 
 def augment(images, draws):
     """RandAugment, colour jitter and grey of images [B, 3, H, W] in 0..255, by `draw_augmentation` (on the CPU)."""
-
-    def send(x):  # without waiting for what the device still has to do
-        return x.to(images.device, non_blocking=True)
-
-    factors, order = draws["factors"], draws["order"]
+    device, (factors, order) = images.device, (draws["factors"], draws["order"])
     if (draws["operation"] >= 0).any():
         images = images.round()
     for place, number in itertools.product(range(draws["operation"].shape[1]), range(len(OPERATIONS))):
         rows = (draws["operation"][:, place] == number).nonzero()[:, 0]
         if len(rows):
             name = OPERATIONS[number]
-            value = send(operation_value(name, draws["level"][rows, place], draws["sign"][rows, place]))
-            rows = send(rows)
+            value = common.send(operation_value(name, draws["level"][rows, place], draws["sign"][rows, place]), device)
+            rows = common.send(rows, device)
             images = images.index_copy(0, rows, operate(name, images[rows], value))
     if (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any():
         images = colour_jitter(images.round(), factors, order)
     if draws["grey"].any():
-        images = torch.where(send(draws["grey"])[:, None, None, None], grey_levels(images), images)
+        images = torch.where(common.send(draws["grey"], device)[:, None, None, None], grey_levels(images), images)
     return images
 
 
