@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 # shapes that depend on values, and values that are read
 READERS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_unique2", "unique_dim", "masked_select")
-WAITS = Counter()  # {(function of a script, "file.py:line: source"): how many times}
+WAITS = Counter()  # {("train", or the function elsewhere, "what at file.py:line: source"): how many times}
 GENERATORS = {}  # of this device: torch hands on another Python object of the same C++ one
 
 
 def note(what):
-    """Count a wait, by the innermost line of a script that led to it, and the outermost function from main on."""
+    """Count a wait by the innermost line of a script that led to it, under "train" if that was in training."""
     frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
     # a backward pass runs in a thread of its own, whose stack knows nothing of who called it
     names = [f.name for f in frames] or ["backward"]
