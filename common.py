@@ -1,49 +1,1363 @@
 # SPDX-License-Identifier: MIT
-"""What all ten scripts need and no paper is about: the parts of a vision transformer, and the plumbing of a run.
+"""What the scripts share and no paper is about, under three headings.
 
-In order: positions, layers, ViT, EMA, schedules, ranks, randomness, config, checkpoints, log, toy images.
-Imports no script. Shape letters: B batch, N tokens, K kept tokens, D width, H heads, G side of the patch grid.
+Model   the parts of a vision transformer, and the moving average of its weights
+Run     the command line, ranks, randomness, schedules, checkpoints, and `Run`: folder, log, signals
+Images  reading images from anywhere, features of a data set, kNN, linear probe, two toys
+
+Imports no script. Shapes: B batch, N tokens, K kept tokens, M masks, D width, H heads.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import difflib
+import datetime
 import errno
+import fcntl
 import functools
 import hashlib
 import inspect
 import json
 import math
+import multiprocessing.queues
 import os
 import re
-import resource
 import shlex
 import signal
+import struct
 import sys
-import threading
+import tarfile
 import time
 import typing
+import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, PngImagePlugin
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Positions
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Model. Parameter names are timm's, which most released checkpoints use.
+# --------------------------------------------------------------------------------------------------
 
 
 def sincos_1d(width, positions):
+    """Return the sine-cosine embedding [sin(p w_j) | cos(p w_j)], w_j = 10000^(-2j / width).
+
+    positions: real numbers [N]; width: even. Returns float64 [N, width].
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 2) / (width / 2))
+    angles = np.outer(np.asarray(positions, dtype=np.float64), frequencies)
+    return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
+
+
+def sincos_2d(width, height, breadth):
+    """Return positions of a grid in raster order, float64 [height * breadth, width].
+
+    The first half of the channels encodes the column, the second the row, as in MAE.
+    """
+    if width % 4:
+        raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, not {width}")
+    row, column = np.mgrid[:height, :breadth].reshape(2, -1)
+    return torch.cat([sincos_1d(width // 2, column), sincos_1d(width // 2, row)], dim=1)
+
+
+def interpolate_positions(table, grid):
+    """Resample a square table [1, N, D] or [1, 1 + N, D] (a class token first) to grid (rows, columns)."""
+    side = math.isqrt(table.shape[1])
+    special = table.shape[1] - side**2
+    if (side, side) == tuple(grid):
+        return table
+    patches = (
+        table[:, special:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    )  # [1, D, side, side]
+    patches = F.interpolate(patches.float(), grid, mode="bicubic")
+    patches = patches.flatten(2).transpose(1, 2)
+    return torch.cat([table[:, :special], patches.to(table.dtype)], dim=1)
+
+
+def gather_tokens(x, keep):
+    """Pick tokens of x [B, N, D]: keep [B, K] gives [B, K, D], keep [M, B, K] gives [M*B, K, D]."""
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    picked = x[rows, keep]
+    return picked if keep.dim() == 2 else picked.flatten(0, 1)
+
+
+def attend(q, k, v):
+    """Return softmax(q k^T / sqrt(d)) v; all are [B, H, N, d]."""
+    # On CPUs torch's fused kernel is slow in bf16: for short sequences its backward takes ten times
+    # as long as that of plain products.
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] < 400:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+        return scores.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. The rows of qkv are [queries | keys | values]."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, queries=None):
+        """x [B, N, D] -> [B, N, D]. With queries=n only the last n tokens ask: [B, n, D]."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if queries is not None:
+            q = q[:, :, -queries:]
+        x = attend(q, k, v)  # [B, H, N, D/H]
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear, exact (erf) GELU, Linear."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        """[..., D] -> [..., D]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP, each added to its input."""
+
+    def __init__(self, width, heads, hidden=0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, hidden or 4 * width)
+
+    def forward(self, x, queries=None):
+        """x [B, N, D] -> [B, N, D]. With queries=n only the last n tokens are computed: [B, n, D]."""
+        attended = self.attn(self.norm1(x), queries)
+        if queries is not None:
+            x = x[:, -queries:]
+        x = x + attended
+        return x + self.mlp(self.norm2(x))
+
+
+def patchify(images, patch):
+    """Cut images [B, C, H, W] into patches [B, N, C*patch*patch], channel-major, in raster order.
+
+    What is left over at the right and bottom is cut off.
+    """
+    rows = images.shape[2] // patch
+    columns = images.shape[3] // patch
+    images = images[:, :, : rows * patch, : columns * patch]
+    images = images.unflatten(3, (columns, patch)).unflatten(2, (rows, patch))
+    return images.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)
+
+
+class PatchEmbed(nn.Module):
+    """The patch projection: a strided convolution, computed as one Linear.
+
+    So it can run on the visible patches alone. The weight keeps the convolution's shape.
+    """
+
+    def __init__(self, patch, width):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+
+    def forward(self, patches):
+        """patches [B, N, 3*p*p] of `patchify` -> tokens [B, N, D]."""
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def init_weights(model, std=0.02):
+    """Draw Linear and convolution weights and learned tokens from normal(0, std); biases are 0."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name.endswith(("_token", "_embed")) and parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.02)
+
+
+class ViT(nn.Module):
+    """Vision transformer, pre-norm. Without a class token positions are fixed sine-cosine tables;
+    with one they are learned. Initialise it by `init_weights`.
+
+    image_size, patch: pixels; hidden: width of the MLPs, 0 = 4 * width.
+    """
+
+    def __init__(self, image_size, patch, width, depth, heads, hidden=0, class_token=False):
+        super().__init__()
+        side = image_size // patch
+        self.patch = patch
+        self.width = width
+        self.patch_embed = PatchEmbed(patch, width)
+        if class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, width))
+        else:
+            # a parameter, since the released checkpoints hold the table too
+            table = sincos_2d(width, side, side).float()[None]
+            self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def embed(self, x, keep=None):
+        """Return what enters the first block: [class | patches] with positions. See `forward`."""
+        positions = self.pos_embed
+        if x.dim() == 4:
+            positions = interpolate_positions(
+                positions, [side // self.patch for side in x.shape[2:]]
+            )
+            x = patchify(x, self.patch)
+        special = positions.shape[1] - x.shape[1]
+        patch_positions = positions[0, special:]
+        if keep is not None:
+            x = gather_tokens(x, keep)
+            patch_positions = patch_positions[keep.flatten(0, -2)]
+        x = self.patch_embed(x) + patch_positions
+        if special:
+            first = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
+            x = torch.cat([first, x], dim=1)
+        return x
+
+    def forward(self, x, keep=None, layers=0):
+        """Return tokens after the final norm, in the order [class | patches].
+
+        x: images [B, 3, H, W] of any size, or patches [B, N, 3*p*p] of the trained size.
+        keep: indices of the patches to run on, [B, K] -> [B, K, D] or [M, B, K] -> [M*B, K, D].
+        layers: n > 0 returns a list: the outputs of the last n blocks, each after the final norm.
+        """
+        x = self.embed(x, keep)
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        if layers:
+            return [self.norm(output) for output in outputs[-layers:]]
+        return self.norm(x)
+
+
+class EMA:
+    """Moving average of trainable parameters: target = m target + (1 - m) source."""
+
+    def __init__(self, target, source):
+        pairs = zip(target.parameters(), source.parameters(), strict=True)
+        trained = [pair for pair in pairs if pair[1].requires_grad]
+        self.targets, self.sources = zip(*trained, strict=True)
+        target.requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, momentum, applied):
+        """Move the target. applied: 0-dim tensor, 0 if the optimizer skipped the step: nothing moves."""
+        # lerp would need a Python number, and `applied` is a tensor on the device
+        change = torch._foreach_sub(self.sources, self.targets)
+        torch._foreach_mul_(change, (1 - momentum) * applied.to(change[0].dtype))
+        torch._foreach_add_(self.targets, change)
+
+
+# --------------------------------------------------------------------------------------------------
+# Run
+# --------------------------------------------------------------------------------------------------
+
+
+def fail(message, code=2):
+    """Print one line that a newcomer can act on, and leave with this exit code."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def note(text):
+    """Print a line once, not once a rank. A name that cannot be printed is escaped."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(text.encode(errors="backslashreplace").decode())
+        sys.stdout.flush()
+
+
+def command_line(main):
+    """Decorate a script's main: what stops a run from outside becomes one line and an exit code."""
+
+    @functools.wraps(main)
+    def guarded(argv=None):
+        try:
+            return main(argv)
+        except torch.OutOfMemoryError as error:
+            advice = "lower --micro or --batch, or try --recompute, --shard, --precision bf16"
+            fail(f"out of GPU memory ({str(error).split('. ')[0]}): {advice} (see --help)", code=4)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            advice = "lower --workers; in Docker give it more shared memory by --shm-size=8g"
+            fail(f"a loading process died, perhaps for want of memory: {advice}", code=1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            fail(f"the disk is full: {error}. Free some space, then --resume.", code=1)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    return guarded
+
+
+def parse_config(config_class, presets, data_presets, argv=None):
+    """Read the command line: (config, names of the flags that were typed).
+
+    A field is a flag, the comment beside it its help. Flags win over the preset.
+    presets: {name: {field: value}}; data_presets: {--data: preset}, "*" for any other data.
+    """
+    comments = r"^    (\w+):[^#\n]*# (.*)$"
+    comments = dict(re.findall(comments, inspect.getsource(config_class), re.MULTILINE))
+    description = sys.modules[config_class.__module__].__doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.error = fail  # one line, without the usage of all flags
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    for name, hint in typing.get_type_hints(config_class).items():
+        options = {"help": f"{comments[name]} [{defaults[name]}]".replace("%", "%%")}
+        kinds = typing.get_args(hint)
+        if hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif name == "preset":
+            options["choices"] = presets
+        elif typing.get_origin(hint) is typing.Literal:
+            options["choices"] = kinds
+        elif kinds:  # tuple[float, float] takes two values, tuple[float, ...] any number
+            options.update(type=kinds[0], nargs="*" if kinds[1] is ... else len(kinds))
+        else:
+            options["type"] = hint
+        parser.add_argument("--" + name.replace("_", "-"), **options)
+    typed = vars(parser.parse_args(argv))
+    data = typed.get("data", defaults["data"])
+    preset = typed.get("preset") or data_presets.get(data, data_presets["*"])
+    values = {**defaults, **presets[preset], **typed, "preset": preset}
+    for name, value in values.items():
+        least = min(1, defaults[name]) if type(defaults[name]) is int else 0
+        if isinstance(value, (int, float)) and not value >= least:  # so is NaN
+            fail(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    return config_class(**values), typed.keys()
+
+
+def adopt(config, found, typed, path):
+    """Take over the fields that a checkpoint tells; refuse typed flags that contradict it (exit 2)."""
+    for name in typed & found.keys() - {"image_size"}:  # positions can be interpolated
+        if getattr(config, name) != found[name]:
+            flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
+            fail(f"{flag} contradicts {path}, which has {found[name]}")
+    return dataclasses.replace(config, **{k: v for k, v in found.items() if k not in typed})
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Where this process stands: rank of size, the device, and the type that it computes in."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+    def autocast(self):
+        """Return the context for forward passes."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def start_world(device="", precision=""):
+    """Join the process group that torchrun describes, or run alone.
+
+    device: cuda, mps or cpu, "" = the best there is. precision: bf16, fp16 or fp32,
+    "" = bf16 where the hardware computes in it, else fp32.
+    """
+    if not device:
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {device}: {error}")
+    fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        fast = torch.cuda.get_device_capability() >= (8, 0)
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    dtype = types[precision or ("bf16" if fast else "fp32")]
+    if "RANK" not in os.environ:
+        return World(device=torch.device(device), dtype=dtype)
+    if not dist.is_initialized():
+        store, rank, size = next(rendezvous("env://"))
+        # torchrun keeps its store over restarts: without a prefix, ranks find addresses of the dead
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        backend = "nccl" if device == "cuda" else "gloo"
+        patience = datetime.timedelta(days=1)  # ranks wait while rank 0 fits probes
+        dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
+    return World(dist.get_rank(), dist.get_world_size(), torch.device(device), dtype)
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _MeanOverRanks.forward(ctx, gradient)
+
+
+def mean_over_ranks(x):
+    """Return the mean over ranks, differentiable: under DDP gradients are those of one big batch."""
+    return _MeanOverRanks.apply(x) if dist.is_initialized() else x
+
+
+def gather_over_ranks(x):
+    """Concatenate tensors of equal shape of all ranks along the first axis. Not differentiable."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def distribute(model, world, shard=False):
+    """Wrap a model for all ranks: DDP, or with `shard` FSDP2, block by block."""
+    if shard:
+        for module in model.modules():
+            if isinstance(module, nn.ModuleList):
+                for block in module:
+                    fully_shard(block)
+        return fully_shard(model)
+    if world.size == 1 or not any(p.requires_grad for p in model.parameters()):
+        return model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def generator(*key):
+    """Return a CPU generator seeded by a key such as (seed, "crop", 7): same key, same draws."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # below 2^63
+
+
+def linear_schedule(step, total, start, final):
+    """Return a line from start at step 0 to final at step `total`."""
+    return start + (final - start) * step / max(1, total)
+
+
+def cosine_schedule(step, total, start, final, warmup=0, warmup_from=0.0):
+    """Rise linearly from warmup_from to start over `warmup` steps, then half a cosine to final."""
+    if step < warmup:
+        return linear_schedule(step, warmup, warmup_from, start)
+    share = min(1.0, (step - warmup) / max(1, total - warmup))
+    return final + (start - final) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def parameter_groups(*modules):
+    """Return optimizer groups: each module's decayed parameters, then each module's undecayed ones.
+
+    Biases and 1-D tensors are not decayed. A group says so in `decay`, which `set_rates` reads.
+    """
+    groups = []
+    for decay in (True, False):
+        for module in modules:
+            members = []
+            for name, parameter in module.named_parameters():
+                decayed = parameter.dim() > 1 and "bias" not in name
+                if parameter.requires_grad and decayed == decay:
+                    members.append(parameter)
+            groups.append({"decay": decay, "params": members})
+    return groups
+
+
+def set_rates(optimizer, lr, weight_decay):
+    """Set this step's learning rate and weight decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay if group["decay"] else 0.0
+
+
+def effective_rank(features):
+    """Return exp of the entropy of the singular values of centred features [B, D], 1 = collapsed."""
+    values = torch.linalg.svdvals((features - features.mean(0)).float())
+    return torch.special.entr(values / values.sum()).nansum().exp()
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Open a temporary file that takes the place of `path` once it is complete and synced.
+
+    So `path` is whole at every moment. A failed write is one line, exit 1.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        temporary.unlink(missing_ok=True)
+        kept = f"the previous {path.name} is intact. " if path.exists() else ""
+        fail(f"could not write {path}: {error}; {kept}Free some space, then --resume.", code=1)
+
+
+def read_safetensors(path):
+    """Read a .safetensors file: eight bytes of length, a JSON header, raw tensors."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+    kinds.update(BF16=torch.bfloat16, I64=torch.int64)
+    raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(bytes(raw[:8]), "little")
+    header = json.loads(bytes(raw[8:start]))
+    header.pop("__metadata__", None)
+    state = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        data = raw[start + first : start + last].clone()  # a view would need an aligned address
+        state[name] = data.view(kinds[entry["dtype"]]).view(entry["shape"])
+    return state
+
+
+def load_checkpoint(path):
+    """Read a torch or safetensors checkpoint, a dict of plain values; runs no code in it.
+
+    Strips the prefixes that wrappers add. What is no checkpoint is named in full (exit 2).
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        fail(f"{path} is a folder: name the file in it, such as {path}/model.safetensors")
+    if not path.is_file():
+        fail(f"no checkpoint at {path}")
+    if path.open("rb").read(23) == b"version https://git-lfs":
+        fail(f"{path} is a Git LFS pointer, not the weights: fetch them by `git lfs pull`")
+    try:
+        if path.suffix == ".safetensors":
+            return strip_prefixes(read_safetensors(path))
+        archive = zipfile.is_zipfile(path)  # files older than torch 1.6 are none
+        if archive and int(os.environ.get("RANK", 0)) == 0:
+            # torch does not look at checksums: a flipped bit would become a weight
+            damaged = zipfile.ZipFile(path).testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except Exception as error:  # noqa: BLE001  whatever a broken file raises
+        pickled = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if pickled:
+            only = "only tensors, numbers and strings are read: save its state_dict() instead"
+            fail(f"{path} holds a pickled {pickled[1]}, which could run code; {only}")
+        if "TorchScript" in str(error):
+            fail(f"{path} is TorchScript: load it by torch.jit.load and save its state_dict()")
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        fail(f"{path} is truncated or damaged, or not a checkpoint ({reason})")
+    if not isinstance(state, dict):
+        fail(
+            f"{path} is not a checkpoint: expected a dict of weights, found {type(state).__name__}"
+        )
+    return strip_prefixes(state)
+
+
+def strip_prefixes(state):
+    """Remove what DDP, torch.compile and training wrappers put before the names, repeatedly."""
+    clean = {}
+    for name, value in state.items():
+        name = re.sub(r"^((module|_orig_mod|backbone)\.)+", "", str(name))
+        clean[name] = strip_prefixes(value) if isinstance(value, dict) else value
+    return clean
+
+
+HUB_NAMES = {
+    r"^\w+\.(?=embeddings|encoder|layernorm)": "",  # vit., dinov2.
+    r"^embeddings\.position_embeddings": "pos_embed",
+    r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj",
+    r"^embeddings\.": "",
+    r"^encoder\.layer\.": "blocks.",
+    r"^layernorm\.": "norm.",
+    r"attention\.output\.dense": "attn.proj",
+    r"intermediate\.dense": "mlp.fc1",
+    r"(?<=\d\.)output\.dense": "mlp.fc2",
+    r"layernorm_before": "norm1",
+    r"layernorm_after": "norm2",
+    r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
+    r"weights_in": "w12",
+    r"weights_out": "w3",
+}
+
+
+def from_hub(state):
+    """Rename an encoder in the layout of the Hugging Face Hub to ours; another stays as it is."""
+    if not any("patch_embeddings.projection" in name for name in state):
+        return state
+    renamed = {}
+    for name, value in state.items():
+        for pattern, ours in HUB_NAMES.items():
+            name = re.sub(pattern, ours, name)
+        renamed[name] = value
+    for name in [name for name in renamed if "attention.query" in name]:
+        parts = [renamed.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        renamed[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
+    return renamed
+
+
+def load_state(module, state, what):
+    """Load weights; positions are interpolated where the grid differs, all else is refused."""
+    state = dict(state)
+    for name, own in module.state_dict().items():
+        if name.endswith("pos_embed") and name in state and len(state[name][0]) != len(own[0]):
+            note(f"{what}: {name} interpolated from {len(state[name][0])} to {len(own[0])} tokens")
+            side = math.isqrt(len(own[0]))
+            state[name] = interpolate_positions(state[name], (side, side))
+    with mismatch_is_refused(what):
+        module.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def mismatch_is_refused(what):
+    """Make torch's list of missing, unexpected and misshapen weights one line, exit 2."""
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError) as error:
+        fail(f"{what} does not fit this model: {' '.join(str(error).split())}")
+
+
+def load_own_checkpoint(path, script):
+    """Read a last.pt of this script; exit with 2 if another one wrote it."""
+    state = load_checkpoint(path)
+    if state.get("script") != script:
+        fail(
+            f"{path} was not written by {script}.py, but by {state.get('script', 'something else')}"
+        )
+    return state
+
+
+def choose_out(config, script):
+    """Make and lock the run's folder; exit with 2 if it cannot be had."""
+    names = [f"runs/{script}", *(f"runs/{script}-{i}" for i in range(2, 10000))]
+    free = next(i for i, name in enumerate(names) if not Path(name).exists())
+    latest = max(0, free - 1)
+    out = Path(config.out or names[latest if config.resume else free])
+    if not config.resume and (out / "log.jsonl").exists():
+        fail(f"{out} already holds a run: add --resume to continue it, or choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        fail(f"cannot write to {out}: {error}; choose another --out")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, even by kill -9
+    except (BlockingIOError, PermissionError):
+        fail(f"another process is writing to {out}: wait for its end, or choose another --out")
+    except OSError:  # a filesystem without locks
+        lock = None
+    return out
+
+
+class Run:
+    """One run: its folder, log and bar, resuming, saving, signals, and steps that are not finite.
+
+    for step in run:             # ends early on a signal, or after three steps that are not finite
+        run.sync_gradients(...)  # before each forward pass
+        run.backward(loss)       # once a micro-batch
+        run.update()             # the optimizer's step, applied if all is finite
+        run.log(lr=..., ...)     # a row every --log-every steps
+    """
+
+    def __init__(self, config, world, steps=0, model=None, optimizer=None, **networks):
+        """networks: what else last.pt holds, by name. Without steps: only a folder and a log."""
+        self.config, self.world, self.steps = config, world, steps
+        self.model, self.optimizer, self.networks = model, optimizer, networks
+        self.script = Path(inspect.getfile(type(config))).stem
+        out = [choose_out(config, self.script) if world.rank == 0 else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(out)
+        self.out = out[0]
+        self.step, self.bad, self.loss = 0, 0, 0.0
+        self.signalled = self.stopping = False
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
+        if steps and config.resume and (self.out / "last.pt").exists():
+            self.load()
+        if steps and world.rank == 0:
+            with replacing(self.out / "config.json") as file:
+                file.write(json.dumps(dataclasses.asdict(config), indent=2).encode())
+        hidden = True if world.rank or not steps else None  # None: where there is no terminal
+        self.bar = tqdm(total=steps, initial=self.step, unit="step", disable=hidden)
+        self.waited, self.window, self.since = 0.0, self.step, time.monotonic()
+
+    def load(self):
+        """Continue from last.pt, on any number of ranks and in any precision."""
+        state = load_own_checkpoint(self.out / "last.pt", self.script)
+        options = dcp.StateDictOptions(full_state_dict=True)
+        with mismatch_is_refused(self.out / "last.pt"):
+            for name, network in {"model": self.model, **self.networks}.items():
+                dcp.set_model_state_dict(network, state[name], options=options)
+        moments = state["optimizer"]
+        dcp.set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        if self.world.rank == 0:  # rows after the checkpoint come again
+            os.truncate(self.out / "log.jsonl", state["log_bytes"])
+
+    def save(self):
+        """Write last.pt: plain tensors, numbers and strings."""
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, moments = dcp.get_state_dict(self.model, self.optimizer, options=options)
+        state = {"script": self.script, "config": dataclasses.asdict(self.config)}
+        state.update(step=self.step, model=weights, optimizer=moments)
+        for name, network in self.networks.items():
+            state[name] = dcp.get_model_state_dict(network, options=options)
+        state["scaler"] = self.scaler.state_dict()
+        if self.world.rank == 0:
+            state["log_bytes"] = (self.out / "log.jsonl").stat().st_size
+            with replacing(self.out / "last.pt") as file:
+                torch.save(state, file)
+        if dist.is_initialized():
+            dist.barrier()  # others may read it now
+
+    def resume_command(self):
+        """Return the command line that continues this run."""
+        ranks = os.environ.get("LOCAL_WORLD_SIZE")
+        launcher = f"torchrun --nproc-per-node {ranks}" if ranks else "python"
+        return f"{launcher} {shlex.join(sys.argv)} --out {self.out} --resume"
+
+    def ask_to_stop(self, number, frame):
+        """Answer a signal in training: finish the step. A second one ends the process at once."""
+        self.signalled = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def leave(self, number, frame):
+        """Answer a signal after training: nothing is lost, so end at once."""
+        note(f"stopped. To continue: {self.resume_command()}")
+        os._exit(0)
+
+    def __iter__(self):
+        signal.signal(signal.SIGINT, self.ask_to_stop)
+        signal.signal(signal.SIGTERM, self.ask_to_stop)
+        while self.step < self.steps:
+            yield self.step
+            self.step += 1
+            self.bar.update()
+            done = self.step == self.steps
+            if done or self.stopping or self.step % self.config.save_every == 0:
+                self.save()
+            if self.stopping and not done:
+                self.bar.close()
+                note(f"stopped after step {self.step}. To continue: {self.resume_command()}")
+                raise SystemExit(0)
+        self.bar.close()
+        signal.signal(signal.SIGINT, self.leave)
+        signal.signal(signal.SIGTERM, self.leave)
+
+    def next(self, loader, split):
+        """Return the loader's next item on the device. Its last part names unreadable files."""
+        began = time.monotonic()
+        *item, bad = next(loader)
+        self.waited += time.monotonic() - began
+        split.count_bad(bad)
+        return [part.to(self.world.device, non_blocking=True) for part in item]
+
+    def sync_gradients(self, now):
+        """Say before a forward pass whether ranks exchange gradients after it: a step's last one."""
+        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2
+            self.model.set_requires_gradient_sync(now)
+        self.model.require_backward_grad_sync = now  # DDP
+
+    def backward(self, loss):
+        """Add a micro-batch's gradients. loss: its share of the step's mean."""
+        self.scaler.scale(loss).backward()
+        self.loss = self.loss + loss.detach()
+
+    def update(self, clip=None):
+        """Take the optimizer's step, unless loss or gradients are not finite.
+
+        clip: a function to call on the unscaled gradients.
+        Returns a 0-dim bool tensor, whether the step was applied: no host waits for it.
+        """
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.mean_loss = mean_over_ranks(self.loss)
+        applied = (self.mean_loss + self.norm).isfinite()
+        # fp16's loss scaling makes gradients overflow now and then: there only the loss counts
+        good = self.mean_loss.isfinite() if self.scaler.is_enabled() else applied
+        self.bad = (self.bad + 1) * ~good
+        if clip:
+            clip()
+        if not self.scaler.is_enabled():
+            self.optimizer.found_inf = (
+                ~applied
+            ).float()  # fused kernels read it: torch/optim/adamw.py
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.loss = 0.0
+        return applied
+
+    def log(self, **row):
+        """Every --log-every steps, write a row and show it. Only then tensors are read."""
+        done = self.step + 1
+        alone = self.signalled and self.world.size == 1
+        if done % self.config.log_every and done < self.steps and not alone:
+            return
+        signals = torch.tensor(float(self.signalled), device=self.world.device)
+        self.stopping = bool(mean_over_ranks(signals) > 0)  # of any rank
+        row = {"loss": self.mean_loss, "gradient_norm": self.norm, "bad_steps": self.bad, **row}
+        row = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+        seconds = time.monotonic() - self.since
+        row["images_per_s"] = self.config.batch * (done - self.window) / seconds
+        row["data_wait"] = self.waited / seconds
+        row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.waited, self.window, self.since = 0.0, done, time.monotonic()
+        self.write(step=done, **row)
+        shown = {k: f"{row[k]:.4g}" for k in ("loss", "lr", "images_per_s")}
+        self.bar.set_postfix(shown)
+        if self.bar.disable:
+            note(f"step {done}/{self.steps} " + " ".join(f"{k} {v}" for k, v in shown.items()))
+        if row["bad_steps"] >= 3:
+            last = self.out / "last.pt"
+            kept = f"{last} holds good weights" if last.exists() else "nothing had been saved yet"
+            advice = "Try a lower --lr, or --precision fp32."
+            fail(f"loss not finite for three steps before step {done}; {kept}. {advice}", code=3)
+
+    def write(self, **row):
+        """Append a JSON object to log.jsonl (rank 0), null for what is not finite."""
+        if self.world.rank == 0:
+            row = json.loads(json.dumps(row), parse_constant=lambda name: None)
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def report(self, results):
+        """Print and log a table of percents: {column: {row: number}}."""
+        note(f"{'top-1, %':<20}" + "".join(f"{name:>10}" for name in results))
+        for key in dict.fromkeys(key for column in results.values() for key in column):
+            cells = [f"{column[key]:.1f}" if key in column else "" for column in results.values()]
+            note(f"{key:<20}" + "".join(f"{cell:>10}" for cell in cells))
+        self.write(eval=results)
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+# --------------------------------------------------------------------------------------------------
+
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+# what Pillow raises on broken files: OSError for most, the others from parsers of headers
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, MemoryError)
+UNREADABLE += (AttributeError, ArithmeticError, struct.error, zlib.error)
+UNREADABLE += (Image.DecompressionBombError,)
+# text beside the pixels must not cost an image
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+
+
+@dataclasses.dataclass
+class Split:
+    """N images: paths, or uint8 [N, H, W, 3]; their names; labels int64 [N], -1 without; classes."""
+
+    images: list
+    names: list
+    labels: torch.Tensor
+    classes: list
+    bad: set = dataclasses.field(default_factory=set)  # what could not be read, and why
+
+    def __len__(self):
+        return len(self.names)
+
+    def subset(self, rows):
+        """Return a split of the images `rows`, a list of indices."""
+        images = [self.images[i] for i in rows]
+        return Split(images, [self.names[i] for i in rows], self.labels[rows], self.classes)
+
+    def listed(self, path):
+        """Return the subset that a file lists, one name a line; a name that is not there: exit 2."""
+        if not Path(path).is_file():
+            fail(f"no list of names at {path}")
+        wanted = [line for line in Path(path).read_text().splitlines() if line]
+        index = {Path(name).name: i for i, name in enumerate(self.names)}
+        index.update({name: i for i, name in enumerate(self.names)})
+        missing = [name for name in wanted if name not in index]
+        if missing or not wanted:
+            fail(f"{path}: {len(missing)} of {len(wanted)} names are no images: {missing[:3]}")
+        return self.subset([index[name] for name in wanted])
+
+    def read(self, index, choose_boxes, sizes, resample=Image.BILINEAR):
+        """Decode one image and resize parts of it: uint8 [3, s, s] for each s of sizes.
+
+        choose_boxes(width, height) returns a (top, left, height, width) for each, in pixels.
+        """
+        image = self.images[index]
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
+        with image:
+            turn = exif_turn(image)
+            width, height = image.size[::-1] if turn in SIDEWAYS else image.size
+            boxes = choose_boxes(width, height)
+            scale = max(size / min(box[2:]) for box, size in zip(boxes, sizes, strict=True))
+            if scale < 1:  # a JPEG decodes at 1/2, 1/4 or 1/8 in less time
+                image.draft("RGB", [math.ceil(side * scale) for side in image.size])
+            image = to_rgb(image, turn)
+        fx = image.width / width
+        fy = image.height / height
+        parts = []
+        for (top, left, h, w), size in zip(boxes, sizes, strict=True):
+            right = min(image.width, (left + w) * fx)
+            bottom = min(image.height, (top + h) * fy)
+            part = image.resize((size, size), resample, (left * fx, top * fy, right, bottom))
+            parts.append(torch.from_numpy(np.array(part)).permute(2, 0, 1))
+        return parts
+
+    def read_batch(self, indices, choose_boxes, sizes, resample=Image.BILINEAR):
+        """Read images: (those read [B], a uint8 [B, 3, s, s] for each s of sizes, unreadable files).
+
+        choose_boxes(i, width, height): as for `read`, of the i-th image. Where an image cannot be
+        read, another of the batch stands in.
+        """
+        found, bad = [], []
+        for i, index in enumerate(indices):
+            try:
+                boxes = functools.partial(choose_boxes, i)
+                found.append((index, *self.read(index, boxes, sizes, resample)))
+            except UNREADABLE as error:
+                bad.append(f"{self.images[index]}: {error}")
+        if not found:
+            raise OSError(f"no image of a whole batch could be read: {bad}")
+        found = [found[i % len(found)] for i in range(len(indices))]
+        index, *views = zip(*found, strict=True)
+        return torch.tensor(index), *map(torch.stack, views), bad
+
+    def count_bad(self, messages):
+        """Name unreadable files, the first ten; above 1 % of all exit with 2. Main process only."""
+        for message in set(messages) - self.bad:
+            self.bad.add(message)
+            if len(self.bad) <= 10:
+                note(f"skipped an unreadable file: {message}")
+        if len(self.bad) > max(1, 0.01 * len(self)) or len(self.bad) == len(self):
+            fail(
+                f"{len(self.bad)} of {len(self)} images could not be read, more than 1 %: see above"
+            )
+
+
+# by EXIF's orientation, 2 to 8
+TURNS = (
+    "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+)
+SIDEWAYS = TURNS[3:]
+
+
+def exif_turn(image):
+    """Return how an opened image has to be turned, a name of TURNS; None also for broken metadata."""
+    try:
+        return dict(enumerate(TURNS, start=2)).get(image.getexif().get(0x0112))
+    except UNREADABLE:
+        return None
+
+
+def to_rgb(image, turn=None):
+    """Return any PIL image as RGB, 16 bits scaled to 8, turned upright."""
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    image = image.convert("RGB")
+    return image.transpose(Image.Transpose[turn]) if turn else image
+
+
+def files_below(folder, above=()):
+    """Yield the regular files below a folder, links followed, hidden names left out."""
+    real = os.path.realpath(folder)
+    if real in above:  # a loop of links
+        return
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            continue
+        if entry.is_dir():
+            yield from files_below(entry.path, (*above, real))
+        elif entry.is_file():
+            yield Path(entry.path)
+
+
+def open_split(data, name, toy="letters"):
+    """Return the `train` or `val` Split of --data, None where a folder has no val; exit 2 if empty."""
+    data = toy if data == "toy" else data
+    if data in TOYS:
+        return TOYS[data](name)
+    root = Path(data).expanduser()
+    if not root.exists() and "/" not in data:
+        root = Path(os.environ.get("DATA", "data"), data)
+    if data == "cifar10" and not (root / "train").is_dir():
+        return cifar10(root.parent, name)
+    if not root.is_dir():
+        fail(f"no data at {root}: expected train/CLASS/*.jpg and val/CLASS/*.jpg, or any images")
+    folder = root / name
+    others = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
+    for other in root.iterdir() if not folder.is_dir() else ():
+        if other.name.lower() in others[name] and ((root / "train").is_dir() or name == "train"):
+            fail(f"{root} has no {name}/, but {other.name}/: did you mean to call it {name}?")
+    if not (root / "train").is_dir():
+        folder = root
+    if name == "val" and (folder == root or not folder.is_dir()):
+        return None
+    files = list(files_below(folder))
+    images = [path for path in files if path.suffix.lower() in EXTENSIONS]
+    deep = [path for path in images if path.parent != folder and folder != root]
+    for kind, rest in (
+        ("no images", set(files) - set(images)),
+        ("in no class folder", set(images) - set(deep)),
+    ):
+        if rest and (deep or kind == "no images"):
+            few = ", ".join(sorted(path.name for path in rest)[:5])
+            note(f"{folder}: {len(rest)} files left out, since {kind}: {few}")
+    if not images:
+        fail(f"no images in {folder}: looked for {', '.join(sorted(EXTENSIONS))} in it and below")
+    images = deep or images
+    labels = [path.relative_to(folder).parts[0] if deep else "" for path in images]
+    classes = sorted(set(labels))
+    numbers = torch.tensor([classes.index(label) for label in labels])
+    names = [path.relative_to(root).as_posix() for path in images]
+    return Split(images, names, numbers, classes) if deep else Split(images, names, numbers - 1, [])
+
+
+def open_data(data, wanted, toy="letters"):
+    """Return the (train, val) splits of --data; wanted: what needs labels, such as "knn, linear".
+
+    val is None where that cannot be done. A class that only val has is refused here, before training.
+    """
+    train = open_split(data, "train", toy)
+    val = open_split(data, "val", toy) if wanted else None
+    if wanted and not (val and val.classes and train.classes):
+        note(f"{wanted}: skipped, since {data} has no {'labels' if val else 'val split'}")
+        return train, None
+    if val and val.classes != train.classes:
+        more = sorted(set(val.classes) - set(train.classes))
+        if more:
+            fail(f"val/ of {data} has classes that train/ lacks: {more[:5]}")
+        note(f"val/ has no images of {sorted(set(train.classes) - set(val.classes))}")
+        numbers = torch.tensor([train.classes.index(name) for name in val.classes])
+        val = dataclasses.replace(val, labels=numbers[val.labels], classes=train.classes)
+    return train, val
+
+
+def cifar10(folder, name):
+    """Read CIFAR-10 from its home page's archive, downloaded once into `folder` and checked."""
+    archive = folder / "cifar-10-binary.tar.gz"
+    if not archive.exists():
+        part = folder / f"{archive.name}.{os.getpid()}"  # ranks may get here together
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            urllib.request.urlretrieve(CIFAR10_URL, part)
+        except OSError as error:
+            place = f"{folder}/cifar10/train/CLASS/*.png and val/CLASS/*.png"
+            fail(f"no CIFAR-10 ({error}): put {CIFAR10_URL} at {archive}, or images at {place}")
+        part.replace(archive)
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if digest != CIFAR10_SHA256:
+        fail(f"{archive} has sha256 {digest} instead of {CIFAR10_SHA256}: delete it and try again")
+    wanted = "data_batch" if name == "train" else "test_batch"
+    with tarfile.open(archive) as tar:
+        members = sorted(member for member in tar.getnames() if wanted in member)
+        raw = b"".join(tar.extractfile(member).read() for member in members)
+    rows = np.frombuffer(raw, dtype=np.uint8).reshape(-1, 3073)  # label, then red, green, blue
+    pixels = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return in_memory(np.ascontiguousarray(pixels), rows[:, 0], CIFAR10_CLASSES, name)
+
+
+def in_memory(pixels, labels, classes, name):
+    """Return a Split of decoded images: pixels uint8 [N, H, W, 3], labels [N]."""
+    names = [f"{name}/{classes[label]}/{i:05d}" for i, label in enumerate(labels)]
+    return Split(list(pixels), names, torch.tensor(labels, dtype=torch.long), classes)
+
+
+def toy_random(name):
+    """Return (generator, labels 0, 1, ..., 9, 0, ...) of a toy's 8,000 or 2,000 images."""
+    count = 8000 if name == "train" else 2000
+    return np.random.default_rng(count), np.arange(count) % 10
+
+
+@functools.lru_cache(maxsize=2)
+def letters(name):
+    """Mosaics of letters, 48 x 48: a class is an alphabet of ten invented letters.
+
+    Each of the 6 x 6 tiles holds a random letter of the class on paper of a random colour. So what
+    kind of thing an image shows can be predicted from a part of it, how each part looks cannot.
+    """
+    design = np.random.default_rng(0)
+    points = np.stack(np.meshgrid([1, 3.5, 6], [1, 3.5, 6]), -1).reshape(9, 2)  # in a tile of 8 x 8
+    pixels = np.stack(np.meshgrid(np.arange(8), np.arange(8)), -1)  # [8, 8, (x, y)]
+    alphabets = np.zeros((10, 10, 8, 8))  # class, letter, ink
+    for letter in alphabets.reshape(100, 8, 8):
+        for _ in range(design.integers(2, 4)):  # strokes
+            start, end = points[design.choice(9, 2, replace=False)]
+            along = ((pixels - start) @ (end - start) / np.sum((end - start) ** 2)).clip(0, 1)
+            distance = np.linalg.norm(pixels - start - along[..., None] * (end - start), axis=-1)
+            np.maximum(letter, (1.2 - distance).clip(0, 1), out=letter)
+    random, labels = toy_random(name)
+    n = len(labels)
+    ink = alphabets[labels[:, None], random.integers(0, 10, (n, 36))]  # [n, 36, 8, 8]
+    paper = 128 + random.uniform(-40, 40, (n, 36, 1, 1, 3))
+    depth = random.uniform(80, 110, (n, 36, 1, 1, 1))
+    depth = np.where(paper.mean(-1, keepdims=True) > 128, -depth, depth)  # light on dark paper
+    tiles = paper + depth * ink[..., None] + random.normal(0, 8, (n, 36, 8, 8, 3))
+    tiles = tiles.reshape(n, 6, 6, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(n, 48, 48, 3)
+    classes = [f"alphabet {i}" for i in range(10)]
+    return in_memory(tiles.clip(0, 255).astype(np.uint8), labels, classes, name)
+
+
+@functools.lru_cache(maxsize=2)
+def textures(name, size=24):
+    """Ten grey textures, 24 x 24, at any turn, phase and scale, in noise."""
+    random, labels = toy_random(name)
+    turn, scale, *phases = random.uniform(-1, 1, (4, len(labels), 1, 1))
+    scale = 4 * np.pi / size * np.exp(0.2 * scale)  # radians a pixel
+    x = (np.arange(size) - size / 2) * scale
+    y = x.transpose(0, 2, 1)
+    u = x * np.cos(np.pi * turn) + y * np.sin(np.pi * turn) + np.pi * phases[0]
+    v = y * np.cos(np.pi * turn) - x * np.sin(np.pi * turn) + np.pi * phases[1]
+    waves, across = np.sin(u), np.sin(v)
+    kinds = {
+        "stripes": waves,
+        "lines": waves**8,
+        "checks": waves * across,
+        "dots": (waves * across) ** 8,
+        "grid": np.maximum(waves**8, across**8),
+        "honeycomb": np.cos(u) + 2 * np.cos(u / 2) * np.cos(0.866 * v),
+        "zigzag": np.sin(u + 4 * abs(v / np.pi % 2 - 1)),
+        "snakes": np.sin(u + 2 * across),
+        "rings": np.sin(np.hypot(u, v)),
+        "weave": waves * np.sign(across),
+    }
+    grey = np.choose(labels[:, None, None], list(kinds.values()))
+    grey = (grey - grey.mean((1, 2), keepdims=True)) / grey.std((1, 2), keepdims=True)
+    grey = 128 + 40 * grey + random.normal(0, 8, grey.shape)
+    pixels = grey.clip(0, 255).astype(np.uint8)[..., None].repeat(3, axis=3)
+    return in_memory(pixels, labels, list(kinds), name)
+
+
+TOYS = {"letters": letters, "textures": textures}
+
+
+def normalize(pixels):
+    """Bring uint8 images [B, 3, H, W] to the networks' range, by ImageNet's mean and std."""
+    mean, std = (x.to(pixels.device, non_blocking=True) for x in (MEAN, STD))
+    return (pixels / 255 - mean) / std
+
+
+def random_crop(width, height, scale, random):
+    """Draw the part of RandomResizedCrop: a share `scale` of the area, ratio 3/4 to 4/3.
+
+    Returns (top, left, height, width). The order of the draws is torchvision's.
+    """
+
+    def uniform(low, high):
+        return torch.empty(1).uniform_(low, high, generator=random).item()
+
+    for _ in range(10):
+        area = width * height * uniform(*scale)
+        ratio = math.exp(uniform(math.log(3 / 4), math.log(4 / 3)))
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = torch.randint(height - h + 1, (1,), generator=random).item()
+            left = torch.randint(width - w + 1, (1,), generator=random).item()
+            return top, left, h, w
+    w = min(width, round(height * 4 / 3))
+    h = min(height, round(width * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def centre_box(size, i, width, height):
+    """Return the part that evaluation sees: shorter side to size*256/224, then a centre crop.
+
+    An image of exactly size x size stays as it is.
+    """
+    whole = (width, height) == (size, size)
+    side = size if whole else min(width, height) * size / int(size * 256 / 224)
+    return [((height - side) / 2, (width - side) / 2, side, side)]
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(n, seed, epoch):
+    """Return the order of n images in an epoch."""
+    return torch.randperm(n, generator=generator(seed, "order", epoch)).tolist()
+
+
+def micro_batch_indices(number, micro, n, seed):
+    """Return the images of a micro-batch: micro-batches run on through the epochs without a gap."""
+    places = range(number * micro, (number + 1) * micro)
+    return [epoch_order(n, seed, place // n)[place % n] for place in places]
+
+
+def micro_batches(config, world, step, steps):
+    """Return the numbers of this rank's micro-batches from `step` on, its share of each step's."""
+    count = config.batch // config.micro
+    share = count // world.size
+    first = world.rank * share
+    return [s * count + first + i for s in range(step, steps) for i in range(share)]
+
+
+def start_worker(worker):
+    """Prepare a loading process."""
+    # Workers get Ctrl-C and SIGTERM too. They ignore them: the main process decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # An item that finds no shared memory would be lost, and the main process would wait for ever.
+    failed = staticmethod(lambda error, item: os._exit(1))
+    multiprocessing.queues.Queue._on_queue_feeder_error = failed
+
+
+class Items(Dataset):
+    """What a function of a number makes."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __getitem__(self, number):
+        return self.make(number)
+
+
+def make_loader(make, numbers, config, world):
+    """Iterate over make(number), made ahead of time in --workers processes."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = min(config.workers, max(1, os.cpu_count() // ranks))
+    pin = world.device.type == "cuda"
+    options = dict(num_workers=workers, pin_memory=pin, worker_init_fn=start_worker)
+    return iter(DataLoader(Items(make), batch_size=None, sampler=numbers, **options))
+
+
+def centre_crops(split, size, indices):
+    """Make a loader's item: (indices [B], pixels uint8 [B, 3, S, S], unreadable files)."""
+    box = functools.partial(centre_box, size)
+    return split.read_batch(indices, box, [size], Image.BICUBIC)
+
+
+@torch.no_grad()
+def extract(encode, split, config, world, batch=64):
+    """Encode a split on all ranks: (features float32 [N, ...], labels [N], names) on rank 0.
+
+    encode: a function of normalised images [B, 3, S, S]. Unreadable images are left out.
+    """
+    n = len(split)
+    # ranks take turns; all get as many batches, so beyond the end comes the last image again
+    starts = range(world.rank * batch, n + world.rank * batch, world.size * batch)
+    numbers = [[min(i, n - 1) for i in range(start, start + batch)] for start in starts]
+    crops = functools.partial(centre_crops, split, config.image_size)
+    features, good = None, torch.zeros(n, dtype=torch.bool)
+    for indices, pixels, bad in make_loader(crops, numbers, config, world):
+        split.count_bad(bad)
+        with world.autocast():
+            rows = encode(normalize(pixels.to(world.device)))
+        rows = gather_over_ranks(rows.float())
+        indices = gather_over_ranks(indices.to(world.device))
+        if features is None and world.rank == 0:  # a large bank is held once, and filled in place
+            features = rows.new_empty(n, *rows.shape[1:])
+        if world.rank == 0:
+            features[indices] = rows
+            good[indices.cpu()] = True
+    names = [name for name, read in zip(split.names, good, strict=True) if read]
+    if names and len(names) < n:
+        features = features[good]
+    return features, split.labels[good].to(world.device), names
+
+
+def raw_pixels(images):
+    """Stand in for an encoder: the pixels, averaged down to 32 x 32 where there are more."""
+    return F.adaptive_avg_pool2d(images, min(32, images.shape[-1])).flatten(1)
+
+
+def knn(bank, labels, queries, k=20, temperature=0.07):
+    """Classify by the votes exp(cosine similarity / temperature) of k neighbours: scores [Q, C]."""
+    k = min(k, len(bank))
+    norms = bank.norm(dim=1)
+    scores = []
+    for rows in F.normalize(queries, dim=1).split(max(1, 2**27 // len(bank))):  # at most 0.5 GiB
+        similarity, nearest = (rows @ bank.T / norms).topk(k, dim=1)
+        votes = (similarity / temperature).exp()
+        empty = votes.new_zeros(len(rows), int(labels.max()) + 1)
+        scores.append(empty.scatter_add(1, labels[nearest], votes))
+    return torch.cat(scores)
+
+
+def top1(scores, labels):
+    """Return the accuracy of scores [N, C] in percent; ties go to the lower class."""
+    return 100 * (scores.argmax(1) == labels).float().mean().item()
+
+
+def shuffled_batches(features, labels, batch, seed):
+    """Return batches(epoch) for `linear_probe` from features computed once."""
+
+    def batches(epoch):
+        order = torch.randperm(len(labels), generator=generator(seed, "probe", epoch))
+        for rows in order.to(labels.device).split(batch):
+            yield features[rows], labels[rows]
+
+    return batches
+
+
+def linear_probe(batches, val, labels, heads, epochs, make_optimizer, milestones=()):
+    """Train linear heads side by side on frozen features: the best top-1 on val, and which head.
+
+    batches(epoch) yields (features [B, D], labels [B]); val [V, D], labels [V].
+    heads: {name: (head, lr, weight decay)}; lr is divided by 10 after the epochs `milestones`.
+    """
+    groups = []
+    for head, lr, decay in heads.values():
+        groups.append({"params": list(head.parameters()), "lr": lr, "weight_decay": decay})
+    optimizer = make_optimizer(groups)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+    for epoch in range(epochs):
+        for x, y in batches(epoch):
+            if len(y) == 1:  # BatchNorm needs two
+                continue
+            loss = sum(F.cross_entropy(head(x), y) for head, _, _ in heads.values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    accuracy = {}
+    with torch.no_grad():
+        for name, (head, _, _) in heads.items():
+            scores = [head.eval()(x) for x in val.split(2048)]
+            accuracy[name] = top1(torch.cat(scores), labels)
+    best = max(accuracy, key=accuracy.get)
+    return accuracy[best], best
+
+
+def save_picture(path, tiles, tile=96, gap=4):
+    """Write a grid of normalised images [rows, columns, 3, S, S] as PNG."""
+    tiles = tiles.cpu() * STD + MEAN
+    rows = []
+    for row in tiles:
+        row = F.pad(F.interpolate(row, (tile, tile)), [gap] * 4, value=1.0)
+        rows.append(torch.cat(list(row), dim=2))
+    picture = torch.cat(rows, dim=1).clamp(0, 1) * 255  # [3, H, W]
+    Image.fromarray(picture.byte().permute(1, 2, 0).numpy()).save(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Until the other scripts follow: what they still need of the former common.py
+# --------------------------------------------------------------------------------------------------
+import difflib  # noqa: E402
+import resource  # noqa: E402
+import threading  # noqa: E402
+
+
+def old_sincos_1d(width, positions):
     """Sine-cosine embedding of real positions: [sin(p w_j) | cos(p w_j)], w_j = 10000^(-j / (width/2)).
 
     positions: array [N] -> float64 tensor [N, width]; width must be even.
@@ -53,7 +1367,7 @@ def sincos_1d(width, positions):
     return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
 
 
-def sincos_2d(width, height, breadth):
+def old_sincos_2d(width, height, breadth):
     """Positions of a height x breadth grid in raster order -> float64 [height*breadth, width]; width divisible by 4.
 
     The first half encodes the column and the second the row, as in MAE and everything that descends from it.
@@ -61,40 +1375,35 @@ def sincos_2d(width, height, breadth):
     if width % 4:
         raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, not {width}")
     row, column = np.mgrid[:height, :breadth].reshape(2, -1)
-    return torch.cat([sincos_1d(width // 2, column), sincos_1d(width // 2, row)], dim=1)
+    return torch.cat([old_sincos_1d(width // 2, column), old_sincos_1d(width // 2, row)], dim=1)
 
 
-def sincos_3d(width, frames, height, breadth):
+def old_sincos_3d(width, frames, height, breadth):
     """Positions of a (time, row, column) grid in raster order -> float64 [frames*height*breadth, width].
 
     Each axis gets 2*ceil(width/6) columns and the whole is cut to `width` (V-JEPA's `uniform_power`).
     """
     axis = 2 * math.ceil(width / 6)
     grid = np.mgrid[:frames, :height, :breadth].reshape(3, -1)
-    return torch.cat([sincos_1d(axis, positions) for positions in grid], dim=1)[:, :width]
+    return torch.cat([old_sincos_1d(axis, positions) for positions in grid], dim=1)[:, :width]
 
 
-def interpolate_positions(table, old, new):
+def old_interpolate_positions(table, old, new):
     """Resample a position table to another grid, bicubic: table [1, N, D], old, new (rows, columns) -> [1, N', D]."""
     if tuple(old) == tuple(new):
         return table
-    grid = table.float().unflatten(1, tuple(old)).permute(0, 3, 1, 2)  # [1, D, G, G]
+    grid = table.float().unflatten(1, tuple(old)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=tuple(new), mode="bicubic", align_corners=False)
     return grid.flatten(2).transpose(1, 2).to(table.dtype)
 
 
-def gather_tokens(x, keep):
+def old_gather_tokens(x, keep):
     """Pick tokens: x [B, N, D], keep int64 [B, K] -> [B, K, D]; keep [M, B, K] (M masks) -> [M*B, K, D], mask-major."""
     picked = x[torch.arange(x.shape[0], device=x.device)[:, None], keep]
     return picked if keep.dim() == 2 else picked.flatten(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers. Parameter names are timm's, which nearly all released checkpoints use.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Attention(nn.Module):
+class OldAttention(nn.Module):
     """Multi-head self-attention, fused. qkv is one Linear whose rows are [queries | keys | values]."""
 
     def __init__(self, width, heads):
@@ -107,17 +1416,20 @@ class Attention(nn.Module):
         """x [B, N, D] -> [B, N, D]; with queries=n only the last n tokens ask (all are attended to): [B, n, D]."""
         batch, tokens, width = x.shape
         if queries is None:
-            q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, N, D/H]
+            q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q, kv = F.linear(x[:, -queries:], weight[:width], bias[:width]), F.linear(x, weight[width:], bias[width:])
+            weight, bias = (self.qkv.weight, self.qkv.bias)
+            q, kv = (
+                F.linear(x[:, -queries:], weight[:width], bias[:width]),
+                F.linear(x, weight[width:], bias[width:]),
+            )
             q = q.view(batch, queries, self.heads, -1).transpose(1, 2)
             k, v = kv.view(batch, tokens, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(batch, -1, width))
 
 
-class CrossAttention(nn.Module):
+class OldCrossAttention(nn.Module):
     """Multi-head attention of x on a context, fused. x [B, N, D], context [B, M, D] -> [B, N, D]."""
 
     def __init__(self, width, heads):
@@ -134,7 +1446,7 @@ class CrossAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class OLD_MLP(nn.Module):
     """Linear, exact (erf) GELU, Linear."""
 
     def __init__(self, width, hidden):
@@ -147,7 +1459,7 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class SwiGLU(nn.Module):
+class OldSwiGLU(nn.Module):
     """w3(silu(w1 x) * w2 x), w1 and w2 in one Linear; 2/3 of `hidden`, rounded up to 8s, keeps the cost of an MLP."""
 
     def __init__(self, width, hidden):
@@ -162,7 +1474,7 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
-class LayerScale(nn.Module):
+class OldLayerScale(nn.Module):
     """A learned gain per channel on a residual branch (CaiT)."""
 
     def __init__(self, width, init):
@@ -174,23 +1486,23 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-def stochastic_depth(branch, rate, uniform):
+def old_stochastic_depth(branch, rate, uniform):
     """Drop a residual branch for some samples: branch [B, N, D], uniform [B] in [0, 1); the kept times 1/(1-rate)."""
     return branch * ((uniform >= rate).to(branch.dtype) / (1 - rate))[:, None, None]
 
 
-class Block(nn.Module):
+class OldBlock(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, width, heads, layer_scale=None, drop_path=0.0, swiglu=False):
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
-        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = (SwiGLU if swiglu else MLP)(width, 4 * width)
-        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.norm1 = nn.LayerNorm(width, eps=1e-06)
+        self.attn = OldAttention(width, heads)
+        self.ls1 = nn.Identity() if layer_scale is None else OldLayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=1e-06)
+        self.mlp = (OldSwiGLU if swiglu else OLD_MLP)(width, 4 * width)
+        self.ls2 = nn.Identity() if layer_scale is None else OldLayerScale(width, layer_scale)
 
     def forward(self, x, drop=None, queries=None):
         """x [B, N, D] -> [B, N, D]; with queries=n only the last n tokens are computed: [B, n, D].
@@ -203,11 +1515,11 @@ class Block(nn.Module):
         if drop is None or not self.drop_path:
             x = x + attended
             return x + self.ls2(self.mlp(self.norm2(x)))
-        x = x + stochastic_depth(attended, self.drop_path, drop[0])
-        return x + stochastic_depth(self.ls2(self.mlp(self.norm2(x))), self.drop_path, drop[1])
+        x = x + old_stochastic_depth(attended, self.drop_path, drop[0])
+        return x + old_stochastic_depth(self.ls2(self.mlp(self.norm2(x))), self.drop_path, drop[1])
 
 
-class PatchEmbed(nn.Module):
+class OldPatchEmbed(nn.Module):
     """Patches (or, with `tubelet`, space-time tubelets) to tokens: a strided convolution, computed as one Linear.
 
     So it can run on the visible patches alone; the weight keeps the convolution's shape, as checkpoints have it.
@@ -228,7 +1540,9 @@ class PatchEmbed(nn.Module):
             x = x.narrow(axis, 0, x.shape[axis] // k * k)
         sizes = [part for side, k in zip(x.shape[2:], self.kernel) for part in (side // k, k)]
         n = len(self.kernel)
-        x = x.reshape(*x.shape[:2], *sizes).permute(0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2))
+        x = x.reshape(*x.shape[:2], *sizes).permute(
+            0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2)
+        )
         return x.flatten(1, n).flatten(2)
 
     def forward(self, patches):
@@ -236,7 +1550,7 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
-def init_weights(module, std=0.02):
+def old_init_weights(module, std=0.02):
     """For `module.apply`: Linear and convolution weights normal(0, std), their biases 0, LayerNorm 1 and 0."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
         nn.init.normal_(module.weight, std=std)
@@ -244,29 +1558,30 @@ def init_weights(module, std=0.02):
             nn.init.zeros_(module.bias)
 
 
-class ViT(nn.Module):
+class OldViT(nn.Module):
     """Vision transformer (pre-norm; fixed sin-cos or learned positions; a class token if asked for).
 
     image_size, patch: pixels. The forward pass returns all tokens after the final norm, in the order [class | patches].
     """
 
-    def __init__(self, image_size, patch, width, depth, heads, class_token=False, learned_positions=False):
+    def __init__(
+        self, image_size, patch, width, depth, heads, class_token=False, learned_positions=False
+    ):
         super().__init__()
         if image_size % patch or width % heads:
             sizes = f"image size {image_size} must be a multiple of the patch {patch}"
             raise ValueError(f"{sizes}, width {width} of the heads {heads}")
         self.grid = (image_size // patch, image_size // patch)
         self.width = width
-        self.patch_embed = PatchEmbed(patch, width)
+        self.patch_embed = OldPatchEmbed(patch, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
-        table = sincos_2d(width, *self.grid).float()
+        table = old_sincos_2d(width, *self.grid).float()
         if class_token:
             table = torch.cat([torch.zeros(1, width), table])
-        # a parameter even where it is fixed: in the state dict, as checkpoints have it
         self.pos_embed = nn.Parameter(table[None], requires_grad=learned_positions)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.apply(init_weights)
+        self.blocks = nn.ModuleList((OldBlock(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-06)
+        self.apply(old_init_weights)
         for tokens in (self.cls_token, self.pos_embed if learned_positions else None):
             if tokens is not None:
                 nn.init.normal_(tokens, std=0.02)
@@ -275,19 +1590,21 @@ class ViT(nn.Module):
         """What enters the first block: [class | patches], positions added. Arguments as in `forward`."""
         grid = self.grid
         if x.dim() > 3:
-            grid = tuple(side // k for side, k in zip(x.shape[2:], self.patch_embed.kernel))
+            grid = tuple((side // k for side, k in zip(x.shape[2:], self.patch_embed.kernel)))
             x = self.patch_embed.patchify(x)
         special = 0 if self.cls_token is None else 1
         positions = self.pos_embed[:, special:]
         if grid != self.grid:
-            positions = interpolate_positions(positions, self.grid, grid)
+            positions = old_interpolate_positions(positions, self.grid, grid)
         if keep is None:
             x = self.patch_embed(x) + positions
         else:
-            x = self.patch_embed(gather_tokens(x, keep)) + positions[0][keep.flatten(0, -2)]
+            x = self.patch_embed(old_gather_tokens(x, keep)) + positions[0][keep.flatten(0, -2)]
         if self.cls_token is None:
             return x
-        return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1), x], dim=1)
+        return torch.cat(
+            [(self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1), x], dim=1
+        )
 
     def forward(self, x, keep=None, layers=None, drop=None):
         """Tokens after the final norm.
@@ -307,7 +1624,7 @@ class ViT(nn.Module):
         return self.norm(x) if wanted is None else [outputs[i] for i in wanted]
 
 
-class EMA:
+class OLD_EMA:
     """Exponential moving average of a model's trainable parameters: target = m target + (1 - m) source."""
 
     def __init__(self, target, source):
@@ -334,29 +1651,24 @@ class EMA:
                 torch._foreach_add_(targets, change)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedules: pure functions of the step, so that resuming needs only its number
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def linear_schedule(step, total, start, final):
+def old_linear_schedule(step, total, start, final):
     """From start at step 0 to final at step `total`, in a line."""
     return start + (final - start) * step / max(1, total)
 
 
-def cosine_schedule(step, total, start, final):
+def old_cosine_schedule(step, total, start, final):
     """From start at step 0 to final at step `total` and after, along half a cosine."""
     return final + (start - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
 
 
-def warmup_cosine_schedule(step, total, warmup, start, peak, final):
+def old_warmup_cosine_schedule(step, total, warmup, start, peak, final):
     """Linear from start to peak over `warmup` steps, then a cosine to final at `total`."""
     if step < warmup:
-        return linear_schedule(step, warmup, start, peak)
-    return cosine_schedule(step - warmup, total - warmup, peak, final)
+        return old_linear_schedule(step, warmup, start, peak)
+    return old_cosine_schedule(step - warmup, total - warmup, peak, final)
 
 
-def parameter_groups(*modules):
+def old_parameter_groups(*modules):
     """Optimizer groups: each module's decayed parameters, then each module's undecayed ones (biases, 1-D tensors).
 
     A group carries `decay`, a bool. Parameters that need no gradient are left out.
@@ -370,13 +1682,8 @@ def parameter_groups(*modules):
     return groups
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks and randomness
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
-class World:
+class OldWorld:
     """Where this process stands: rank of size, and the device it computes on."""
 
     rank: int
@@ -384,34 +1691,47 @@ class World:
     device: torch.device
 
 
-def start_world(device="", timeout=None):
+def old_start_world(device="", timeout=None):
     """Join the process group that torchrun describes, if any, or run alone. device: cuda | mps | cpu, '' = best.
 
     timeout: a timedelta, how long ranks wait for one another, default torch's.
     """
     if not device:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     if device not in ("cuda", "mps", "cpu"):
-        fail(f"--device {device!r} is not one of cuda, mps, cpu")
-    if device == "mps" and not torch.backends.mps.is_available():
-        fail("--device mps, but this is no Mac whose GPU torch can use; use --device cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda, but this machine has no CUDA device that torch can see; use --device cpu")
+        old_fail(f"--device {device!r} is not one of cuda, mps, cpu")
+    if device == "mps" and (not torch.backends.mps.is_available()):
+        old_fail("--device mps, but this is no Mac whose GPU torch can use; use --device cpu")
+    if device == "cuda" and (not torch.cuda.is_available()):
+        old_fail(
+            "--device cuda, but this machine has no CUDA device that torch can see; use --device cpu"
+        )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cuda.matmul.allow_tf32 = True
         device = f"cuda:{torch.cuda.current_device()}"
-    if "RANK" in os.environ and not dist.is_initialized():
-        # torchrun keeps its store when it restarts: without a prefix a quick rank finds the address of one that died
+    if "RANK" in os.environ and (not dist.is_initialized()):
         store, rank, size = next(rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(
+            f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     joined = dist.is_initialized()
-    return World(dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, torch.device(device))
+    return OldWorld(
+        dist.get_rank() if joined else 0,
+        dist.get_world_size() if joined else 1,
+        torch.device(device),
+    )
 
 
-class _MeanOverRanks(torch.autograd.Function):
+class _OldMeanOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         x = x.clone()
@@ -425,12 +1745,12 @@ class _MeanOverRanks(torch.autograd.Function):
         return gradient / dist.get_world_size()
 
 
-def mean_over_ranks(x):
+def old_mean_over_ranks(x):
     """Mean of a tensor over ranks, differentiable: with DDP's averaging, the gradients are those of one big batch."""
-    return _MeanOverRanks.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    return _OldMeanOverRanks.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
-def gather_over_ranks(x):
+def old_gather_over_ranks(x):
     """Concatenate tensors of all ranks along the first axis, in rank order; lengths may differ. Not differentiable."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
@@ -444,7 +1764,7 @@ def gather_over_ranks(x):
     return torch.cat([part[:n] for part, n in zip(parts, lengths)])
 
 
-def ignore_signals(worker):
+def old_ignore_signals(worker):
     """For DataLoader: Ctrl-C and schedulers signal a run's loading processes too, but when to stop is for it to say.
 
     Its own SIGTERM, the last means of ending them, is obeyed, where the system tells whose it is (macOS does not).
@@ -462,68 +1782,68 @@ def ignore_signals(worker):
         threading.Thread(target=obey, daemon=True).start()
 
 
-def distribute(model, world, shard=False):
+def old_distribute(model, world, shard=False):
     """Wrap for all ranks: DDP, or with `shard` FSDP2, block by block. Alone, or with nothing to train: as it is."""
     if shard:
         for module in model.modules():
-            if isinstance(module, Block):
+            if isinstance(module, OldBlock):
                 fully_shard(module)
         return fully_shard(model)
-    if world.size == 1 or not any(p.requires_grad for p in model.parameters()):
+    if world.size == 1 or not any((p.requires_grad for p in model.parameters())):
         return model
     ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def no_sync(model, last):
+def old_no_sync(model, last):
     """A context for one of several backward passes of a step: gradients are exchanged in the last one only."""
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+    if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)
     return model.no_sync() if not last and hasattr(model, "no_sync") else contextlib.nullcontext()
 
 
-def gradient_norm(parameters):
+def old_gradient_norm(parameters):
     """L2 norm of all gradients as a 0-dim tensor on the device, over all shards where they are sharded."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def effective_rank(features):
+def old_effective_rank(features):
     """exp of the entropy of the normalised singular values of centred features [B, D]: 1 (collapsed) to min(B, D)."""
     values = torch.linalg.svdvals((features - features.mean(0)).float())
     p = values / values.sum().clamp(min=1e-12)
     return torch.exp(torch.special.entr(p).sum())
 
 
-def memory_gib(device):
+def old_memory_gib(device):
     """Peak memory so far in GiB: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    with contextlib.suppress(OSError, TypeError):  # Linux; its getrusage counts what started this process too
-        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+    with contextlib.suppress(OSError, TypeError):
+        return int(re.search("VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def generator(*key, device="cpu"):
+def old_generator(*key, device="cpu"):
     """A torch.Generator seeded by a key such as (seed, "crop", step, sample): same key, same draws, anywhere."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def send(x, device):
+def old_send(x, device):
     """x on the device, where the host does not wait for what the device still has to do."""
     return x.to(device, non_blocking=True)
 
 
 @functools.lru_cache
 @torch.inference_mode(False)
-def constant(values, device):
+def old_constant(values, device):
     """A tensor of these numbers, made once: to copy them to an accelerator at each step would make the host wait."""
     return torch.tensor(values, device=device)
 
 
-def worker_count(config, world, streaming):
+def old_worker_count(config, world, streaming):
     """Loading processes a rank: --workers, or as many as the machine has cores; none where the data are in memory
     and on the CPU, since a step's draws cost less than a process."""
     if config.workers >= 0:
@@ -533,7 +1853,7 @@ def worker_count(config, world, streaming):
     return max(1, min(12, cores // ranks)) if streaming else int(world.device.type == "cuda")
 
 
-def choose_precision(name, device):
+def old_choose_precision(name, device):
     """'bf16' | 'fp16' | 'fp32' | '' (bf16 where the hardware computes in it, else fp32) -> torch dtype."""
     if not name:
         if device.type == "cuda":
@@ -544,41 +1864,43 @@ def choose_precision(name, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Config and errors
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def fail(message, code=2):
+def old_fail(message, code=2):
     """Print one line that a newcomer can act on, and leave with this exit code."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
-def fail_if_full(error):
+def old_fail_if_full(error):
     """For an OSError that nothing else has answered: exit 1 if it says that the disk is full."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        fail(f"the disk is full: {error}; what was saved before is intact. Free some space, then --resume.", code=1)
+        old_fail(
+            f"the disk is full: {error}; what was saved before is intact. Free some space, then --resume.",
+            code=1,
+        )
 
 
-def nearest(word, words):
+def old_nearest(word, words):
     """'; did you mean a, b?' for a mistyped word, or '.' where nothing comes near."""
     close = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else "."
 
 
-POSITIVE = "batch accumulate image_size patch width depth heads log_every save_every eval_batch probe_batch".split()
-NOT_NEGATIVE = "steps epochs lr lr_start lr_final warmup weight_decay cache max_bad".split()
+OLD_POSITIVE = "batch accumulate image_size patch width depth heads log_every save_every eval_batch probe_batch".split()
 
 
-def parse_config(config_class, presets, data_presets, argv=None, description=None):
+OLD_NOT_NEGATIVE = "steps epochs lr lr_start lr_final warmup weight_decay cache max_bad".split()
+
+
+def old_parse_config(config_class, presets, data_presets, argv=None, description=None):
     """Command line -> config. Each dataclass field is a flag, the comment beside it its help; flags override presets.
 
     presets: {name: {field: value}}; data_presets: {data name: preset name}, "*" for any other data.
     Exits with 2 for an unknown flag or preset, naming the nearest known ones, and for a value that no run can have.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(config_class), re.MULTILINE))
+    comments = dict(
+        re.findall("^    (\\w+):[^#\\n]*# (.*)$", inspect.getsource(config_class), re.MULTILINE)
+    )
     hints = typing.get_type_hints(config_class)
     fields = {f.name: f for f in dataclasses.fields(config_class)}
 
@@ -586,29 +1908,34 @@ def parse_config(config_class, presets, data_presets, argv=None, description=Non
         return "--" + name.replace("_", "-")
 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.error = fail  # one line, as for all other errors, and not the usage of a hundred flags
+    early.error = old_fail
     early.add_argument("--preset")
     early.add_argument("--data")
     first, _ = early.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     name = first.preset or data_presets.get(first.data or fields["data"].default, data_presets["*"])
     if name not in presets:
-        fail(f"unknown preset {name!r}{nearest(name, presets)} Known: {', '.join(presets)}.")
+        old_fail(
+            f"unknown preset {name!r}{old_nearest(name, presets)} Known: {', '.join(presets)}."
+        )
     defaults = {n: f.default for n, f in fields.items()} | presets[name] | {"preset": name}
-
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--preset NAME] [--data NAME or PATH] [--FLAG VALUE ...]", description=description,
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.error = fail
+        usage="%(prog)s [--preset NAME] [--data NAME or PATH] [--FLAG VALUE ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.error = old_fail
     for field, hint in hints.items():
-        text = comments.get(field, "").replace("%", "%%") + f" [{str(defaults[field]).replace('%', '%%')}]"
+        text = (
+            comments.get(field, "").replace("%", "%%")
+            + f" [{str(defaults[field]).replace('%', '%%')}]"
+        )
         options = {"help": text, "default": defaults[field]}
         if field == "preset":
             options["help"] = f"one of {', '.join(presets)} [{name}]"
         if hint is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            # tuple[float, float] takes two values, tuple[float, ...] any number
             kind, *rest = typing.get_args(hint) or (hint,)
             options |= {"type": kind, "metavar": kind.__name__.upper()}
             if rest:
@@ -617,36 +1944,42 @@ def parse_config(config_class, presets, data_presets, argv=None, description=Non
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         word = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
-        fail(f"unknown argument {word}{nearest(word, [flag(f) for f in fields])} --help lists all.")
+        old_fail(
+            f"unknown argument {word}{old_nearest(word, [flag(f) for f in fields])} --help lists all."
+        )
     for field, value in vars(args).items():
         if isinstance(value, float) and math.isnan(value):
-            fail(f"{flag(field)} is not a number")
-        if field in POSITIVE and value < 1 or field in NOT_NEGATIVE and value < 0:
-            fail(f"{flag(field)} {value} is below {int(field in POSITIVE)}")
+            old_fail(f"{flag(field)} is not a number")
+        if field in OLD_POSITIVE and value < 1 or (field in OLD_NOT_NEGATIVE and value < 0):
+            old_fail(f"{flag(field)} {value} is below {int(field in OLD_POSITIVE)}")
     place = Path(getattr(args, "features_out", "")).parent
     if not place.is_dir():
-        fail(f"--features-out {args.features_out}: there is no folder {place}")
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()})
+        old_fail(f"--features-out {args.features_out}: there is no folder {place}")
+    return config_class(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()}
+    )
 
 
-def given_flags(argv):
+def old_given_flags(argv):
     """The names of the fields that the command line sets itself: {'steps', 'out', ...}."""
-    return {a[2:].split("=")[0].removeprefix("no-").replace("-", "_") for a in argv if a.startswith("--")}
+    return {
+        a[2:].split("=")[0].removeprefix("no-").replace("-", "_")
+        for a in argv
+        if a.startswith("--")
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def full_state(model, optimizer=None):
+def old_full_state(model, optimizer=None):
     """Plain CPU tensors by parameter name, gathered from all ranks if sharded: (model state, optimizer's or None)."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp.get_model_state_dict(model, options=options)
-    return weights, dcp.get_optimizer_state_dict(model, optimizer, options=options) if optimizer else None
+    return (
+        weights,
+        dcp.get_optimizer_state_dict(model, optimizer, options=options) if optimizer else None,
+    )
 
 
-def load_full_state(model, state, optimizer=None, optimizer_state=None):
+def old_load_full_state(model, state, optimizer=None, optimizer_state=None):
     """The inverse of `full_state`, on any number of ranks."""
     options = dcp.StateDictOptions(full_state_dict=True)
     dcp.set_model_state_dict(model, state, options=options)
@@ -655,7 +1988,7 @@ def load_full_state(model, state, optimizer=None, optimizer_state=None):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def old_replacing(path):
     """with replacing(path) as file: what is written takes the place of `path` at the end, synced, or exit 1.
 
     It goes to a temporary file beside it, renamed when complete, so `path` is whole at every moment.
@@ -667,32 +2000,34 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        kept = f"the previous {path.name} is intact" if path.exists() else "there was no earlier one"
+        kept = (
+            f"the previous {path.name} is intact" if path.exists() else "there was no earlier one"
+        )
         advice = "Free some space or choose another --out, then --resume."
-        fail(f"could not write {path}: {error}; {kept}. {advice}", code=1)
+        old_fail(f"could not write {path}: {error}; {kept}. {advice}", code=1)
 
 
-def save_checkpoint(path, state):
+def old_save_checkpoint(path, state):
     """Write plain tensors, numbers and strings, atomically."""
-    with replacing(path) as file:
+    with old_replacing(path) as file:
         torch.save(state, file)
 
 
-def save_config(out, config):
+def old_save_config(out, config):
     """Write config.json into the run's folder, atomically, since --resume comes here again and may be killed."""
-    with replacing(Path(out) / "config.json") as file:
+    with old_replacing(Path(out) / "config.json") as file:
         file.write(json.dumps(dataclasses.asdict(config), indent=2).encode() + b"\n")
 
 
-def load_checkpoint(path):
+def old_load_checkpoint(path):
     """Read a checkpoint, a dict of plain tensors, mapped from disk; runs no code in it. Exits with 2 if it is none.
 
     torch does not check what it reads, so a flipped bit would become a weight: the archive's checksums are compared.
     """
     if not Path(path).is_file():
-        fail(f"no checkpoint at {path}")
+        old_fail(f"no checkpoint at {path}")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -701,54 +2036,62 @@ def load_checkpoint(path):
                 raise ValueError(f"the checksum of {damaged} is wrong")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError):  # files older than torch 1.6 can't be mapped
+        except (RuntimeError, ValueError):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001  whatever a broken file provokes, the answer is the same sentence
+    except Exception as error:
         reason = str(error).split("\n")[0][:150]
-        fail(f"{path} is truncated, or not a checkpoint that can be read safely ({type(error).__name__}: {reason})")
+        old_fail(
+            f"{path} is truncated, or not a checkpoint that can be read safely ({type(error).__name__}: {reason})"
+        )
     if not isinstance(state, dict):
-        fail(f"{path} is not a checkpoint: expected a dict of weights, found {type(state).__name__}")
+        old_fail(
+            f"{path} is not a checkpoint: expected a dict of weights, found {type(state).__name__}"
+        )
     return state
 
 
-def read_own_checkpoint(path, script, architecture=(), config=None):
+def old_read_own_checkpoint(path, script, architecture=(), config=None):
     """A last.pt of `script`. Exits with 2 if it is another's, or if a field of `architecture` is not as in config."""
-    state = load_checkpoint(path)
+    state = old_load_checkpoint(path)
     if not isinstance(state, dict) or state.get("script") != script:
-        writer = state["script"] if isinstance(state, dict) and "script" in state else "something else"
-        fail(f"{path} was not written by {script}.py, but by {writer}")
+        writer = (
+            state["script"] if isinstance(state, dict) and "script" in state else "something else"
+        )
+        old_fail(f"{path} was not written by {script}.py, but by {writer}")
     theirs = state["config"]
     differ = [k for k in architecture if config is not None and theirs[k] != getattr(config, k)]
     if differ:
-        differences = (f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ)
-        fail(f"{path} was trained with {', '.join(differences)}")
+        differences = (
+            f"--{k.replace('_', '-')} {theirs[k]} and not {getattr(config, k)}" for k in differ
+        )
+        old_fail(f"{path} was trained with {', '.join(differences)}")
     return state
 
 
-def load_state(module, state, what):
+def old_load_state(module, state, what):
     """`load_state_dict`; a mismatch is one readable error (exit 2) that lists missing, unexpected, misshapen keys."""
     own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    missing, unexpected = (sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys()))
     wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
     shapes = [f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}" for k in wrong]
     if missing or unexpected or shapes:
         lists = dict(missing=missing, unexpected=unexpected, shapes=shapes)
         parts = [f"{name}: {', '.join(keys)}" for name, keys in lists.items() if keys]
-        fail(f"{what} does not fit this model. " + ". ".join(parts))
+        old_fail(f"{what} does not fit this model. " + ". ".join(parts))
     module.load_state_dict(state)
 
 
-def lock(folder):
+def old_lock(folder):
     """Whether this process has the folder for itself, from now to its end. OSError if it cannot be written.
 
     A POSIX lock: it ends with the process, even by kill -9, and loading processes do not inherit it. A system or a
     filesystem that knows no such locks grants everything.
     """
     try:
-        import fcntl  # not on Windows
+        import fcntl
     except ImportError:
         return True
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # left open: closing it would give up the lock
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 438)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -758,79 +2101,87 @@ def lock(folder):
     return True
 
 
-def choose_out(out, script, resume, world):
+def old_choose_out(out, script, resume, world):
     """The run's folder, made and locked. '' -> runs/SCRIPT, or the first free runs/SCRIPT-2, ... (resume: the last).
 
     Exits with 2 if it cannot be written, if another process is writing it, or if it was named and already holds a run
     that is not to be resumed.
     """
-    path, problem = Path(out), ""
+    path, problem = (Path(out), "")
     if world.rank == 0:
         try:
             if not out:
-                names = [Path("runs", script), *(Path("runs", f"{script}-{i}") for i in range(2, 10000))]
-                free = next(i for i, name in enumerate(names) if not name.exists())
+                names = [
+                    Path("runs", script),
+                    *(Path("runs", f"{script}-{i}") for i in range(2, 10000)),
+                ]
+                free = next((i for i, name in enumerate(names) if not name.exists()))
                 path = names[max(0, free - 1)]
-                for path in [] if resume else names[free:]:  # noqa: B007  another run may take a name before we do
+                for path in [] if resume else names[free:]:
                     with contextlib.suppress(FileExistsError):
                         path.mkdir(parents=True)
                         break
             path.mkdir(parents=True, exist_ok=True)
-            if not lock(path):
+            if not old_lock(path):
                 problem = f"another process is writing to {path}: wait until it has ended, or choose another --out"
-            elif out and not resume and any((path / name).exists() for name in ("config.json", "last.pt", "log.jsonl")):
+            elif (
+                out
+                and (not resume)
+                and any(
+                    ((path / name).exists() for name in ("config.json", "last.pt", "log.jsonl"))
+                )
+            ):
                 problem = f"{path} already holds a run: add --resume to continue it, or choose another --out"
         except OSError as error:
             problem = f"cannot write to {path}: {error}; choose another --out"
-    if world.size > 1:  # all ranks take rank 0's choice
+    if world.size > 1:
         words = [str(path), problem]
         dist.broadcast_object_list(words)
-        path, problem = Path(words[0]), words[1]
+        path, problem = (Path(words[0]), words[1])
     if problem:
-        fail(problem)
+        old_fail(problem)
     return path
 
 
-def resume_command(out):
+def old_resume_command(out):
     """The command line that continues this run."""
     words = [w for w in sys.argv[1:] if w != "--resume"]
-    if "out" not in given_flags(words):
+    if "out" not in old_given_flags(words):
         words += ["--out", str(out)]
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
     return shlex.join([*launcher, Path(sys.argv[0]).name, *words, "--resume"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Log and signals
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def stop_not_finite(out, step):
+def old_stop_not_finite(out, step):
     """Leave after three steps in a row that were not applied (exit 3), and say which weights are still good."""
     last = Path(out) / "last.pt"
-    kept = f"{last} holds the last good weights" if last.exists() else "no checkpoint had been written yet"
+    kept = (
+        f"{last} holds the last good weights"
+        if last.exists()
+        else "no checkpoint had been written yet"
+    )
     bad = f"loss or gradients were not finite in three steps in a row before step {step}"
-    fail(f"{bad}; {kept}. Try a lower --lr, or --precision fp32.", code=3)
+    old_fail(f"{bad}; {kept}. Try a lower --lr, or --precision fp32.", code=3)
 
 
-class Log:
+class OldLog:
     """log.jsonl, a progress bar, and the request to stop: SIGTERM and SIGINT set `stop`, the loop ends its step."""
 
     def __init__(self, out, world, total=0, start=0):
-        self.rank, self.start, self.total, self.stop = world.rank, start, total, None
+        self.rank, self.start, self.total, self.stop = (world.rank, start, total, None)
         self.path = Path(out) / "log.jsonl"
-        self.bar, self.began, self.skipped = None, time.monotonic(), set()
-        self.size, self.catching = world.size, False
+        self.bar, self.began, self.skipped = (None, time.monotonic(), set())
+        self.size, self.catching = (world.size, False)
         if self.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if total and self.path.exists():  # rows after the step that we resume from will be written again
+            if total and self.path.exists():
                 kept = []
                 for line in self.path.read_text(errors="replace").splitlines():
-                    with contextlib.suppress(ValueError):  # a line that a crash tore
+                    with contextlib.suppress(ValueError):
                         if json.loads(line).get("step", 0) <= start:
                             kept.append(line + "\n")
-                with replacing(self.path) as file:
+                with old_replacing(self.path) as file:
                     file.write("".join(kept).encode())
             if total > start and sys.stderr.isatty():
                 self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
@@ -841,7 +2192,7 @@ class Log:
 
     def leave(self, *_):
         """End at once: what follows training can be done again from last.pt."""
-        self.say(f"stopped. To continue: {resume_command(self.path.parent)}")
+        self.say(f"stopped. To continue: {old_resume_command(self.path.parent)}")
         raise SystemExit(0)
 
     def handle_signals(self, handler):
@@ -865,7 +2216,10 @@ class Log:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(row) + "\n")
             except OSError as error:
-                fail(f"could not write {self.path}: {error}; last.pt is intact. Free some space, then --resume.", 1)
+                old_fail(
+                    f"could not write {self.path}: {error}; last.pt is intact. Free some space, then --resume.",
+                    1,
+                )
 
     def progress(self, step, **shown):
         """Show the state after `step` steps: in the bar, or as a plain line when the output is no terminal."""
@@ -877,7 +2231,7 @@ class Log:
             self.bar.set_postfix(text)
         else:
             left = (time.monotonic() - self.began) / max(1, step - self.start) * (self.total - step)
-            values = " ".join(f"{k} {v}" for k, v in text.items())
+            values = " ".join((f"{k} {v}" for k, v in text.items()))
             self.say(f"step {step}/{self.total} {values} eta {left:.0f} s")
 
     def say(self, text):
@@ -893,7 +2247,9 @@ class Log:
             if len(self.skipped) <= 10:
                 self.say(f"skipped an unreadable file: {message}")
         if len(self.skipped) > max(1, limit * total):
-            fail(f"{len(self.skipped)} of {total} files could not be read, more than --max-bad {limit:g} allows")
+            old_fail(
+                f"{len(self.skipped)} of {total} files could not be read, more than --max-bad {limit:g} allows"
+            )
 
     def close(self):
         """End the progress bar. From now on a signal ends the process, but no rank, since others may wait for it."""
@@ -904,14 +2260,22 @@ class Log:
             self.handle_signals(self.leave)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Toy images
-# ---------------------------------------------------------------------------------------------------------------------
-TOY_CLASSES = ["stripes", "lines", "checks", "dots", "grid", "honeycomb", "zigzag", "quincunx", "rings", "weave"]
+OLD_TOY_CLASSES = [
+    "stripes",
+    "lines",
+    "checks",
+    "dots",
+    "grid",
+    "honeycomb",
+    "zigzag",
+    "quincunx",
+    "rings",
+    "weave",
+]
 
 
 @functools.lru_cache(maxsize=4)
-def toy_images(split, size=24):
+def old_toy_images(split, size=24):
     """Ten grey textures at any turn and phase, at varying scale and light, a little noise: to be learned in minutes.
 
     Grey and of one contrast on purpose: what varies strongly over images and is easy to predict within one, such as
@@ -928,9 +2292,13 @@ def toy_images(split, size=24):
         return np.exp(4 * (np.cos(angle) - 1))
 
     line = np.arange(size) - (size - 1) / 2
-    turn, period = uniform(-np.pi, np.pi), size / 2 * np.exp(uniform(-0.2, 0.2))
-    u = (line * np.cos(turn) + line[:, None] * np.sin(turn)) * 2 * np.pi / period + uniform(0, 2 * np.pi)
-    v = (line[:, None] * np.cos(turn) - line * np.sin(turn)) * 2 * np.pi / period + uniform(0, 2 * np.pi)
+    turn, period = (uniform(-np.pi, np.pi), size / 2 * np.exp(uniform(-0.2, 0.2)))
+    u = (line * np.cos(turn) + line[:, None] * np.sin(turn)) * 2 * np.pi / period + uniform(
+        0, 2 * np.pi
+    )
+    v = (line[:, None] * np.cos(turn) - line * np.sin(turn)) * 2 * np.pi / period + uniform(
+        0, 2 * np.pi
+    )
     textures = [
         lambda u, v: np.sin(u),
         lambda u, v: ridge(u),
@@ -942,7 +2310,7 @@ def toy_images(split, size=24):
         lambda u, v: -ridge(u) * ridge(v) - ridge(u + np.pi) * ridge(v + np.pi),
         lambda u, v: np.sin(np.hypot(u - np.pi, v - np.pi)),
         lambda u, v: np.sin(u) * np.sign(np.sin(v / 2)),
-    ]  # of the two coordinates, in radians; in the order of TOY_CLASSES
+    ]
     grey = np.empty((count, size, size))
     for k, texture in enumerate(textures):
         grey[k::10] = texture(u[k::10], v[k::10])
@@ -950,4 +2318,4 @@ def toy_images(split, size=24):
     light = uniform(-1, 1) + (uniform(-1, 1) * line[:, None] + uniform(-1, 1) * line) / (size / 2)
     grey = 128 + 40 * grey + 30 * light + random.normal(0, 8, grey.shape)
     pixels = torch.from_numpy(grey.clip(0, 255).astype(np.uint8))[:, None].repeat(1, 3, 1, 1)
-    return pixels, torch.arange(count) % 10
+    return (pixels, torch.arange(count) % 10)

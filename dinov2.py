@@ -83,7 +83,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import common
-from common import EMA, Block, Log, PatchEmbed, World, effective_rank, fail, generator
+from common import OLD_EMA as EMA, OldBlock as Block, OldLog as Log, OldPatchEmbed as PatchEmbed, OldWorld as World, old_effective_rank as effective_rank, old_fail as fail, old_generator as generator
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -354,15 +354,15 @@ def colour_jitter(images, factors, order):
     """
     device = images.device
     blends = torch.where(order == 3, 1.0, factors.gather(1, order))[..., None, None, None]  # [B, 4, 1, 1, 1]
-    blends, turns = common.send(blends, device), common.send(factors[:, 3], device)
-    operations = common.send(order, device)[..., None, None, None]
+    blends, turns = common.old_send(blends, device), common.old_send(factors[:, 3], device)
+    operations = common.old_send(order, device)[..., None, None, None]
     for place in range(4):
         grey, operation = grey_levels(images), operations[:, place]
         mean = (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor()
         base = torch.where(operation == 2, grey, torch.where(operation == 1, mean, 0.0))
         # lerp is exact at factor 1; the 1e-3 is for values that rounding puts just below an integer
         images = torch.lerp(base, images, blends[:, place]).clamp_(0, 255).add_(1e-3).floor_()
-        rows = common.send(((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0], device)
+        rows = common.old_send(((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0], device)
         images.index_copy_(0, rows, shift_hue(images[rows], turns[rows]))
     return images
 
@@ -420,13 +420,13 @@ def augment(images, factors, order, grey, sigma, solarize):
     if (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any():
         images = colour_jitter(images.round(), factors, order)
     if grey.any():
-        images = torch.where(common.send(grey, device)[:, None, None, None], grey_levels(images), images)
+        images = torch.where(common.old_send(grey, device)[:, None, None, None], grey_levels(images), images)
     rows = sigma.nonzero()[:, 0]
     if len(rows):
-        sigma, rows = common.send(sigma[rows], device), common.send(rows, device)
+        sigma, rows = common.old_send(sigma[rows], device), common.old_send(rows, device)
         images = images.index_copy(0, rows, gaussian_blur(images[rows], sigma))
     if solarize.any():
-        images = torch.where(common.send(solarize, device)[:, None, None, None] & (images >= 128), 255 - images, images)
+        images = torch.where(common.old_send(solarize, device)[:, None, None, None] & (images >= 128), 255 - images, images)
     return images
 
 
@@ -827,19 +827,13 @@ def total_loss(student, targets, patch_targets, weights, config):
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Copied from ijepa.py
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Copied from ijepa.py
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-# Copied from ijepa.py
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-# Copied from ijepa.py
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-# Copied from ijepa.py
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, Image.DecompressionBombError)
 
 
-# Copied from ijepa.py
 @dataclass
 class Split:
     """N images. labels: int64 [N], -1 where unknown; paths: relative to root; pixels: uint8 [N, 3, H, W] if in memory;
@@ -862,12 +856,11 @@ class Split:
         return replace(self, paths=paths, labels=self.labels[indices], pixels=pixels, sizes=sizes)
 
 
-# Copied from ijepa.py
 def open_split(config, name):
     """The `train` or `val` Split of --data; None where a folder has no `val`. Exits with 2 if there are no images."""
     if config.data == "toy":
-        pixels, labels = common.toy_images(name, config.image_size)
-        return in_memory(pixels, labels, [f"{name}/{i:05d}" for i in range(len(pixels))], common.TOY_CLASSES)
+        pixels, labels = common.old_toy_images(name, config.image_size)
+        return in_memory(pixels, labels, [f"{name}/{i:05d}" for i in range(len(pixels))], common.OLD_TOY_CLASSES)
     root = Path(config.data).expanduser()
     if not root.exists() and "/" not in config.data:
         root = Path(os.environ.get("DATA", "data")) / config.data
@@ -901,13 +894,11 @@ def open_data(config, name):
     return Split(listing.parent, paths, torch.full((len(paths),), -1), []) if name == "train" else None
 
 
-# Copied from ijepa.py
 def in_memory(pixels, labels, paths, classes):
     """A Split whose images are decoded already: pixels uint8 [N, 3, H, W]."""
     return Split(None, paths, labels, classes, pixels, torch.tensor(pixels.shape[:1:-1]).expand(len(pixels), 2))
 
 
-# Copied from ijepa.py
 def cifar10_binary(folder, name):
     """CIFAR-10 from its home page's archive, downloaded once into `folder` and checked; read without extracting it."""
     archive = folder / "cifar-10-binary.tar.gz"
@@ -938,7 +929,6 @@ def cifar10_binary(folder, name):
     return in_memory(rows[:, 1:].reshape(-1, 3, 32, 32), labels, paths, classes)
 
 
-# Copied from ijepa.py
 def to_rgb(image):
     """Any PIL image -> upright RGB: turned as EXIF says, 16 bits scaled to 8, palette, grey and CMYK converted."""
     image = ImageOps.exif_transpose(image)
@@ -947,13 +937,11 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-# Copied from ijepa.py
 def upright_size(image):
     """(width, height) that an opened but not yet decoded image will have after `to_rgb`."""
     return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
 
 
-# Copied from ijepa.py
 def decode(path, choose_box, size, bicubic=False):
     """Read a file and resize a part of it in one go -> (uint8 [3, H, W], original (width, height)).
 
@@ -973,7 +961,6 @@ def decode(path, choose_box, size, bicubic=False):
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), original
 
 
-# Copied from ijepa.py
 def random_crops(sizes, scale, generator):
     """`random_crop` for a batch at once: sizes [B, 2] (width, height) -> float32 [B, 4] (top, left, height, width)."""
     u = torch.rand(len(sizes), 11, 2, generator=generator, dtype=torch.float64)
@@ -988,14 +975,12 @@ def random_crops(sizes, scale, generator):
     return torch.cat([corner.flip(1), part.flip(1)], dim=1).float()
 
 
-# Copied from ijepa.py
 def centre_box(width, height, size):
     """The part evaluation sees: shorter side to size*256/224, central square of `size`; size x size stays whole."""
     side = size if (width, height) == (size, size) else min(width, height) * size / int(size * 256 / 224)
     return (height - side) / 2, (width - side) / 2, side, side
 
 
-# Copied from ijepa.py
 def resampling_weights(start, length, size_in, size_out, bicubic=False):
     """PIL's antialiased resampling of [start, start + length), tensors [B], as matrices [B, size_out, size_in]."""
     start, end = start[:, None, None], (start + length)[:, None, None]
@@ -1010,7 +995,6 @@ def resampling_weights(start, length, size_in, size_out, bicubic=False):
     return weights / weights.sum(-1, keepdim=True)
 
 
-# Copied from ijepa.py
 def crop_resize(images, boxes, size, flip=None, bicubic=False):
     """Crop and resize a batch as PIL does, in two matrix products: images [B, 3, H, W] -> float [B, 3, size, size].
 
@@ -1025,10 +1009,9 @@ def crop_resize(images, boxes, size, flip=None, bicubic=False):
     return images.clamp(0, 255) if bicubic else images
 
 
-# Copied from ijepa.py
 def normalize(images):
     """0..255 -> the networks' range, by ImageNet's mean and std: [B, 3, H, W]."""
-    mean, std = (common.constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (common.old_constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
@@ -1120,7 +1103,6 @@ class MultiCrop(Dataset):
         fail(f"100 images in a row could not be read, {path} the last of them")
 
 
-# Copied from ijepa.py
 class Files(Dataset):
     """Item i: (pixels uint8 [3, H, W], size [width, height], error or '') of image i: the evaluation transform to
     `size` pixels, or where `canvas` (width, height) is given, the whole image resized to that."""
@@ -1143,7 +1125,6 @@ class Files(Dataset):
             return torch.zeros(3, canvas[1], canvas[0], dtype=torch.uint8), torch.ones(2).long(), f"{path}: {error}"
 
 
-# Copied from ijepa.py
 def cache_pixels(split, config, world, log):
     """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
@@ -1157,7 +1138,7 @@ def cache_pixels(split, config, world, log):
     canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
     if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
-    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.worker_count(config, world, True))
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.old_worker_count(config, world, True))
     pixels, sizes, errors = zip(*files, strict=True)
     errors = [e for batch in errors for e in batch]
     log.skip([e for e in errors if e], len(split), config.max_bad)
@@ -1165,11 +1146,10 @@ def cache_pixels(split, config, world, log):
     return split.subset(torch.tensor([not e for e in errors]).nonzero()[:, 0])
 
 
-# Copied from ijepa.py
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = common.worker_count(config, world, streaming=batches.canvas is None)
-    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.ignore_signals)
+    workers = common.old_worker_count(config, world, streaming=batches.canvas is None)
+    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.old_ignore_signals)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, **options))
 
 
@@ -1214,15 +1194,15 @@ def schedules(config, step, steps):
     warmup, temp_warmup, frozen = (round(share * steps) for share in (c.warmup, c.temp_warmup, c.freeze_last))
     peak = c.lr * math.sqrt(c.batch / 1024)
     if step < warmup:
-        lr = common.linear_schedule(step, warmup - 1, 0.0, peak)
+        lr = common.old_linear_schedule(step, warmup - 1, 0.0, peak)
     else:
-        lr = common.cosine_schedule(step - warmup, steps - warmup, peak, c.lr_final)
+        lr = common.old_cosine_schedule(step - warmup, steps - warmup, peak, c.lr_final)
     return Schedule(
         lr=lr,
         last_layer_lr=0.0 if step < frozen else lr,
-        weight_decay=common.cosine_schedule(step, steps, c.weight_decay, c.weight_decay_final),
-        momentum=common.cosine_schedule(step, steps, c.momentum, c.momentum_final),
-        teacher_temp=common.linear_schedule(min(step, temp_warmup - 1), temp_warmup - 1, *c.teacher_temp)
+        weight_decay=common.old_cosine_schedule(step, steps, c.weight_decay, c.weight_decay_final),
+        momentum=common.old_cosine_schedule(step, steps, c.momentum, c.momentum_final),
+        teacher_temp=common.old_linear_schedule(min(step, temp_warmup - 1), temp_warmup - 1, *c.teacher_temp)
         if temp_warmup > 1
         else c.teacher_temp[1],
     )
@@ -1281,10 +1261,10 @@ def teacher_targets(config, logits, patch_logits, centres, temperature):
 def distribute(model, world, shard):
     """DDP, or FSDP2 block by block; backbone and heads are sharded apart, so that each can be called by itself."""
     if not shard:
-        return common.distribute(model, world)
+        return common.old_distribute(model, world)
     # FSDP2 warns that outputs are views, which in-place operations would spoil; there are none
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    common.distribute(model.backbone, world, shard=True)
+    common.old_distribute(model.backbone, world, shard=True)
     for head in model.modules_to_clip()[1:]:
         fully_shard(head)
     return fully_shard(model)
@@ -1309,7 +1289,7 @@ def step_places(config, item, step, first, rows):
 
 def train(model, ema_model, split, config, world, out):
     """Train (student, EMA teacher) on a Split. Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
-    device, dtype = world.device, common.choose_precision(config.precision, world.device)
+    device, dtype = world.device, common.old_choose_precision(config.precision, world.device)
     steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
     frozen = load_teacher(config).to(device) if config.teacher else None
     if frozen:
@@ -1327,23 +1307,23 @@ def train(model, ema_model, split, config, world, out):
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
-        common.load_full_state(model, state["model"], optimizer, state["optimizer"])
-        common.load_full_state(ema_model, state["teacher"])
+        state = common.old_read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
+        common.old_load_full_state(model, state["model"], optimizer, state["optimizer"])
+        common.old_load_full_state(ema_model, state["teacher"])
         scaler.load_state_dict(state["scaler"])
         centres = [centre.to(device) for centre in state["centres"]]
         start, streak = state["step"], state["streak"].to(device)
 
     def save(step):
-        weights, moments = common.full_state(model, optimizer)
+        weights, moments = common.old_full_state(model, optimizer)
         state = dict(script=Path(__file__).stem, step=step, config=asdict(config), model=weights, optimizer=moments)
-        state |= dict(teacher=common.full_state(ema_model)[0], centres=[centre.cpu() for centre in centres])
+        state |= dict(teacher=common.old_full_state(ema_model)[0], centres=[centre.cpu() for centre in centres])
         state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
         if world.rank == 0:
-            common.save_checkpoint(out / "last.pt", state)
+            common.old_save_checkpoint(out / "last.pt", state)
 
     if world.rank == 0:
-        common.save_config(out, config)
+        common.old_save_config(out, config)
     kinds = crop_kinds(config)
     batches = MultiCrop(split, config, world, config.batch, kinds)
     loader = make_loader(batches, range(start, steps), config, world)
@@ -1391,7 +1371,7 @@ def train(model, ema_model, split, config, world, out):
             if config.drop_path:
                 chance = generator(config.seed, "drop", step, world.rank, i)
                 kept = drop_subsets(rates, [len(view) for view in views], chance, device)
-            with common.no_sync(model, last=i == len(parts) - 1), autocast():
+            with common.old_no_sync(model, last=i == len(parts) - 1), autocast():
                 student = model(views, masks, places, kept)
                 rows = slice(i * micro, (i + 1) * micro)
                 loss, terms = total_loss(student, targets[:, rows], patch_targets[i], weights, config)
@@ -1399,7 +1379,7 @@ def train(model, ema_model, split, config, world, out):
             losses += torch.cat([loss.detach()[None], terms]) / len(parts)
 
         scaler.unscale_(optimizer)
-        losses, norms = common.mean_over_ranks(losses), clip_gradients(plain, config.clip)
+        losses, norms = common.old_mean_over_ranks(losses), clip_gradients(plain, config.clip)
         applied = (losses[0] + norms.sum()).isfinite()  # a tensor on the device, the same on all ranks
         # with fp16's loss scaling, gradients overflow now and then by design: there only the loss counts
         bad = ~(losses[0].isfinite() if scaler.is_enabled() else applied)
@@ -1416,7 +1396,7 @@ def train(model, ema_model, split, config, world, out):
         stopping = log.stop and world.size == 1
         if done % config.log_every == 0 or done == steps or stopping:
             cls = cls.float()
-            used = torch.special.entr(common.mean_over_ranks(targets.mean((0, 1)))).sum().exp()
+            used = torch.special.entr(common.old_mean_over_ranks(targets.mean((0, 1)))).sum().exp()
             numbers = torch.cat([losses, norms, torch.stack([streak, cls.std(0).mean(), effective_rank(cls), used])])
             *numbers, bad_steps, std, rank, used = numbers.tolist()  # the only host-device sync
             stopping = log.agree(log.stop)
@@ -1428,15 +1408,15 @@ def train(model, ema_model, split, config, world, out):
             row |= dict(zip(("dino_global", "dino_local", "ibot", "koleo"), numbers[1:5]))
             row |= dict(zip(("gradient_norm", "dino_head_norm", "ibot_head_norm"), numbers[5:]))
             row |= dict(weight_decay=now.weight_decay, momentum=now.momentum, teacher_temp=now.teacher_temp)
-            row |= dict(feature_std=std, feature_rank=rank, prototypes=used, memory_gib=common.memory_gib(device))
+            row |= dict(feature_std=std, feature_rank=rank, prototypes=used, memory_gib=common.old_memory_gib(device))
             log.write(step=done, **row)
             if bad_steps >= 3:
-                common.stop_not_finite(out, done)
+                common.old_stop_not_finite(out, done)
         if (done % config.save_every == 0 and streak < 3) or done == steps or stopping:
             save(done)
         if stopping and done < steps:
             log.close()
-            log.say(f"stopped after step {done}. To continue: {common.resume_command(out)}")
+            log.say(f"stopped after step {done}. To continue: {common.old_resume_command(out)}")
             raise SystemExit(0)
     log.close()
     return plain, ema_model
@@ -1471,7 +1451,6 @@ def encode(backbone, images):
     return layers[-1][:, 0], torch.cat([*(x[:, 0] for x in layers), patches.mean(1)], dim=1), patches
 
 
-# Copied from ijepa.py
 def eval_images(split, config, world, log):
     """Iterate over a rank's share of a Split under the evaluation transform: (images [B, 3, S, S], indices [B], or -1).
 
@@ -1485,26 +1464,24 @@ def eval_images(split, config, world, log):
             images = split.pixels[indices].to(world.device)
             yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
         return
-    workers = common.worker_count(config, world, streaming=True)
+    workers = common.old_worker_count(config, world, streaming=True)
     loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
     for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
         log.skip([e for e in errors if e], n, config.max_bad)
         yield normalize(pixels.to(world.device)), indices.where(torch.tensor([not e for e in errors]), -1)
 
 
-# Copied from ijepa.py
 def collect(rows, device):
     """Join all ranks' rows, (indices [B], tensor [B, ...], ...), to (indices [N] on the CPU, tensor [N, ...], ...).
 
     In order of the indices, without those that were unreadable (-1) or came twice.
     """
-    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+    indices, *columns = (common.old_gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
     kept, order = np.unique(indices.cpu().numpy(), return_index=True)
     order = torch.from_numpy(order[kept >= 0]).to(device)
     return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
 
 
-# Copied from ijepa.py
 def extract(encoder, split, config, world, log, tokens=False):
     """Features of a whole Split on all ranks, in its order; unreadable images are left out."""
     rows = []
@@ -1516,7 +1493,6 @@ def extract(encoder, split, config, world, log, tokens=False):
     return Features(pooled, concat4, all_tokens if tokens else None, split.labels[kept].to(world.device), paths)
 
 
-# Copied from ijepa.py
 def raw_pixels(split, config, world, log):
     """Normalised pixels, averaged down to 32x32 where larger, for kNN without any network -> ([N, P], labels [N])."""
     rows = []
@@ -1527,7 +1503,6 @@ def raw_pixels(split, config, world, log):
     return pixels, split.labels[kept].to(world.device)
 
 
-# Copied from ijepa.py
 def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
     """Weighted kNN: cosine similarity, votes exp(similarity / temperature) summed per class -> {k: scores [N, C]}."""
     bank, scores = F.normalize(bank, dim=1), {k: [] for k in ks}
@@ -1540,7 +1515,6 @@ def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
     return {k: torch.cat(parts) for k, parts in scores.items()}
 
 
-# Copied from ijepa.py
 def accuracy(scores, labels):
     """Top-1 accuracy in percent of scores [..., N, C], labels [N]; ties go to the lower class."""
     return 100 * (scores.argmax(-1) == labels).float().mean(-1)
@@ -1593,7 +1567,7 @@ def linear_probe(batches, val, classes, config, total):
                 scores = (x @ weight.mT + bias).flatten(0, 1)  # [H*B, C]
                 loss = loss + F.cross_entropy(scores, labels.repeat(len(rates)), reduction="sum") / len(labels)
             gradients = torch.autograd.grad(loss, parameters)
-            factor = common.cosine_schedule(done, total, 1.0, 0.0)
+            factor = common.old_cosine_schedule(done, total, 1.0, 0.0)
             with torch.no_grad():
                 for p, g, m in zip(parameters, gradients, momenta):
                     p.sub_(rates[:, None, None] * factor * m.mul_(0.9).add_(g))
@@ -1609,7 +1583,6 @@ def linear_probe(batches, val, classes, config, total):
     return {"linear": best[2]} | result | {"linear_head": f"{best[0]}, lr {best[1]:g}"}
 
 
-# Copied from ijepa.py
 def cached_batches(features, config):
     """Batches for `linear_probe` from Features computed once, in a new order each epoch."""
 
@@ -1636,7 +1609,7 @@ def augmented_batches(backbone, split, config, world, log):
             images = make_crops(item, pixels, kinds, world.device, photometric=False)[0][0]
             parts = [encode(backbone, x)[:2] for x in images.split(config.eval_batch)]
             labels = split.labels[item["indices"]].to(world.device)
-            yield [common.gather_over_ranks(x) for x in (*map(torch.cat, zip(*parts)), labels)]
+            yield [common.old_gather_over_ranks(x) for x in (*map(torch.cat, zip(*parts)), labels)]
 
     return batches
 
@@ -1706,7 +1679,7 @@ def retrieval(queries, database, labels, query_labels):
 def scenes(split, count, size):
     """Made-up scenes for dense probes: two toy textures on the sides of a random line -> (uint8 [n, 3, size, size],
     label of each pixel int64 [n, size, size])."""
-    pixels, labels = common.toy_images(split, min(size, 48))
+    pixels, labels = common.old_toy_images(split, min(size, 48))
     chance = generator("scenes", split)
     first, second = (torch.randperm(len(pixels), generator=chance)[:count] for _ in range(2))
     line = torch.linspace(-1, 1, pixels.shape[2])
@@ -1729,7 +1702,7 @@ def segmentation_probe(backbone, config, device, steps=300, batch=64):
         images, labels = scenes(split, count, size)
         tokens = [encode(backbone, normalize(x.to(device)))[2] for x in images.split(config.eval_batch)]
         maps[split] = torch.cat(tokens).mT.unflatten(2, (size // patch, -1)), labels.to(device)
-    classes, width = len(common.TOY_CLASSES), maps["val"][0].shape[1]
+    classes, width = len(common.OLD_TOY_CLASSES), maps["val"][0].shape[1]
     torch.manual_seed(config.seed)
     head = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, classes, 1)).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-4)
@@ -1740,7 +1713,7 @@ def segmentation_probe(backbone, config, device, steps=300, batch=64):
     x, y = maps["train"]
     for step in range(steps):
         rows = torch.randint(len(x), (batch,), generator=generator(config.seed, "segment", step)).to(device)
-        optimizer.param_groups[0]["lr"] = common.cosine_schedule(step, steps, 1e-2, 0.0)
+        optimizer.param_groups[0]["lr"] = common.old_cosine_schedule(step, steps, 1e-2, 0.0)
         optimizer.zero_grad()
         F.cross_entropy(logits(x[rows]), y[rows]).backward()
         optimizer.step()
@@ -1845,7 +1818,6 @@ def evaluate(backbone, config, world, log, train_split=None):
     return results
 
 
-# Copied from ijepa.py
 def write_features(encoder, split, config, world, log):
     """--eval features: .npz of features float32 [N, D], labels int64 [N], paths, and with --tokens tokens [N, T, D]."""
     found = extract(encoder.eval(), split, config, world, log, config.tokens)
@@ -1860,7 +1832,7 @@ def random_backbone(backbone, config):
     """A freshly initialised Backbone of the same shape, by this config's initialisation."""
     width, patch = backbone.cls_token.shape[2], backbone.patch_embed.kernel[0]
     shape = dict(patch=patch, width=width, depth=len(backbone.blocks), heads=backbone.blocks[0].attn.heads,
-                 registers=backbone.registers, swiglu=isinstance(backbone.blocks[0].mlp, common.SwiGLU),
+                 registers=backbone.registers, swiglu=isinstance(backbone.blocks[0].mlp, common.OldSwiGLU),
                  image_size=patch * math.isqrt(backbone.pos_embed.shape[1] - 1))  # fmt: skip
     return build(replace(config, **shape))[0].backbone.requires_grad_(False).eval()
 
@@ -1937,7 +1909,7 @@ def picture_inputs(backbone, split, config, world, log, count):
 
 def to_picture(images):
     """Normalised images [n, 3, H, W] -> uint8 array [n, H, W, 3]."""
-    mean, std = (common.constant(v, images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (common.old_constant(v, images.device)[:, None, None] for v in (MEAN, STD))
     return ((images * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -2043,9 +2015,9 @@ def read_checkpoint(path, heads=0):
     ...} with prefixes `module.`, `backbone.` and heads; blocks may be in chunks (`blocks.<chunk>.<i>`). What shapes do
     not tell: heads are 64 wide (else --heads); with registers, positions are interpolated as for the released models.
     """
-    state = common.load_checkpoint(path)
+    state = common.old_load_checkpoint(path)
     if isinstance(state, dict) and "script" in state:
-        state = common.read_own_checkpoint(path, Path(__file__).stem)
+        state = common.old_read_own_checkpoint(path, Path(__file__).stem)
         architecture = {k: state["config"][k] for k in ARCHITECTURE}
         return dict(model=state["model"], teacher=state["teacher"], architecture=architecture, config=state["config"])
     flat = state.get("teacher", state) if isinstance(state, dict) else {}
@@ -2083,7 +2055,7 @@ def load_weights(model, teacher, weights, path):
         if not any(k.startswith("dino_head.") for k in state):
             print(f"{path}, {name}: has no heads, they start afresh; expect features to get worse at first", flush=True)
             state |= {k: v for k, v in own.items() if not k.startswith("backbone.")}
-        common.load_state(module, state, f"{path}, {name}")
+        common.old_load_state(module, state, f"{path}, {name}")
 
 
 def load_backbone(path, heads=0):
@@ -2099,7 +2071,7 @@ def load_backbone(path, heads=0):
         a["interpolate_offset"], a["interpolate_antialias"],
     )  # fmt: skip
     state = {k.removeprefix("backbone."): v for k, v in weights["teacher"].items() if k.startswith("backbone.")}
-    common.load_state(backbone, state, f"{path}, backbone")
+    common.old_load_state(backbone, state, f"{path}, backbone")
     return backbone.requires_grad_(False).eval()
 
 
@@ -2107,13 +2079,13 @@ def load_teacher(config):
     """The frozen teacher, with its heads, that --teacher names."""
     weights = read_checkpoint(config.teacher)
     teacher = DINOv2(replace(config, drop_path=0.0, **weights["architecture"]))
-    common.load_state(teacher, weights["teacher"], f"{config.teacher}, teacher")
+    common.old_load_state(teacher, weights["teacher"], f"{config.teacher}, teacher")
     return teacher.requires_grad_(False).eval()
 
 
 def official_head_scores(path, features):
     """Scores [N, C] of a released linear head: weight [C, 2D] (class token and mean patch) or [C, 5D] (four blocks)."""
-    head = common.load_checkpoint(path)
+    head = common.old_load_checkpoint(path)
     if not isinstance(head, dict) or not {"weight", "bias"} <= head.keys():
         fail(f"{path} is no linear head: expected `weight` and `bias`")
     for x in probe_inputs(features.concat4, features.pooled.shape[1]).values():
@@ -2316,7 +2288,7 @@ def embed_folder(folder, model, work, options, log):
     done = int(np.load(progress)) if progress.exists() else 0
     mode = dict(mode="r+") if done else dict(mode="w+", dtype=np.float16, shape=(len(paths), width))
     x = np.lib.format.open_memmap(file, **mode)
-    workers = common.worker_count(setting, World(0, 1, device), streaming=True)
+    workers = common.old_worker_count(setting, World(0, 1, device), streaming=True)
     files = DataLoader(Files(split, size), options.batch, sampler=range(done, len(paths)), num_workers=workers)
     for pixels, _, errors in files if done < len(paths) else ():
         images = normalize(pixels.to(device))
@@ -2363,7 +2335,7 @@ def curate(options, log):
         fail(f"cannot write {options.out}: its folder does not exist")
     work = Path(options.work or f"{options.out}.work")
     work.mkdir(parents=True, exist_ok=True)
-    if not common.lock(work):
+    if not common.old_lock(work):
         fail(f"another process is writing to {work}: wait until it has ended, or choose another --work")
     descriptor, device = options.descriptor or options.init, torch.device(options.device)
     embed = functools.partial(embed_folder, work=work, options=options, log=log)
@@ -2411,7 +2383,7 @@ def curate(options, log):
             found.append(indices)
         kept = kept[torch.cat(found).unique()]
     chosen = [paths[i] for i in kept.tolist()]
-    with common.replacing(Path(options.out)) as file:
+    with common.old_replacing(Path(options.out)) as file:
         file.write("".join(path + "\n" for path in chosen).encode())
     log.say(f"{options.out}: {len(chosen)} images; train on them with --data {options.out}")
     return chosen
@@ -2449,7 +2421,7 @@ def curate_main(argv):
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        fail(f"unknown argument {unknown[0]}{common.nearest(unknown[0].split('=')[0], flags)} --help lists all.")
+        fail(f"unknown argument {unknown[0]}{common.old_nearest(unknown[0].split('=')[0], flags)} --help lists all.")
     return curate(options, Log(Path(options.work or f"{options.out}.work"), World(0, 1, torch.device(options.device))))
 
 
@@ -2497,7 +2469,7 @@ def adopt(config, given):
             taken["eval_size"] = 224 // taken["patch"] * taken["patch"]
     config = replace(config, **{k: v for k, v in taken.items() if k not in given})
     if config.teacher:  # its prototypes are the student's
-        theirs = common.read_own_checkpoint(config.teacher, Path(__file__).stem)["config"]
+        theirs = common.old_read_own_checkpoint(config.teacher, Path(__file__).stem)["config"]
         names = ("prototypes", "ibot_prototypes", "separate_heads", "patch", "image_size", "local_size")
         config = replace(config, **{k: theirs[k] for k in names})
     return config
@@ -2505,11 +2477,11 @@ def adopt(config, given):
 
 def run(config, given):
     """Train and evaluate; with --init and no length given, only evaluate. given: names of the flags that were typed."""
-    world = common.start_world(config.device)
+    world = common.old_start_world(config.device)
     config = adopt(config, given)
     training = not config.init or config.high_res or bool({"steps", "epochs"} & given)
     check(config, world, training)
-    out = common.choose_out(config.out, Path(__file__).stem, config.resume, world)
+    out = common.old_choose_out(config.out, Path(__file__).stem, config.resume, world)
     if not training:
         backbone = load_backbone(config.init, config.heads).to(world.device)
         evaluate(backbone, config, world, Log(out, world))
@@ -2530,15 +2502,15 @@ def main(argv=None):
     if argv[:1] == ["curate"]:
         curate_main(argv[1:])
         return
-    config = common.parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
+    config = common.old_parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
     try:
-        run(config, common.given_flags(argv))
+        run(config, common.old_given_flags(argv))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         advice = "try --accumulate 2 (4, 8), --recompute, --precision bf16, --shard, or a smaller --batch"
         fail(f"out of GPU memory ({reason}): {advice}", 4)
     except OSError as error:
-        common.fail_if_full(error)
+        common.old_fail_if_full(error)
         raise
     finally:
         if dist.is_initialized():

@@ -63,7 +63,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import common
-from common import EMA, Block, CrossAttention, Log, ViT, World, effective_rank, fail, gather_tokens, generator
+from common import OLD_EMA as EMA, OldBlock as Block, OldCrossAttention as CrossAttention, OldLog as Log, OldViT as ViT, OldWorld as World, old_effective_rank as effective_rank, old_fail as fail, old_gather_tokens as gather_tokens, old_generator as generator
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -362,7 +362,6 @@ def step_views(config, step, first, last):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from ijepa.py
 def block_size(u, grid, scale, aspect, masks="official"):
     """(height, width) of a block, in patches, from one uniform u in [0, 1).
 
@@ -375,7 +374,6 @@ def block_size(u, grid, scale, aspect, masks="official"):
     return min(round(math.sqrt(area * ratio)), longest), min(round(math.sqrt(area / ratio)), longest)
 
 
-# Copied from ijepa.py
 def rectangles(corners, size, grid):
     """corners int64 [..., 2] (top, left), size (height, width) -> bool [..., N], true inside."""
     line = torch.arange(grid, device=corners.device)
@@ -384,7 +382,6 @@ def rectangles(corners, size, grid):
     return (rows[..., :, None] & columns[..., None, :]).flatten(-2)
 
 
-# Copied from ijepa.py
 def to_indices(blocks, length, keys=None):
     """bool [B, M, N] -> int64 [M, B, length], ascending: true entries of smallest keys [B, M, N], else the first."""
     if keys is None:
@@ -453,7 +450,7 @@ class Predictor(nn.Module):
         p = predictor_width
         self.predictor_embed = nn.Linear(width, p)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, p))
-        self.predictor_pos_embed = nn.Parameter(common.sincos_2d(p, grid, grid).float()[None], requires_grad=False)
+        self.predictor_pos_embed = nn.Parameter(common.old_sincos_2d(p, grid, grid).float()[None], requires_grad=False)
         self.cond = self.seq_action = None
         if conditioning == "feature":
             layers = nn.Linear(p + ACTION, p), nn.ReLU(), nn.Linear(p, p), nn.ReLU(), nn.Linear(p, p)
@@ -463,7 +460,7 @@ class Predictor(nn.Module):
         self.predictor_blocks = nn.ModuleList(Block(p, heads) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(p, eps=1e-6)
         self.predictor_proj = nn.Linear(p, width)
-        self.apply(common.init_weights)
+        self.apply(common.old_init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, context, keep, mask, action, task=None):
@@ -505,7 +502,7 @@ class IWM(nn.Module):
         self.encoder = ViT(c.image_size, c.patch, c.width, c.depth, c.heads)
         self.predictor = Predictor(c.image_size // c.patch, c.width, c.predictor_width, c.predictor_depth,
                                    c.predictor_heads or c.heads, c.conditioning)  # fmt: skip
-        self.apply(functools.partial(common.init_weights, std=c.init_std))
+        self.apply(functools.partial(common.old_init_weights, std=c.init_std))
         nn.init.normal_(self.encoder.patch_embed.proj.weight, std=c.patch_std or c.init_std)
 
     def forward(self, patches, keep, mask, action):
@@ -544,20 +541,14 @@ def iwm_loss(predictions, targets, config):
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Copied from ijepa.py
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Copied from ijepa.py
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-# Copied from ijepa.py
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-# Copied from ijepa.py
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 # What PIL raises on broken files: OSError for most; the header parsers let through the others.
-# Copied from ijepa.py
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, Image.DecompressionBombError)
 
 
-# Copied from ijepa.py
 @dataclass
 class Split:
     """N images. labels: int64 [N], -1 where unknown; paths: relative to root; pixels: uint8 [N, 3, H, W] if in memory;
@@ -580,12 +571,11 @@ class Split:
         return replace(self, paths=paths, labels=self.labels[indices], pixels=pixels, sizes=sizes)
 
 
-# Copied from ijepa.py
 def open_split(config, name):
     """The `train` or `val` Split of --data; None where a folder has no `val`. Exits with 2 if there are no images."""
     if config.data == "toy":
-        pixels, labels = common.toy_images(name, config.image_size)
-        return in_memory(pixels, labels, [f"{name}/{i:05d}" for i in range(len(pixels))], common.TOY_CLASSES)
+        pixels, labels = common.old_toy_images(name, config.image_size)
+        return in_memory(pixels, labels, [f"{name}/{i:05d}" for i in range(len(pixels))], common.OLD_TOY_CLASSES)
     root = Path(config.data).expanduser()
     if not root.exists() and "/" not in config.data:
         root = Path(os.environ.get("DATA", "data")) / config.data
@@ -625,13 +615,11 @@ def open_data(config, name):
     return replace(split, pixels=tint(split.pixels, 10 + (name == "val"))) if config.data == "toy" else split
 
 
-# Copied from ijepa.py
 def in_memory(pixels, labels, paths, classes):
     """A Split whose images are decoded already: pixels uint8 [N, 3, H, W]."""
     return Split(None, paths, labels, classes, pixels, torch.tensor(pixels.shape[:1:-1]).expand(len(pixels), 2))
 
 
-# Copied from ijepa.py
 def cifar10_binary(folder, name):
     """CIFAR-10 from its home page's archive, downloaded once into `folder` and checked; read without extracting it."""
     archive = folder / "cifar-10-binary.tar.gz"
@@ -662,7 +650,6 @@ def cifar10_binary(folder, name):
     return in_memory(rows[:, 1:].reshape(-1, 3, 32, 32), labels, paths, classes)
 
 
-# Copied from ijepa.py
 def to_rgb(image):
     """Any PIL image -> upright RGB: turned as EXIF says, 16 bits scaled to 8, palette, grey and CMYK converted."""
     image = ImageOps.exif_transpose(image)
@@ -671,13 +658,11 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-# Copied from ijepa.py
 def upright_size(image):
     """(width, height) that an opened but not yet decoded image will have after `to_rgb`."""
     return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
 
 
-# Copied from ijepa.py
 def decode(path, choose_box, size, bicubic=False):
     """Read a file and resize a part of it in one go -> (uint8 [3, H, W], original (width, height)).
 
@@ -697,7 +682,6 @@ def decode(path, choose_box, size, bicubic=False):
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), original
 
 
-# Copied from ijepa.py
 def random_crop(width, height, scale, generator=None):
     """RandomResizedCrop's part of an image, ratio 3/4 to 4/3, in torchvision's order -> (top, left, height, width)."""
     for _ in range(10):
@@ -711,7 +695,6 @@ def random_crop(width, height, scale, generator=None):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-# Copied from ijepa.py
 def random_crops(sizes, scale, generator):
     """`random_crop` for a batch at once: sizes [B, 2] (width, height) -> float32 [B, 4] (top, left, height, width)."""
     u = torch.rand(len(sizes), 11, 2, generator=generator, dtype=torch.float64)
@@ -726,14 +709,12 @@ def random_crops(sizes, scale, generator):
     return torch.cat([corner.flip(1), part.flip(1)], dim=1).float()
 
 
-# Copied from ijepa.py
 def centre_box(width, height, size):
     """The part evaluation sees: shorter side to size*256/224, central square of `size`; size x size stays whole."""
     side = size if (width, height) == (size, size) else min(width, height) * size / int(size * 256 / 224)
     return (height - side) / 2, (width - side) / 2, side, side
 
 
-# Copied from ijepa.py
 def resampling_weights(start, length, size_in, size_out, bicubic=False):
     """PIL's antialiased resampling of [start, start + length), tensors [B], as matrices [B, size_out, size_in]."""
     start, end = start[:, None, None], (start + length)[:, None, None]
@@ -748,7 +729,6 @@ def resampling_weights(start, length, size_in, size_out, bicubic=False):
     return weights / weights.sum(-1, keepdim=True)
 
 
-# Copied from ijepa.py
 def crop_resize(images, boxes, size, flip=None, bicubic=False):
     """Crop and resize a batch as PIL does, in two matrix products: images [B, 3, H, W] -> float [B, 3, size, size].
 
@@ -763,21 +743,19 @@ def crop_resize(images, boxes, size, flip=None, bicubic=False):
     return images.clamp(0, 255) if bicubic else images
 
 
-# Copied from ijepa.py
 def normalize(images):
     """0..255 -> the networks' range, by ImageNet's mean and std: [B, 3, H, W]."""
-    mean, std = (common.constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (common.old_constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
 # Copied from msn.py
 def to_pixels(images):
     """Normalised images [..., 3, S, S] -> 0..255."""
-    mean, std = (common.constant(v, images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (common.old_constant(v, images.device)[:, None, None] for v in (MEAN, STD))
     return (images * std + mean).clamp(0, 1) * 255
 
 
-# Copied from ijepa.py
 class Batches(Dataset):
     """Item t: this rank's share of the batch of step t, a function of (seed, t): workers and resuming change nothing.
 
@@ -828,7 +806,6 @@ class Batches(Dataset):
         fail(f"100 images in a row could not be read, {path} the last of them")
 
 
-# Copied from ijepa.py
 class Files(Dataset):
     """Item i: (pixels uint8 [3, H, W], size [width, height], error or '') of image i: the evaluation transform to
     `size` pixels, or where `canvas` (width, height) is given, the whole image resized to that."""
@@ -851,7 +828,6 @@ class Files(Dataset):
             return torch.zeros(3, canvas[1], canvas[0], dtype=torch.uint8), torch.ones(2).long(), f"{path}: {error}"
 
 
-# Copied from ijepa.py
 def cache_pixels(split, config, world, log):
     """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
@@ -865,7 +841,7 @@ def cache_pixels(split, config, world, log):
     canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
     if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
-    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.worker_count(config, world, True))
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.old_worker_count(config, world, True))
     pixels, sizes, errors = zip(*files, strict=True)
     errors = [e for batch in errors for e in batch]
     log.skip([e for e in errors if e], len(split), config.max_bad)
@@ -873,15 +849,13 @@ def cache_pixels(split, config, world, log):
     return split.subset(torch.tensor([not e for e in errors]).nonzero()[:, 0])
 
 
-# Copied from ijepa.py
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = common.worker_count(config, world, streaming=batches.canvas is None)
-    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.ignore_signals)
+    workers = common.old_worker_count(config, world, streaming=batches.canvas is None)
+    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.old_ignore_signals)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, **options))
 
 
-# Copied from ijepa.py
 def make_images(item, pixels, size, device, bicubic=False):
     """A loader's item -> normalised images float [b, 3, S, S] on the device; pixels in memory are cropped here."""
     item = {k: v.to(device, non_blocking=True) for k, v in item.items() if k in ("indices", "pixels", "boxes", "flip")}
@@ -896,53 +870,51 @@ def make_images(item, pixels, size, device, bicubic=False):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from ijepa.py
 def schedules(config, step, steps):
     """(lr, weight decay, EMA momentum) of step 0, 1, ... The released code advances the first two before the step."""
     c, length = config, config.schedule_scale * steps
-    lr = common.warmup_cosine_schedule(step + 1, int(length), int(c.warmup * steps), c.lr_start, c.lr, c.lr_final)
-    decay = common.cosine_schedule(step + 1, int(length), c.weight_decay, c.weight_decay_final)
-    return lr, decay, common.linear_schedule(step, length, c.momentum, c.momentum_final)
+    lr = common.old_warmup_cosine_schedule(step + 1, int(length), int(c.warmup * steps), c.lr_start, c.lr, c.lr_final)
+    decay = common.old_cosine_schedule(step + 1, int(length), c.weight_decay, c.weight_decay_final)
+    return lr, decay, common.old_linear_schedule(step, length, c.momentum, c.momentum_final)
 
 
-# Copied from ijepa.py
 def make_optimizer(model):
     """AdamW; groups: encoder and predictor decayed, then both undecayed. The loop sets lr and decay."""
-    groups = common.parameter_groups(model.encoder, model.predictor)
+    groups = common.old_parameter_groups(model.encoder, model.predictor)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def train(model, target, split, config, world, out):
     """Train (model, target encoder) on a Split. Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
-    device, dtype = world.device, common.choose_precision(config.precision, world.device)
+    device, dtype = world.device, common.old_choose_precision(config.precision, world.device)
     steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
     model, target = model.to(device), target.to(device)
     if config.compile:
         model.compile(dynamic=True)  # the number of visible patches changes from step to step
         target.compile()
-    plain, model = model, common.distribute(model, world, config.shard)
-    target = common.distribute(target, world, config.shard)
+    plain, model = model, common.old_distribute(model, world, config.shard)
+    target = common.old_distribute(target, world, config.shard)
     optimizer, ema = make_optimizer(plain), EMA(target, plain.encoder)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
-        common.load_full_state(model, state["model"], optimizer, state["optimizer"])
-        common.load_full_state(target, state["target"])
+        state = common.old_read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
+        common.old_load_full_state(model, state["model"], optimizer, state["optimizer"])
+        common.old_load_full_state(target, state["target"])
         scaler.load_state_dict(state["scaler"])
         start, streak = state["step"], state["streak"].to(device)
 
     def save(step):
-        weights, moments = common.full_state(model, optimizer)
+        weights, moments = common.old_full_state(model, optimizer)
         state = dict(script=Path(__file__).stem, step=step, config=asdict(config), model=weights)
-        state |= dict(target=common.full_state(target)[0], optimizer=moments)
+        state |= dict(target=common.old_full_state(target)[0], optimizer=moments)
         state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
         if world.rank == 0:
-            common.save_checkpoint(out / "last.pt", state)
+            common.old_save_checkpoint(out / "last.pt", state)
 
     if world.rank == 0:
-        common.save_config(out, config)
+        common.old_save_config(out, config)
     batches = Batches(split, config, world, config.batch, config.crop_scale, config.flip)
     loader = make_loader(batches, range(start, steps), config, world)
     pixels = None if split.pixels is None else split.pixels.to(device)
@@ -973,7 +945,7 @@ def train(model, target, split, config, world, out):
         for i, (x, y, a, masks) in enumerate(chunks):
             keep, mask = (m.to(device, non_blocking=True) for m in masks)
             autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-            with common.no_sync(model, last=i == parts - 1), autocast:
+            with common.old_no_sync(model, last=i == parts - 1), autocast:
                 with torch.no_grad():
                     tokens = target(y)  # [m, N, D]
                     targets = norm_tokens(gather_tokens(tokens, mask), config)
@@ -983,7 +955,7 @@ def train(model, target, split, config, world, out):
             loss += part_loss.detach()
 
         scaler.unscale_(optimizer)
-        loss, norm = common.mean_over_ranks(loss), common.gradient_norm(trainable)
+        loss, norm = common.old_mean_over_ranks(loss), common.old_gradient_norm(trainable)
         applied = (loss + norm).isfinite()  # a tensor on the device, the same on all ranks
         # with fp16's loss scaling, gradients overflow now and then by design: there only the loss counts
         bad = ~(loss.isfinite() if scaler.is_enabled() else applied)
@@ -1009,14 +981,14 @@ def train(model, target, split, config, world, out):
             log.progress(done, **row)
             row |= dict(weight_decay=decay, momentum=momentum, gradient_norm=norm_now, feature_std=std)
             row |= dict(feature_rank=rank, context=keep.shape[1], target=mask.shape[1])
-            log.write(step=done, **row, memory_gib=common.memory_gib(device))
+            log.write(step=done, **row, memory_gib=common.old_memory_gib(device))
             if bad_steps >= 3:
-                common.stop_not_finite(out, done)
+                common.old_stop_not_finite(out, done)
         if (done % config.save_every == 0 and streak < 3) or done == steps or stopping:
             save(done)
         if stopping and done < steps:
             log.close()
-            log.say(f"stopped after step {done}. To continue: {common.resume_command(out)}")
+            log.say(f"stopped after step {done}. To continue: {common.old_resume_command(out)}")
             raise SystemExit(0)
     log.close()
     return plain, target
@@ -1070,7 +1042,7 @@ def evaluate_mrr(model, target, split, config, world, log):
             found = rank_transformations(model, target, image, config, generator(config.seed, "mrr", index))
             reciprocal = [1 / ranks(found[k], found["true"]) for k in ("right", "rolled", "none")]
             rows.append(torch.stack([torch.tensor(float(index)).to(reciprocal[0]), *(r.mean() for r in reciprocal)]))
-    rows = common.gather_over_ranks(torch.stack(rows)).cpu().unique(dim=0)  # ranks may share an image
+    rows = common.old_gather_over_ranks(torch.stack(rows)).cpu().unique(dim=0)  # ranks may share an image
     values = 100 * rows[rows[:, 0] >= 0, 1:].mean(0)
     result = dict(zip(("mrr", "mrr rolled", "mrr none"), values.tolist()))
     return result | {"mrr chance": 100 * sum(1 / k for k in range(1, config.mrr_bank + 1)) / config.mrr_bank}
@@ -1081,7 +1053,6 @@ def evaluate_mrr(model, target, split, config, world, log):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from ijepa.py
 @dataclass
 class Features:
     """Of N images: pooled [N, D], concat4 [N, 4D] (see `encode`), tokens [N, T, D] or None, labels int64 [N], paths."""
@@ -1093,7 +1064,6 @@ class Features:
     paths: list
 
 
-# Copied from ijepa.py
 @torch.no_grad()
 def encode(encoder, images):
     """Frozen float32 features of images [B, 3, S, S]: pooled [B, D], concat4 [B, 4D], tokens [B, N, D].
@@ -1105,7 +1075,6 @@ def encode(encoder, images):
     return layers[-1].mean(1), torch.cat([x.mean(1) for x in layers], dim=1), layers[-1]
 
 
-# Copied from ijepa.py
 def eval_images(split, config, world, log):
     """Iterate over a rank's share of a Split under the evaluation transform: (images [B, 3, S, S], indices [B], or -1).
 
@@ -1119,26 +1088,24 @@ def eval_images(split, config, world, log):
             images = split.pixels[indices].to(world.device)
             yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
         return
-    workers = common.worker_count(config, world, streaming=True)
+    workers = common.old_worker_count(config, world, streaming=True)
     loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
     for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
         log.skip([e for e in errors if e], n, config.max_bad)
         yield normalize(pixels.to(world.device)), indices.where(torch.tensor([not e for e in errors]), -1)
 
 
-# Copied from ijepa.py
 def collect(rows, device):
     """Join all ranks' rows, (indices [B], tensor [B, ...], ...), to (indices [N] on the CPU, tensor [N, ...], ...).
 
     In order of the indices, without those that were unreadable (-1) or came twice.
     """
-    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+    indices, *columns = (common.old_gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
     kept, order = np.unique(indices.cpu().numpy(), return_index=True)
     order = torch.from_numpy(order[kept >= 0]).to(device)
     return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
 
 
-# Copied from ijepa.py
 def extract(encoder, split, config, world, log, tokens=False):
     """Features of a whole Split on all ranks, in its order; unreadable images are left out."""
     rows = []
@@ -1150,7 +1117,6 @@ def extract(encoder, split, config, world, log, tokens=False):
     return Features(pooled, concat4, all_tokens if tokens else None, split.labels[kept].to(world.device), paths)
 
 
-# Copied from ijepa.py
 def raw_pixels(split, config, world, log):
     """Normalised pixels, averaged down to 32x32 where larger, for kNN without any network -> ([N, P], labels [N])."""
     rows = []
@@ -1161,7 +1127,6 @@ def raw_pixels(split, config, world, log):
     return pixels, split.labels[kept].to(world.device)
 
 
-# Copied from ijepa.py
 def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
     """Weighted kNN: cosine similarity, votes exp(similarity / temperature) summed per class -> {k: scores [N, C]}."""
     bank, scores = F.normalize(bank, dim=1), {k: [] for k in ks}
@@ -1174,13 +1139,11 @@ def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
     return {k: torch.cat(parts) for k, parts in scores.items()}
 
 
-# Copied from ijepa.py
 def accuracy(scores, labels):
     """Top-1 accuracy in percent of scores [..., N, C], labels [N]; ties go to the lower class."""
     return 100 * (scores.argmax(-1) == labels).float().mean(-1)
 
 
-# Copied from ijepa.py
 def lars_step(weights, gradients, momenta, lr, decay, momentum=0.9, eta=0.001):
     """A LARS step for H heads at once: weights [H, ...]; lr, decay [H]; a head's 1-D parameters get no trust ratio."""
     for p, g, m in zip(weights, gradients, momenta, strict=True):
@@ -1192,7 +1155,6 @@ def lars_step(weights, gradients, momenta, lr, decay, momentum=0.9, eta=0.001):
         p.sub_(lr.view(heads) * m.mul_(momentum).add_(d))
 
 
-# Copied from ijepa.py
 def sgd_step(weights, gradients, momenta, lr, decay, momentum=0.9):
     """One SGD step with Nesterov momentum for H heads at once; arguments as in `lars_step`."""
     for p, g, m in zip(weights, gradients, momenta, strict=True):
@@ -1201,7 +1163,6 @@ def sgd_step(weights, gradients, momenta, lr, decay, momentum=0.9):
         p.sub_(lr.view(heads) * (d + momentum * m.mul_(momentum).add_(d)))
 
 
-# Copied from ijepa.py
 class ProbeHeads:
     """The whole grid of linear heads on one feature: (with BatchNorm, without) x learning rates x weight decays.
 
@@ -1248,7 +1209,6 @@ class ProbeHeads:
         return sum(accuracy(self.scores(f, self.mean, self.var), y) * len(y) for f, y in parts) / len(labels)
 
 
-# Copied from ijepa.py
 def linear_probe(batches, val, classes, config):
     """The paper's probe: all heads of the grid on both features, the best by validation reported.
 
@@ -1268,7 +1228,6 @@ def linear_probe(batches, val, classes, config):
     return result | {"linear_head": f"{best}, {heads[best].names[int(top1[best].argmax())]}"}
 
 
-# Copied from ijepa.py
 def cached_batches(features, config):
     """Batches for `linear_probe` from Features computed once, in a new order each epoch."""
 
@@ -1293,9 +1252,9 @@ class AttentiveHead(nn.Module):
         super().__init__()
         self.query = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for _ in range(3))
-        self.attention, self.mlp = CrossAttention(width, heads), common.MLP(width, 4 * width)
+        self.attention, self.mlp = CrossAttention(width, heads), common.OLD_MLP(width, 4 * width)
         self.linear = nn.Linear(width, classes)
-        self.apply(common.init_weights)
+        self.apply(common.old_init_weights)
 
     def forward(self, tokens):
         """tokens [B, N, D] -> scores [B, C]."""
@@ -1353,7 +1312,7 @@ def tune(encoder, predictor, tasks, config, world, log, train_encoder=False, fre
     fresh: the predictor is a random one, which learns ten times as fast as a pretrained one. AdamW, decay 0.05, 5 %
     warmup and a cosine, label smoothing 0.1. The percentage is top-1 accuracy, or mean IoU of classes for patches.
     """
-    c, device, dtype = config, world.device, common.choose_precision(config.precision, world.device)
+    c, device, dtype = config, world.device, common.old_choose_precision(config.precision, world.device)
     torch.manual_seed(c.seed)
     encoder = copy.deepcopy(encoder).requires_grad_(train_encoder)
     predictor = None if predictor is None else copy.deepcopy(predictor).requires_grad_(True)
@@ -1361,7 +1320,7 @@ def tune(encoder, predictor, tasks, config, world, log, train_encoder=False, fre
         if module is not None:
             getattr(module, key).requires_grad_(False)
     model = Tuned(encoder, predictor, tasks, c).to(device)
-    groups = common.parameter_groups(model)
+    groups = common.old_parameter_groups(model)
     slow = {id(p) for m in (encoder, None if fresh else predictor) if m is not None for p in m.parameters()}
     groups = [
         {"params": members, "weight_decay": 0.05 if group["decay"] else 0.0, "share": share}
@@ -1379,10 +1338,10 @@ def tune(encoder, predictor, tasks, config, world, log, train_encoder=False, fre
         data = Batches(task.train, c, world, batch, crop, flip, purpose=f"tune {task.name}")
         loaders.append(make_loader(data, range(steps), c, world))
         pixels.append(None if task.train.pixels is None else task.train.pixels.to(device))
-    wrapped = common.distribute(model, world)
+    wrapped = common.old_distribute(model, world)
     for step, items in enumerate(zip(*loaders, strict=True)):
         for group in optimizer.param_groups:
-            rate = common.warmup_cosine_schedule(step + 1, steps, steps // 20, 0.0, c.tune_lr, 0.0)
+            rate = common.old_warmup_cosine_schedule(step + 1, steps, steps // 20, 0.0, c.tune_lr, 0.0)
             group["lr"] = rate * group["share"]
         images = [make_images(item, p, c.image_size, device) for item, p in zip(items, pixels, strict=True)]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -1408,7 +1367,7 @@ def judge(model, index, task, config, world, log):
         labels = task.val.labels[indices.clamp(min=0)].to(images.device)
         columns = indices.to(labels), labels, head(x).argmax(-1)
         rows.append(torch.cat([column.view(len(x), -1) for column in columns], dim=1))
-    rows = common.gather_over_ranks(torch.cat(rows)).cpu().unique(dim=0)  # ranks may share an image
+    rows = common.old_gather_over_ranks(torch.cat(rows)).cpu().unique(dim=0)  # ranks may share an image
     labels, predicted = rows[rows[:, 0] >= 0, 1:].chunk(2, dim=1)
     if task.val.labels.dim() == 1:
         return 100 * (labels == predicted).double().mean().item()
@@ -1549,7 +1508,6 @@ def evaluate_one(model, target, train, val, wanted, config, world, log):
     return result
 
 
-# Copied from ijepa.py
 def write_features(encoder, split, config, world, log):
     """--eval features: .npz of features float32 [N, D], labels int64 [N], paths, and with --tokens tokens [N, T, D]."""
     found = extract(encoder.eval(), split, config, world, log, config.tokens)
@@ -1606,7 +1564,6 @@ def draw_picture(model, target, images, config, rows=6, bank=14, tile=72, gap=5)
 # Checkpoints: ours, and those of I-JEPA as a start without conditioning
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Copied from ijepa.py
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # by width: a file's shapes do not tell
 ARCHITECTURE = ("image_size", "patch", "width", "depth", "heads")
 ARCHITECTURE += ("predictor_width", "predictor_depth", "predictor_heads", "conditioning")
@@ -1618,9 +1575,9 @@ def read_checkpoint(path, heads=0):
 
     A file without `script` holds state dicts `encoder`, `target_encoder`, `predictor`, whose keys may begin `module.`.
     """
-    state = common.load_checkpoint(path)
+    state = common.old_load_checkpoint(path)
     if isinstance(state, dict) and "script" in state:
-        state = common.read_own_checkpoint(path, "ijepa" if state["script"] == "ijepa" else Path(__file__).stem)
+        state = common.old_read_own_checkpoint(path, "ijepa" if state["script"] == "ijepa" else Path(__file__).stem)
         parts = {"target": state["target"]}
         for name in ("encoder", "predictor"):
             parts[name] = {k.removeprefix(f"{name}."): v for k, v in state["model"].items() if k.startswith(f"{name}.")}
@@ -1652,14 +1609,13 @@ def read_checkpoint(path, heads=0):
     return parts | {"architecture": architecture}
 
 
-# Copied from ijepa.py
 def load_part(module, state, key, tokens, what):
     """Load a state dict whose position table `key` may have another resolution; exits with 2 if more differs."""
     if key in state and state[key].shape[1] != tokens:
         old, new = (math.isqrt(n) for n in (state[key].shape[1], tokens))
         print(f"{what}: positions interpolated from {old}x{old} to {new}x{new} patches", flush=True)
-        state = state | {key: common.interpolate_positions(state[key], (old, old), (new, new))}
-    common.load_state(module, state, what)
+        state = state | {key: common.old_interpolate_positions(state[key], (old, old), (new, new))}
+    common.old_load_state(module, state, what)
 
 
 def load_weights(model, target, weights, path):
@@ -1716,14 +1672,14 @@ def report(model, target, train_split, config, world, log):
 
 def run(config, given):
     """Train and evaluate; with --init and no length given, only evaluate. given: names of the flags that were typed."""
-    world = common.start_world(config.device)
+    world = common.old_start_world(config.device)
     heads = config.heads if "heads" in given else 0
     if config.init:
         architecture = read_checkpoint(config.init, heads)["architecture"]
         config = replace(config, **{k: v for k, v in architecture.items() if k not in given})
     training = not config.init or bool({"steps", "epochs"} & given)
     check(config, world, training)
-    out = common.choose_out(config.out, Path(__file__).stem, config.resume, world)
+    out = common.old_choose_out(config.out, Path(__file__).stem, config.resume, world)
     split = cache_pixels(open_data(config, "train"), config, world, Log(out, world)) if training else None
     model, target = build(config)
     if config.init:
@@ -1734,19 +1690,18 @@ def run(config, given):
     evaluate(model.to(world.device), target.to(world.device), config, world, Log(out, world), split)
 
 
-# Copied from ijepa.py
 def main(argv=None):
     """The command line; see --help."""
     argv = sys.argv[1:] if argv is None else argv
-    config = common.parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
+    config = common.old_parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
     try:
-        run(config, common.given_flags(argv))
+        run(config, common.old_given_flags(argv))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         advice = "try --accumulate 2 (4, 8), --precision bf16, --shard, or a smaller --batch"
         fail(f"out of GPU memory ({reason}): {advice}", 4)
     except OSError as error:
-        common.fail_if_full(error)
+        common.old_fail_if_full(error)
         raise
     finally:
         if dist.is_initialized():

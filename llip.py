@@ -72,7 +72,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import common
-from common import Log, World, fail, generator
+from common import OldLog as Log, OldWorld as World, old_fail as fail, old_generator as generator
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -875,13 +875,9 @@ def toy_world(name, size):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
-# Copied from ijepa.py
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-# Copied from ijepa.py
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-# Copied from ijepa.py
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-# Copied from ijepa.py
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, Image.DecompressionBombError)
 ADJECTIVES = "bad,low resolution,cropped,bright,dark,close-up,black and white,pixelated,jpeg corrupted,blurry,good"
 CIFAR10_PROMPTS = [f"a {how}photo of {a} {{}}" for how in ("", "blurry ", "black and white ", "low contrast ",
@@ -1218,13 +1214,11 @@ def open_data(config, name, log):
     return caption_folder(folder if folder.is_dir() else root, root, config, log)
 
 
-# Copied from ijepa.py
 def in_memory(pixels, labels, paths, classes):
     """A Split whose images are decoded already: pixels uint8 [N, 3, H, W]."""
     return Split(None, paths, labels, classes, pixels, torch.tensor(pixels.shape[:1:-1]).expand(len(pixels), 2))
 
 
-# Copied from ijepa.py
 def cifar10_binary(folder, name):
     """CIFAR-10 from its home page's archive, downloaded once into `folder` and checked; read without extracting it."""
     archive = folder / "cifar-10-binary.tar.gz"
@@ -1255,7 +1249,6 @@ def cifar10_binary(folder, name):
     return in_memory(rows[:, 1:].reshape(-1, 3, 32, 32), labels, paths, classes)
 
 
-# Copied from ijepa.py
 def to_rgb(image):
     """Any PIL image -> upright RGB: turned as EXIF says, 16 bits scaled to 8, palette, grey and CMYK converted."""
     image = ImageOps.exif_transpose(image)
@@ -1264,7 +1257,6 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-# Copied from ijepa.py
 def upright_size(image):
     """(width, height) that an opened but not yet decoded image will have after `to_rgb`."""
     return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
@@ -1292,7 +1284,6 @@ def decode(file, choose_box, size, cut=False):
         return torch.from_numpy(np.array(rgb.resize(size, Image.BICUBIC, box=box))).permute(2, 0, 1), original
 
 
-# Copied from ijepa.py
 def random_crop(width, height, scale, generator=None):
     """RandomResizedCrop's part of an image, ratio 3/4 to 4/3, in torchvision's order -> (top, left, height, width)."""
     for _ in range(10):
@@ -1306,7 +1297,6 @@ def random_crop(width, height, scale, generator=None):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-# Copied from ijepa.py
 def random_crops(sizes, scale, generator):
     """`random_crop` for a batch at once: sizes [B, 2] (width, height) -> float32 [B, 4] (top, left, height, width)."""
     u = torch.rand(len(sizes), 11, 2, generator=generator, dtype=torch.float64)
@@ -1329,7 +1319,6 @@ def centre_box(width, height, size):
     return top, left, size * height / resized[1], size * width / resized[0]
 
 
-# Copied from ijepa.py
 def resampling_weights(start, length, size_in, size_out, bicubic=False):
     """PIL's antialiased resampling of [start, start + length), tensors [B], as matrices [B, size_out, size_in]."""
     start, end = start[:, None, None], (start + length)[:, None, None]
@@ -1344,7 +1333,6 @@ def resampling_weights(start, length, size_in, size_out, bicubic=False):
     return weights / weights.sum(-1, keepdim=True)
 
 
-# Copied from ijepa.py
 def crop_resize(images, boxes, size, flip=None, bicubic=False):
     """Crop and resize a batch as PIL does, in two matrix products: images [B, 3, H, W] -> float [B, 3, size, size].
 
@@ -1361,7 +1349,7 @@ def crop_resize(images, boxes, size, flip=None, bicubic=False):
 
 def normalize(images):
     """0..255 -> the networks' range, by CLIP's mean and std: [B, 3, H, W]."""
-    mean, std = (common.constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (common.old_constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
@@ -1441,7 +1429,6 @@ class Files(Dataset):
             return torch.zeros(3, canvas[1], canvas[0], dtype=torch.uint8), torch.ones(2).long(), f"{name}: {error}"
 
 
-# Copied from ijepa.py
 def cache_pixels(split, config, world, log):
     """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
@@ -1455,7 +1442,7 @@ def cache_pixels(split, config, world, log):
     canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
     if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
-    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.worker_count(config, world, True))
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.old_worker_count(config, world, True))
     pixels, sizes, errors = zip(*files, strict=True)
     errors = [e for batch in errors for e in batch]
     log.skip([e for e in errors if e], len(split), config.max_bad)
@@ -1463,15 +1450,13 @@ def cache_pixels(split, config, world, log):
     return split.subset(torch.tensor([not e for e in errors]).nonzero()[:, 0])
 
 
-# Copied from ijepa.py
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = common.worker_count(config, world, streaming=batches.canvas is None)
-    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.ignore_signals)
+    workers = common.old_worker_count(config, world, streaming=batches.canvas is None)
+    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.old_ignore_signals)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, **options))
 
 
-# Copied from ijepa.py
 def make_images(item, pixels, size, device, bicubic=False):
     """A loader's item -> normalised images float [b, 3, S, S] on the device; pixels in memory are cropped here."""
     item = {k: v.to(device, non_blocking=True) for k, v in item.items() if k in ("indices", "pixels", "boxes", "flip")}
@@ -1491,12 +1476,12 @@ def schedules(config, step, steps):
     warmup = int(config.warmup * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    return common.cosine_schedule(step - warmup, steps - warmup, config.lr, 0.0)
+    return common.old_cosine_schedule(step - warmup, steps - warmup, config.lr, 0.0)
 
 
 def make_optimizer(model, config):
     """AdamW; groups: decayed, undecayed (biases, 1-D tensors), and scale and bias of the loss with their own rate."""
-    groups = common.parameter_groups(model)
+    groups = common.old_parameter_groups(model)
     own = [p for p in (model.logit_scale, model.logit_bias) if p is not None]
     for group in groups:
         group["params"] = [p for p in group["params"] if all(p is not o for o in own)]
@@ -1522,7 +1507,7 @@ def accumulated_backward(model, images, tokens, config, budget, scaler):
     gradients = zip(image.grad.chunk(len(parts)), text.grad.chunk(len(parts)), strict=True)
     for i, (part, found) in enumerate(zip(parts, gradients, strict=True)):
         last = i == len(parts) - 1
-        with common.no_sync(model, last):
+        with common.old_no_sync(model, last):
             image, text, again = model(*part)
             names = list(head) if last else []
             outputs, found = [image, text, *(again[n] for n in names)], [*found, *(head[n].grad for n in names)]
@@ -1532,7 +1517,7 @@ def accumulated_backward(model, images, tokens, config, budget, scaler):
 
 def train(model, tokenizer, split, config, world, out):
     """Train a model on a Split or Shards. Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
-    device, dtype = world.device, common.choose_precision(config.precision, world.device)
+    device, dtype = world.device, common.old_choose_precision(config.precision, world.device)
     steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
     model, budget = model.to(device), pair_budget(config, device)
     if config.compile:
@@ -1541,7 +1526,7 @@ def train(model, tokenizer, split, config, world, out):
     if config.shard:
         for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
             fully_shard(block)
-    model = common.distribute(model, world, config.shard)
+    model = common.old_distribute(model, world, config.shard)
     if config.shard:  # evaluation calls the towers one by one
         for method in ("features", "image", "text"):
             register_fsdp_forward_method(model, method)
@@ -1550,21 +1535,21 @@ def train(model, tokenizer, split, config, world, out):
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
-        common.load_full_state(model, state["model"], optimizer, state["optimizer"])
+        state = common.old_read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
+        common.old_load_full_state(model, state["model"], optimizer, state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, streak = state["step"], state["streak"].to(device)
 
     def save(step):
-        weights, moments = common.full_state(model, optimizer)
+        weights, moments = common.old_full_state(model, optimizer)
         state = dict(script=Path(__file__).stem, step=step, config=asdict(config), model=weights, optimizer=moments)
         state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
         state["tokenizer"] = "bytes" if tokenizer.merges is None else "\n".join(tokenizer.merges)
         if world.rank == 0:
-            common.save_checkpoint(out / "last.pt", state)
+            common.old_save_checkpoint(out / "last.pt", state)
 
     if world.rank == 0:
-        common.save_config(out, config)
+        common.old_save_config(out, config)
     batches = Batches(split, config, world, tokenizer)
     loader = make_loader(batches, range(start, steps), config, world)
     pixels = None if split.pixels is None else split.pixels.to(device)
@@ -1600,7 +1585,7 @@ def train(model, tokenizer, split, config, world, out):
                 loss = loss.detach()
 
         scaler.unscale_(optimizer)
-        loss, norm = common.mean_over_ranks(loss), common.gradient_norm(trainable)
+        loss, norm = common.old_mean_over_ranks(loss), common.old_gradient_norm(trainable)
         applied = (loss + norm).isfinite()  # a tensor on the device, the same on all ranks
         # with fp16's loss scaling, gradients overflow now and then by design: there only the loss counts
         bad = ~(loss.isfinite() if scaler.is_enabled() else applied)
@@ -1625,14 +1610,14 @@ def train(model, tokenizer, split, config, world, out):
             waited, window, since = 0.0, done, now
             log.progress(done, **row)
             row |= dict(gradient_norm=norm_now, scale=math.exp(scalars[0])) | dict(zip(["bias"], scalars[1:]))
-            log.write(step=done, **row, memory_gib=common.memory_gib(device))
+            log.write(step=done, **row, memory_gib=common.old_memory_gib(device))
             if bad_steps >= 3:
-                common.stop_not_finite(out, done)
+                common.old_stop_not_finite(out, done)
         if (done % config.save_every == 0 and streak < 3) or done == steps or stopping:
             save(done)
         if stopping and done < steps:
             log.close()
-            log.say(f"stopped after step {done}. To continue: {common.resume_command(out)}")
+            log.say(f"stopped after step {done}. To continue: {common.old_resume_command(out)}")
             raise SystemExit(0)
     log.close()
     return plain
@@ -1661,20 +1646,19 @@ def eval_images(split, config, world, log):
             images = split.pixels[indices].to(world.device)
             yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
         return
-    workers = common.worker_count(config, world, streaming=True)
+    workers = common.old_worker_count(config, world, streaming=True)
     loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
     for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
         log.skip([e for e in errors if e], n, config.max_bad)
         yield normalize(pixels.to(world.device)), indices.where(torch.tensor([not e for e in errors]), -1)
 
 
-# Copied from ijepa.py
 def collect(rows, device):
     """Join all ranks' rows, (indices [B], tensor [B, ...], ...), to (indices [N] on the CPU, tensor [N, ...], ...).
 
     In order of the indices, without those that were unreadable (-1) or came twice.
     """
-    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+    indices, *columns = (common.old_gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
     kept, order = np.unique(indices.cpu().numpy(), return_index=True)
     order = torch.from_numpy(order[kept >= 0]).to(device)
     return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
@@ -1718,7 +1702,7 @@ def score(model, image, text, config, world, tau=None):
         ]
         rows.append(torch.cat(tiles, 1))
     mine = torch.cat(rows) if rows else image.new_zeros(0, len(text))
-    return common.gather_over_ranks(mine)
+    return common.old_gather_over_ranks(mine)
 
 
 def mean_of_prompts(text):
@@ -2002,7 +1986,7 @@ def draw_picture(model, tokenizer, images, captions, config, tile=112, gap=8):
     each of its captions. Bright is where the mix looks: the tokens' maps, weighted by how much the caption takes of
     each; relative to the mean over captions. Below, that weight for each head (rows) and token (columns)."""
     maps = token_maps(model.visual, images)
-    mean, std = (common.constant(v, images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (common.old_constant(v, images.device)[:, None, None] for v in (MEAN, STD))
     pixels = (images * std + mean).clamp(0, 1)
     columns = max(map(len, captions))
     bar = 6 * config.mix_heads if config.model == "llip" else 0
@@ -2054,9 +2038,9 @@ def read_checkpoint(path, config, given=()):
     Released: Llip's training checkpoints, and CLIP, OpenCLIP and MetaCLIP weights as state dicts. What shapes cannot
     tell (heads, tau, kind of GELU) comes from the preset with these widths, unless it is one of the flags `given`.
     """
-    state = common.load_checkpoint(path)
+    state = common.old_load_checkpoint(path)
     if isinstance(state, dict) and "script" in state:
-        state = common.read_own_checkpoint(path, Path(__file__).stem)
+        state = common.old_read_own_checkpoint(path, Path(__file__).stem)
         merges = None if state["tokenizer"] == "bytes" else state["tokenizer"].split("\n") if state["tokenizer"] else []
         return dict(model=state["model"], architecture={k: state["config"][k] for k in ARCHITECTURE}, merges=merges)
     weights = state.get("state_dict", state) if isinstance(state, dict) else {}
@@ -2119,9 +2103,9 @@ def load_weights(model, weights, path):
     if name in state and len(state[name]) != wanted and len(state.get("visual.class_embedding", ())) == tokens:
         old, new = (math.isqrt(n - tokens) for n in (len(state[name]), wanted))
         print(f"{path}: positions interpolated from {old}x{old} to {new}x{new} patches", flush=True)
-        patches = common.interpolate_positions(state[name][None, tokens:], (old, old), (new, new))[0]
+        patches = common.old_interpolate_positions(state[name][None, tokens:], (old, old), (new, new))[0]
         state[name] = torch.cat([state[name][:tokens], patches])
-    common.load_state(model, state, path)
+    common.old_load_state(model, state, path)
 
 
 def load_model(path, config=None, given=()):
@@ -2160,7 +2144,7 @@ def report(model, tokenizer, split, config, world, log):
 
 def run(config, given):
     """Train and evaluate; with --init and no length given, only evaluate. given: names of the flags that were typed."""
-    world, weights, merges = common.start_world(config.device), None, ""
+    world, weights, merges = common.old_start_world(config.device), None, ""
     if config.init:
         weights = read_checkpoint(config.init, config, given)
         config, merges = (
@@ -2169,7 +2153,7 @@ def run(config, given):
         )
     training = not config.init or bool({"steps", "epochs"} & given)
     check(config, world, training)
-    out = common.choose_out(config.out, Path(__file__).stem, config.resume, world)
+    out = common.old_choose_out(config.out, Path(__file__).stem, config.resume, world)
     log = Log(out, world)
     split = open_data(config, "train", log) if training else None
     if isinstance(split, Split):
@@ -2191,19 +2175,18 @@ def run(config, given):
     evaluate(model.to(world.device), tokenizer, config, world, Log(out, world), split)
 
 
-# Copied from ijepa.py
 def main(argv=None):
     """The command line; see --help."""
     argv = sys.argv[1:] if argv is None else argv
-    config = common.parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
+    config = common.old_parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
     try:
-        run(config, common.given_flags(argv))
+        run(config, common.old_given_flags(argv))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         advice = "try --accumulate 2 (4, 8), --precision bf16, --shard, or a smaller --batch"
         fail(f"out of GPU memory ({reason}): {advice}", 4)
     except OSError as error:
-        common.fail_if_full(error)
+        common.old_fail_if_full(error)
         raise
     finally:
         if dist.is_initialized():

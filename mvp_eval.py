@@ -76,7 +76,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
 import common
-from common import Log, fail
+from common import OldLog as Log, old_fail as fail
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -185,7 +185,7 @@ def systems_of(config):
         if name in VIEWS and name != "frame" and not model:
             fail(f"--baseline {name} shows a model something else: it needs --endpoint or --fn")
         if name not in free + views:
-            fail(f"unknown baseline {name!r}{common.nearest(name, free + views)} Known: {', '.join(free + views)}.")
+            fail(f"unknown baseline {name!r}{common.old_nearest(name, free + views)} Known: {', '.join(free + views)}.")
     asked = [name for name in names if name in views]
     asked += ["swapped"] if config.debias else []
     return [name for name in names if name in free], (["model"] if model else []) + asked
@@ -1740,7 +1740,7 @@ def ask_all(questions, videos, config, model, asked, views, out, world, log):
     rights, begun, shown = defaultdict(list), time.monotonic(), time.monotonic()
     for row in results:
         if isinstance(row, Stop):
-            fail(f"{row} ({done} answers are kept; then: {common.resume_command(out)})", row.code)
+            fail(f"{row} ({done} answers are kept; then: {common.old_resume_command(out)})", row.code)
         if isinstance(row, Exception):
             raise row
         answers.append(row)
@@ -1751,7 +1751,7 @@ def ask_all(questions, videos, config, model, asked, views, out, world, log):
         else:
             row_errors = row_errors + 1 if failed else 0
         if row_errors == 20:
-            kept = f"all answers are kept; then: {common.resume_command(out)}"
+            kept = f"all answers are kept; then: {common.old_resume_command(out)}"
             fail(f"20 questions in a row got no answer, the last one: {row['error']} ({kept})", 3)
         if row["system"] == "model":
             official, strict, _ = predict(row, config.stop_at_blank_line)
@@ -2173,7 +2173,7 @@ def valid_pairs(questions, config, notes):
         kept = set()
         for name in CONFIGS:
             stems = [pair for pair in pair_up(questions) if pair[0] == name]
-            order = torch.randperm(len(stems), generator=common.generator(config.seed, "limit", name))
+            order = torch.randperm(len(stems), generator=common.old_generator(config.seed, "limit", name))
             kept |= {stems[i] for i in order[: config.limit]}
         questions = [q for q in questions if (q.subset, q.stem) in kept]
     if not questions:
@@ -2229,12 +2229,12 @@ def run(config, given):
     """Ask and report; returns the exit code. given: names of the flags that were typed."""
     check(config)
     # ranks finish at different times: let them wait for days
-    world, notes = common.start_world("cpu", timedelta(days=30)), []
+    world, notes = common.old_start_world("cpu", timedelta(days=30)), []
     function = import_function(config.fn) if config.fn and not config.report else None
     client = Client(config) if config.endpoint and not config.report else None
     if config.check or config.prepare:
         return tend_videos(config)
-    out = common.choose_out(config.out, Path(__file__).stem, config.resume or config.report, world)
+    out = common.old_choose_out(config.out, Path(__file__).stem, config.resume or config.report, world)
     if config.report:
         config = stored_config(config, given, out)
     free, views = systems_of(config)
@@ -2266,7 +2266,7 @@ def run(config, given):
 
     if world.rank == 0 and not config.report:
         stored = asdict(config) | ({"model": model} if config.endpoint else {})
-        with common.replacing(out / "config.json") as file:  # --resume reads it, and may come after a kill
+        with common.old_replacing(out / "config.json") as file:  # --resume reads it, and may come after a kill
             file.write(json.dumps(stored, indent=2).encode() + b"\n")
     seconds, asked, stop = 0.0, 0, None
     if views and not config.report:
@@ -2274,16 +2274,16 @@ def run(config, given):
     interrupted = log.agree(stop)  # waits for all ranks
     if world.rank:
         return 0
-    timing = {"questions": asked, "seconds": round(seconds, 2), "memory_gib": round(common.memory_gib(world.device), 2)}
+    timing = {"questions": asked, "seconds": round(seconds, 2), "memory_gib": round(common.old_memory_gib(world.device), 2)}
     if asked:
         speed = f"{asked} questions in {seconds:.1f} s, {asked / seconds:.1f} a second"
         log.say(f"{speed}; {timing['memory_gib']} GiB of memory at most")
     incomplete = make_report(questions, pairs, videos, config, model, out, log, interrupted, notes, timing)
     if interrupted:
-        log.say(f"stopped. To continue: {common.resume_command(out)}")
+        log.say(f"stopped. To continue: {common.old_resume_command(out)}")
         return 0
     if incomplete and not config.allow_missing:
-        log.say(f"some questions have no answer. To ask them again: {common.resume_command(out)}")
+        log.say(f"some questions have no answer. To ask them again: {common.old_resume_command(out)}")
         return 1
     return 0
 
@@ -2310,10 +2310,10 @@ def main(argv=None):
         about = (
             __doc__.split("\n\n")[0] + "\n\nmvp_eval.py compare A B: two runs' folders or answers files, a paired test."
         )
-        config = common.parse_config(Config, PRESETS, DATA_PRESETS, argv, about)
-        code = run(config, common.given_flags(argv))
+        config = common.old_parse_config(Config, PRESETS, DATA_PRESETS, argv, about)
+        code = run(config, common.old_given_flags(argv))
     except OSError as error:
-        common.fail_if_full(error)
+        common.old_fail_if_full(error)
         raise
     finally:
         if dist.is_initialized():

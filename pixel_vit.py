@@ -68,7 +68,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import common
-from common import EMA, Block, Log, PatchEmbed, World, fail, gather_tokens, generator
+from common import OLD_EMA as EMA, OldBlock as Block, OldLog as Log, OldPatchEmbed as PatchEmbed, OldWorld as World, old_fail as fail, old_gather_tokens as gather_tokens, old_generator as generator
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -439,15 +439,15 @@ def colour_jitter(images, factors, order):
     """
     device = images.device
     blends = torch.where(order == 3, 1.0, factors.gather(1, order))[..., None, None, None]  # [B, 4, 1, 1, 1]
-    blends, turns = common.send(blends, device), common.send(factors[:, 3], device)
-    operations = common.send(order, device)[..., None, None, None]
+    blends, turns = common.old_send(blends, device), common.old_send(factors[:, 3], device)
+    operations = common.old_send(order, device)[..., None, None, None]
     for place in range(4):
         grey, operation = grey_levels(images), operations[:, place]
         mean = (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor()
         base = torch.where(operation == 2, grey, torch.where(operation == 1, mean, 0.0))
         # lerp is exact at factor 1; the 1e-3 is for values that rounding puts just below an integer
         images = torch.lerp(base, images, blends[:, place]).clamp_(0, 255).add_(1e-3).floor_()
-        rows = common.send(((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0], device)
+        rows = common.old_send(((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0], device)
         images.index_copy_(0, rows, shift_hue(images[rows], turns[rows]))
     return images
 
@@ -502,7 +502,7 @@ def warp(images, matrix):
     y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
     places = torch.stack([x + 0.5, y + 0.5, torch.ones_like(x)]).flatten(1)  # [3, H*W]
     at = matrix.to(images) @ places.to(images)  # [B, 2, H*W]
-    inside = ((at >= 0) & (at < common.constant(((width,), (height,)), device))).all(1)
+    inside = ((at >= 0) & (at < common.old_constant(((width,), (height,)), device))).all(1)
     base = (at - 0.5).floor()
     d = at - 0.5 - base
     offsets = torch.arange(-1, 3, device=device)
@@ -513,7 +513,7 @@ def warp(images, matrix):
     index = (rows[..., :, None] * width + columns[..., None, :]).flatten(1)  # [B, H*W*16]
     found = images.flatten(2).gather(2, index[:, None].expand(-1, images.shape[1], -1)).unflatten(2, (-1, 4, 4))
     found = torch.einsum("bcnyx,bny,bnx->bcn", found, weights[:, 1], weights[:, 0])
-    fill = common.constant(FILL, device).to(images)[:, None]
+    fill = common.old_constant(FILL, device).to(images)[:, None]
     return torch.where(inside[:, None], (found + 1e-3).floor().clamp(0, 255), fill).view_as(images)
 
 
@@ -586,13 +586,13 @@ def augment(images, draws):
         rows = (draws["operation"][:, place] == number).nonzero()[:, 0]
         if len(rows):
             name = OPERATIONS[number]
-            value = common.send(operation_value(name, draws["level"][rows, place], draws["sign"][rows, place]), device)
-            rows = common.send(rows, device)
+            value = common.old_send(operation_value(name, draws["level"][rows, place], draws["sign"][rows, place]), device)
+            rows = common.old_send(rows, device)
             images = images.index_copy(0, rows, operate(name, images[rows], value))
     if (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any():
         images = colour_jitter(images.round(), factors, order)
     if draws["grey"].any():
-        images = torch.where(common.send(draws["grey"], device)[:, None, None, None], grey_levels(images), images)
+        images = torch.where(common.old_send(draws["grey"], device)[:, None, None, None], grey_levels(images), images)
     return images
 
 
@@ -667,7 +667,7 @@ def make_positions(kind, std, width, grid, special=0):
 
     A parameter even where it is fixed: in the state dict, as checkpoints have it.
     """
-    table = common.sincos_2d(width, grid, grid).float()
+    table = common.old_sincos_2d(width, grid, grid).float()
     table = torch.cat([torch.zeros(special, width), table])
     if kind in ("learned", "none"):
         table = torch.randn_like(table) * (std if kind == "learned" else 0)
@@ -729,7 +729,7 @@ class Trunk(nn.Module):
     def initialise(self, config):
         """Linear and patch weights normal(init_std), or Xavier uniform (the packed qkv as one matrix); tokens 0.02."""
         if config.init_std:
-            self.apply(functools.partial(common.init_weights, std=config.init_std))
+            self.apply(functools.partial(common.old_init_weights, std=config.init_std))
         else:
             self.apply(xavier_uniform)
             nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(config.width, -1))
@@ -837,7 +837,7 @@ def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
-class TanhMLP(common.MLP):
+class TanhMLP(common.OLD_MLP):
     """DiT's MLP: GELU by tanh."""
 
     def forward(self, x):
@@ -850,7 +850,7 @@ class ConditionedBlock(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.attn = common.Attention(width, heads)
+        self.attn = common.OldAttention(width, heads)
         self.mlp = TanhMLP(width, 4 * width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -1192,20 +1192,14 @@ def precision_recall(real, fake, k=3):
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Copied from ijepa.py
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Copied from ijepa.py
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-# Copied from ijepa.py
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-# Copied from ijepa.py
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 # What PIL raises on broken files: OSError for most; the header parsers let through the others.
-# Copied from ijepa.py
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, Image.DecompressionBombError)
 
 
-# Copied from ijepa.py
 @dataclass
 class Split:
     """N images. labels: int64 [N], -1 where unknown; paths: relative to root; pixels: uint8 [N, 3, H, W] if in memory;
@@ -1228,12 +1222,11 @@ class Split:
         return replace(self, paths=paths, labels=self.labels[indices], pixels=pixels, sizes=sizes)
 
 
-# Copied from ijepa.py
 def open_split(config, name):
     """The `train` or `val` Split of --data; None where a folder has no `val`. Exits with 2 if there are no images."""
     if config.data == "toy":
-        pixels, labels = common.toy_images(name, config.image_size)
-        return in_memory(pixels, labels, [f"{name}/{i:05d}" for i in range(len(pixels))], common.TOY_CLASSES)
+        pixels, labels = common.old_toy_images(name, config.image_size)
+        return in_memory(pixels, labels, [f"{name}/{i:05d}" for i in range(len(pixels))], common.OLD_TOY_CLASSES)
     root = Path(config.data).expanduser()
     if not root.exists() and "/" not in config.data:
         root = Path(os.environ.get("DATA", "data")) / config.data
@@ -1309,13 +1302,11 @@ def open_data(config, name):
     return open_split(config, name)
 
 
-# Copied from ijepa.py
 def in_memory(pixels, labels, paths, classes):
     """A Split whose images are decoded already: pixels uint8 [N, 3, H, W]."""
     return Split(None, paths, labels, classes, pixels, torch.tensor(pixels.shape[:1:-1]).expand(len(pixels), 2))
 
 
-# Copied from ijepa.py
 def cifar10_binary(folder, name):
     """CIFAR-10 from its home page's archive, downloaded once into `folder` and checked; read without extracting it."""
     archive = folder / "cifar-10-binary.tar.gz"
@@ -1346,7 +1337,6 @@ def cifar10_binary(folder, name):
     return in_memory(rows[:, 1:].reshape(-1, 3, 32, 32), labels, paths, classes)
 
 
-# Copied from ijepa.py
 def to_rgb(image):
     """Any PIL image -> upright RGB: turned as EXIF says, 16 bits scaled to 8, palette, grey and CMYK converted."""
     image = ImageOps.exif_transpose(image)
@@ -1355,13 +1345,11 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-# Copied from ijepa.py
 def upright_size(image):
     """(width, height) that an opened but not yet decoded image will have after `to_rgb`."""
     return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
 
 
-# Copied from ijepa.py
 def decode(path, choose_box, size, bicubic=False):
     """Read a file and resize a part of it in one go -> (uint8 [3, H, W], original (width, height)).
 
@@ -1381,7 +1369,6 @@ def decode(path, choose_box, size, bicubic=False):
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), original
 
 
-# Copied from ijepa.py
 def random_crop(width, height, scale, generator=None):
     """RandomResizedCrop's part of an image, ratio 3/4 to 4/3, in torchvision's order -> (top, left, height, width)."""
     for _ in range(10):
@@ -1395,7 +1382,6 @@ def random_crop(width, height, scale, generator=None):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-# Copied from ijepa.py
 def random_crops(sizes, scale, generator):
     """`random_crop` for a batch at once: sizes [B, 2] (width, height) -> float32 [B, 4] (top, left, height, width)."""
     u = torch.rand(len(sizes), 11, 2, generator=generator, dtype=torch.float64)
@@ -1410,14 +1396,12 @@ def random_crops(sizes, scale, generator):
     return torch.cat([corner.flip(1), part.flip(1)], dim=1).float()
 
 
-# Copied from ijepa.py
 def centre_box(width, height, size):
     """The part evaluation sees: shorter side to size*256/224, central square of `size`; size x size stays whole."""
     side = size if (width, height) == (size, size) else min(width, height) * size / int(size * 256 / 224)
     return (height - side) / 2, (width - side) / 2, side, side
 
 
-# Copied from ijepa.py
 def resampling_weights(start, length, size_in, size_out, bicubic=False):
     """PIL's antialiased resampling of [start, start + length), tensors [B], as matrices [B, size_out, size_in]."""
     start, end = start[:, None, None], (start + length)[:, None, None]
@@ -1432,7 +1416,6 @@ def resampling_weights(start, length, size_in, size_out, bicubic=False):
     return weights / weights.sum(-1, keepdim=True)
 
 
-# Copied from ijepa.py
 def crop_resize(images, boxes, size, flip=None, bicubic=False):
     """Crop and resize a batch as PIL does, in two matrix products: images [B, 3, H, W] -> float [B, 3, size, size].
 
@@ -1447,21 +1430,19 @@ def crop_resize(images, boxes, size, flip=None, bicubic=False):
     return images.clamp(0, 255) if bicubic else images
 
 
-# Copied from ijepa.py
 def normalize(images):
     """0..255 -> the networks' range, by ImageNet's mean and std: [B, 3, H, W]."""
-    mean, std = (common.constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (common.old_constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
 # Copied from msn.py
 def to_pixels(images):
     """Normalised images [..., 3, S, S] -> 0..255."""
-    mean, std = (common.constant(v, images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (common.old_constant(v, images.device)[:, None, None] for v in (MEAN, STD))
     return (images * std + mean).clamp(0, 1) * 255
 
 
-# Copied from ijepa.py
 class Batches(Dataset):
     """Item t: this rank's share of the batch of step t, a function of (seed, t): workers and resuming change nothing.
 
@@ -1512,7 +1493,6 @@ class Batches(Dataset):
         fail(f"100 images in a row could not be read, {path} the last of them")
 
 
-# Copied from ijepa.py
 class Files(Dataset):
     """Item i: (pixels uint8 [3, H, W], size [width, height], error or '') of image i: the evaluation transform to
     `size` pixels, or where `canvas` (width, height) is given, the whole image resized to that."""
@@ -1535,7 +1515,6 @@ class Files(Dataset):
             return torch.zeros(3, canvas[1], canvas[0], dtype=torch.uint8), torch.ones(2).long(), f"{path}: {error}"
 
 
-# Copied from ijepa.py
 def cache_pixels(split, config, world, log):
     """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
@@ -1549,7 +1528,7 @@ def cache_pixels(split, config, world, log):
     canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
     if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
-    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.worker_count(config, world, True))
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.old_worker_count(config, world, True))
     pixels, sizes, errors = zip(*files, strict=True)
     errors = [e for batch in errors for e in batch]
     log.skip([e for e in errors if e], len(split), config.max_bad)
@@ -1557,15 +1536,13 @@ def cache_pixels(split, config, world, log):
     return split.subset(torch.tensor([not e for e in errors]).nonzero()[:, 0])
 
 
-# Copied from ijepa.py
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = common.worker_count(config, world, streaming=batches.canvas is None)
-    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.ignore_signals)
+    workers = common.old_worker_count(config, world, streaming=batches.canvas is None)
+    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.old_ignore_signals)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, **options))
 
 
-# Copied from ijepa.py
 def make_images(item, pixels, size, device, bicubic=False):
     """A loader's item -> normalised images float [b, 3, S, S] on the device; pixels in memory are cropped here."""
     item = {k: v.to(device, non_blocking=True) for k, v in item.items() if k in ("indices", "pixels", "boxes", "flip")}
@@ -1660,7 +1637,7 @@ def schedules(config, step, steps):
     c, length = config, int(config.schedule_scale * steps)
     warmup = int(c.warmup * steps)
     final = c.lr_final if c.lr_shape == "cosine" else c.lr
-    lr = common.warmup_cosine_schedule(step, length, warmup, c.lr_start, c.lr, final)
+    lr = common.old_warmup_cosine_schedule(step, length, warmup, c.lr_start, c.lr, final)
     return lr, c.weight_decay, min(c.ema, (1 + step) / (10 + step))
 
 
@@ -1736,15 +1713,15 @@ def forward_loss(model, inputs, config, diffusion):
 
 
 def distribute(model, world, shard):
-    """`common.distribute`, with DiT's blocks sharded one by one as well."""
+    """`common.old_distribute`, with DiT's blocks sharded one by one as well."""
     for block in [m for m in model.modules() if shard and isinstance(m, ConditionedBlock)]:
         fully_shard(block)
-    return common.distribute(model, world, shard)
+    return common.old_distribute(model, world, shard)
 
 
 def train(model, target, split, config, world, out):
     """Train the model, and average it into the target. Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
-    device, dtype = world.device, common.choose_precision(config.precision, world.device)
+    device, dtype = world.device, common.old_choose_precision(config.precision, world.device)
     steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
     diffusion, codec = None, None
     if config.task == "diffusion":
@@ -1760,22 +1737,22 @@ def train(model, target, split, config, world, out):
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
-        common.load_full_state(model, state["model"], optimizer, state["optimizer"])
-        common.load_full_state(target, state["target"])
+        state = common.old_read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
+        common.old_load_full_state(model, state["model"], optimizer, state["optimizer"])
+        common.old_load_full_state(target, state["target"])
         scaler.load_state_dict(state["scaler"])
         start, streak = state["step"], state["streak"].to(device)
 
     def save(step):
-        weights, moments = common.full_state(model, optimizer)
+        weights, moments = common.old_full_state(model, optimizer)
         state = dict(script=Path(__file__).stem, step=step, config=asdict(config), model=weights)
-        state |= dict(target=common.full_state(target)[0], optimizer=moments)
+        state |= dict(target=common.old_full_state(target)[0], optimizer=moments)
         state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
         if world.rank == 0:
-            common.save_checkpoint(out / "last.pt", state)
+            common.old_save_checkpoint(out / "last.pt", state)
 
     if world.rank == 0:
-        common.save_config(out, config)
+        common.old_save_config(out, config)
     batches = make_batches(split, config, world, config.batch, config.flip)
     loader = make_loader(batches, range(start, steps), config, world)
     pixels = None if split.pixels is None else split.pixels.to(device)
@@ -1811,13 +1788,13 @@ def train(model, target, split, config, world, out):
         loss, parts = torch.zeros((), device=device), config.accumulate
         for i, part in enumerate(zip(*(x.chunk(parts) for x in inputs), strict=True)):
             autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-            with common.no_sync(model, last=i == parts - 1), autocast:
+            with common.old_no_sync(model, last=i == parts - 1), autocast:
                 part_loss = forward_loss(model, part, config, diffusion) / parts
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
 
         scaler.unscale_(optimizer)
-        loss, norm = common.mean_over_ranks(loss), common.gradient_norm(trainable)
+        loss, norm = common.old_mean_over_ranks(loss), common.old_gradient_norm(trainable)
         if config.clip:
             nn.utils.clip_grads_with_norm_(trainable, config.clip, norm)
         applied = (loss + norm).isfinite()  # a tensor on the device, the same on all ranks
@@ -1841,14 +1818,14 @@ def train(model, target, split, config, world, out):
             row["data_wait"] = waited / (now - since)
             waited, window, since = 0.0, done, now
             log.progress(done, **row)
-            log.write(step=done, **row, gradient_norm=norm_now, memory_gib=common.memory_gib(device))
+            log.write(step=done, **row, gradient_norm=norm_now, memory_gib=common.old_memory_gib(device))
             if bad_steps >= 3:
-                common.stop_not_finite(out, done)
+                common.old_stop_not_finite(out, done)
         if (done % config.save_every == 0 and streak < 3) or done == steps or stopping:
             save(done)
         if stopping and done < steps:
             log.close()
-            log.say(f"stopped after step {done}. To continue: {common.resume_command(out)}")
+            log.say(f"stopped after step {done}. To continue: {common.old_resume_command(out)}")
             raise SystemExit(0)
     log.close()
     return plain, target
@@ -1859,7 +1836,6 @@ def train(model, target, split, config, world, out):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from ijepa.py
 def eval_images(split, config, world, log):
     """Iterate over a rank's share of a Split under the evaluation transform: (images [B, 3, S, S], indices [B], or -1).
 
@@ -1873,20 +1849,19 @@ def eval_images(split, config, world, log):
             images = split.pixels[indices].to(world.device)
             yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
         return
-    workers = common.worker_count(config, world, streaming=True)
+    workers = common.old_worker_count(config, world, streaming=True)
     loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
     for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
         log.skip([e for e in errors if e], n, config.max_bad)
         yield normalize(pixels.to(world.device)), indices.where(torch.tensor([not e for e in errors]), -1)
 
 
-# Copied from ijepa.py
 def collect(rows, device):
     """Join all ranks' rows, (indices [B], tensor [B, ...], ...), to (indices [N] on the CPU, tensor [N, ...], ...).
 
     In order of the indices, without those that were unreadable (-1) or came twice.
     """
-    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+    indices, *columns = (common.old_gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
     kept, order = np.unique(indices.cpu().numpy(), return_index=True)
     order = torch.from_numpy(order[kept >= 0]).to(device)
     return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
@@ -1915,7 +1890,6 @@ def extract(model, split, config, world, log, tokens=False):
     return Features(pooled, cls, x if tokens else None, split.labels[kept].to(world.device), paths)
 
 
-# Copied from ijepa.py
 def raw_pixels(split, config, world, log):
     """Normalised pixels, averaged down to 32x32 where larger, for kNN without any network -> ([N, P], labels [N])."""
     rows = []
@@ -1926,7 +1900,6 @@ def raw_pixels(split, config, world, log):
     return pixels, split.labels[kept].to(world.device)
 
 
-# Copied from ijepa.py
 def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
     """Weighted kNN: cosine similarity, votes exp(similarity / temperature) summed per class -> {k: scores [N, C]}."""
     bank, scores = F.normalize(bank, dim=1), {k: [] for k in ks}
@@ -1939,7 +1912,6 @@ def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
     return {k: torch.cat(parts) for k, parts in scores.items()}
 
 
-# Copied from ijepa.py
 def accuracy(scores, labels):
     """Top-1 accuracy in percent of scores [..., N, C], labels [N]; ties go to the lower class."""
     return 100 * (scores.argmax(-1) == labels).float().mean(-1)
@@ -1951,7 +1923,6 @@ def top5(scores, labels):
     return 100 * (scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]).any(1).float().mean()
 
 
-# Copied from ijepa.py
 def lars_step(weights, gradients, momenta, lr, decay, momentum=0.9, eta=0.001):
     """A LARS step for H heads at once: weights [H, ...]; lr, decay [H]; a head's 1-D parameters get no trust ratio."""
     for p, g, m in zip(weights, gradients, momenta, strict=True):
@@ -1991,7 +1962,7 @@ def linear_probe(bank, labels, test, test_labels, classes, config):
         scores = standardise(bank[rows], here, now) @ weight.mT + bias  # [H, B, C]
         loss = F.cross_entropy(scores.flatten(0, 1), labels[rows].repeat(len(rates)), reduction="sum") / batch
         gradients = torch.autograd.grad(loss, [weight, bias])
-        factor = common.warmup_cosine_schedule(step + 1, steps, steps // 9, 0.0, 1.0, 0.0)
+        factor = common.old_warmup_cosine_schedule(step + 1, steps, steps // 9, 0.0, 1.0, 0.0)
         with torch.no_grad():
             lars_step([weight, bias[:, 0]], [gradients[0], gradients[1][:, 0]], momenta, rates * factor, none)
     with torch.no_grad():
@@ -2088,7 +2059,6 @@ def evaluate_one(model, train, val, wanted, config, world, log):
     return result
 
 
-# Copied from ijepa.py
 def write_features(encoder, split, config, world, log):
     """--eval features: .npz of features float32 [N, D], labels int64 [N], paths, and with --tokens tokens [N, T, D]."""
     found = extract(encoder.eval(), split, config, world, log, config.tokens)
@@ -2142,7 +2112,7 @@ def sample_share(model, config, count, world, codec=None):
         found = sample_images(model, config, first, min(count, first + config.sample_batch), world.device, codec)
         images.append(found[0])
         labels.append(found[1])
-    return common.gather_over_ranks(torch.cat(images)), common.gather_over_ranks(torch.cat(labels))
+    return common.old_gather_over_ranks(torch.cat(images)), common.old_gather_over_ranks(torch.cat(labels))
 
 
 def write_samples(model, config, world, log):
@@ -2218,7 +2188,7 @@ def evaluate_samples(model, train, val, wanted, config, world, log):
         for item in make_loader(data, range(-(-count // batch)), c, world):
             images = to_pixels(make_images(item, pixels, c.image_size, device, bicubic=True)).round().byte()
             rows.append((*judge(images), split.labels[item["indices"]].to(device)))
-        return [None if x[0] is None else common.gather_over_ranks(torch.cat(x))[:count] for x in zip(*rows)]
+        return [None if x[0] is None else common.old_gather_over_ranks(torch.cat(x))[:count] for x in zip(*rows)]
 
     reference = real(train)
     columns = {"real": real(val)}
@@ -2399,9 +2369,9 @@ PROCESS += ("latent_scale",)
 
 
 def load_namespaced(path):
-    """`common.load_checkpoint`, also of MAE's and DiT's training files, which hold their arguments as a Namespace."""
+    """`common.old_load_checkpoint`, also of MAE's and DiT's training files, which hold their arguments as a Namespace."""
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return common.load_checkpoint(path)
+        return common.old_load_checkpoint(path)
 
 
 def read_checkpoint(path, heads=0):
@@ -2412,7 +2382,7 @@ def read_checkpoint(path, heads=0):
     """
     state = load_namespaced(path)
     if isinstance(state, dict) and "script" in state:
-        state = common.read_own_checkpoint(path, Path(__file__).stem)
+        state = common.old_read_own_checkpoint(path, Path(__file__).stem)
         return state["target"], {k: state["config"][k] for k in (*ARCHITECTURE, *PROCESS)}
     inner = state
     for key in ("ema", "model"):
@@ -2464,7 +2434,7 @@ def resize_positions(weights, model, path):
             special = 0 if isinstance(model, DiT) else 1
             old, new = (math.isqrt(table.shape[1] - special) for table in (weights[key], own[key]))
             print(f"{path}, {key}: positions interpolated from {old}x{old} to {new}x{new} tokens", flush=True)
-            table = common.interpolate_positions(weights[key][:, special:], (old, old), (new, new))
+            table = common.old_interpolate_positions(weights[key][:, special:], (old, old), (new, new))
             weights = weights | {key: torch.cat([weights[key][:, :special], table], dim=1)}
     return weights
 
@@ -2484,7 +2454,7 @@ def load_weights(model, weights, path):
     elif isinstance(model, MAE) and "mask_token" not in weights:
         fresh = ("decoder_", "mask_token")
     kept = {k: v for k, v in own.items() if k.startswith(fresh)}
-    common.load_state(model, weights | kept, path)
+    common.old_load_state(model, weights | kept, path)
     if "head.weight" in kept:
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
         nn.init.zeros_(model.head.bias)
@@ -2617,7 +2587,7 @@ def train_and_evaluate(config, world, out, given=frozenset()):
 
 def run(config, given):
     """Train and evaluate; with --init and no length given, only evaluate. given: names of the flags that were typed."""
-    world = common.start_world(config.device)
+    world = common.old_start_world(config.device)
     if config.init:
         fields = read_checkpoint(config.init, config.heads if "heads" in given else 0)[1]
         task = config.task if "task" in given else fields["task"]
@@ -2630,7 +2600,7 @@ def run(config, given):
     if not training and config.task == "classify" and not config.classes:
         fail(f"{config.init} has no head that classifies: tune one with --steps or --epochs, or use --task mae")
     check(config, world, training)
-    out = common.choose_out(config.out, Path(__file__).stem, config.resume, world)
+    out = common.old_choose_out(config.out, Path(__file__).stem, config.resume, world)
     if config.sweep:
         run_sweep(config, world, out)
     else:
@@ -2645,15 +2615,15 @@ def main(argv=None):
     task = early.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].task
     suffix = f"-{task}" if task in ("mae", "diffusion") else ""
     data_presets = {data: name + suffix for data, name in DATA_PRESETS.items()}
-    config = common.parse_config(Config, PRESETS, data_presets, argv, __doc__.split("\n\n")[0])
+    config = common.old_parse_config(Config, PRESETS, data_presets, argv, __doc__.split("\n\n")[0])
     try:
-        run(config, common.given_flags(argv))
+        run(config, common.old_given_flags(argv))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         advice = "try --accumulate 2 (4, 8), --recompute, --precision bf16, --shard, or a smaller --batch"
         fail(f"out of GPU memory ({reason}): {advice}", 4)
     except OSError as error:
-        common.fail_if_full(error)
+        common.old_fail_if_full(error)
         raise
     finally:
         if dist.is_initialized():

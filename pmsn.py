@@ -61,7 +61,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import common
-from common import EMA, Log, ViT, World, effective_rank, fail, generator
+from common import OLD_EMA as EMA, OldLog as Log, OldViT as ViT, OldWorld as World, old_effective_rank as effective_rank, old_fail as fail, old_generator as generator
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -293,15 +293,15 @@ def colour_jitter(images, factors, order):
     """
     device = images.device
     blends = torch.where(order == 3, 1.0, factors.gather(1, order))[..., None, None, None]  # [B, 4, 1, 1, 1]
-    blends, turns = common.send(blends, device), common.send(factors[:, 3], device)
-    operations = common.send(order, device)[..., None, None, None]
+    blends, turns = common.old_send(blends, device), common.old_send(factors[:, 3], device)
+    operations = common.old_send(order, device)[..., None, None, None]
     for place in range(4):
         grey, operation = grey_levels(images), operations[:, place]
         mean = (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor()
         base = torch.where(operation == 2, grey, torch.where(operation == 1, mean, 0.0))
         # lerp is exact at factor 1; the 1e-3 is for values that rounding puts just below an integer
         images = torch.lerp(base, images, blends[:, place]).clamp_(0, 255).add_(1e-3).floor_()
-        rows = common.send(((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0], device)
+        rows = common.old_send(((order[:, place] == 3) & (factors[:, 3] != 0)).nonzero()[:, 0], device)
         images.index_copy_(0, rows, shift_hue(images[rows], turns[rows]))
     return images
 
@@ -367,10 +367,10 @@ def augment(images, factors, order, grey, sigma):
     if (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any():
         images = colour_jitter(images.round(), factors, order)
     if grey.any():
-        images = torch.where(common.send(grey, device)[:, None, None, None], grey_levels(images), images)
+        images = torch.where(common.old_send(grey, device)[:, None, None, None], grey_levels(images), images)
     rows = sigma.nonzero()[:, 0]
     if len(rows):
-        sigma, rows = common.send(sigma[rows], device), common.send(rows, device)
+        sigma, rows = common.old_send(sigma[rows], device), common.old_send(rows, device)
         images = images.index_copy(0, rows, blur(images[rows], sigma))
     return images
 
@@ -409,8 +409,8 @@ class BatchNorm(nn.BatchNorm1d):
         if not self.training:
             return super().forward(x)
         x = x.float()
-        mean = common.mean_over_ranks(x.mean(0))
-        var = common.mean_over_ranks((x - mean).square().mean(0))
+        mean = common.old_mean_over_ranks(x.mean(0))
+        var = common.old_mean_over_ranks((x - mean).square().mean(0))
         with torch.no_grad():
             count = len(x) * (dist.get_world_size() if dist.is_initialized() else 1)
             for running, now in ((self.running_mean, mean), (self.running_var, var * count / max(1, count - 1))):
@@ -446,7 +446,7 @@ class Network(nn.Module):
         c = config
         self.encoder = ViT(c.image_size, c.patch, c.width, c.depth, c.heads, class_token=True, learned_positions=True)
         self.fc = Head(c.width, c.head_hidden, c.embedding)
-        self.apply(functools.partial(common.init_weights, std=c.init_std))
+        self.apply(functools.partial(common.old_init_weights, std=c.init_std))
         nn.init.normal_(self.encoder.patch_embed.proj.weight, std=c.patch_std or math.sqrt(2 / (3 * c.patch**2)))
 
     def class_tokens(self, views, keep=None):
@@ -563,7 +563,7 @@ def sinkhorn(log_q, iterations, log_prior):
     In log space; constants of the textbook form cancel. With a uniform prior it is SwAV's and MSN's.
     """
     for _ in range(iterations):
-        log_q = log_q + log_prior - common.gather_over_ranks(log_q.logsumexp(0, keepdim=True)).logsumexp(0)
+        log_q = log_q + log_prior - common.old_gather_over_ranks(log_q.logsumexp(0, keepdim=True)).logsumexp(0)
         log_q = log_q.log_softmax(1)
     return log_q
 
@@ -584,7 +584,7 @@ def pmsn_loss(
     log_p = log_assignments(anchors, prototypes, temperature)
     cross_entropy = -(assigned * log_p.unflatten(0, (-1, len(targets))).mean(0)).sum(1).mean()
     # the smallest p is e^-20 / K at temperature 0.1, so the log is safe
-    log_mean = common.mean_over_ranks(log_p.exp().mean(0)).log()
+    log_mean = common.old_mean_over_ranks(log_p.exp().mean(0)).log()
     return cross_entropy, divergence(log_prior, log_mean) if reverse else divergence(log_mean, log_prior), assigned
 
 
@@ -597,19 +597,13 @@ def divergence(log_p, log_q):
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Copied from ijepa.py
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Copied from ijepa.py
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-# Copied from ijepa.py
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-# Copied from ijepa.py
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-# Copied from ijepa.py
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, Image.DecompressionBombError)
 
 
-# Copied from ijepa.py
 @dataclass
 class Split:
     """N images. labels: int64 [N], -1 where unknown; paths: relative to root; pixels: uint8 [N, 3, H, W] if in memory;
@@ -632,12 +626,11 @@ class Split:
         return replace(self, paths=paths, labels=self.labels[indices], pixels=pixels, sizes=sizes)
 
 
-# Copied from ijepa.py
 def open_split(config, name):
     """The `train` or `val` Split of --data; None where a folder has no `val`. Exits with 2 if there are no images."""
     if config.data == "toy":
-        pixels, labels = common.toy_images(name, config.image_size)
-        return in_memory(pixels, labels, [f"{name}/{i:05d}" for i in range(len(pixels))], common.TOY_CLASSES)
+        pixels, labels = common.old_toy_images(name, config.image_size)
+        return in_memory(pixels, labels, [f"{name}/{i:05d}" for i in range(len(pixels))], common.OLD_TOY_CLASSES)
     root = Path(config.data).expanduser()
     if not root.exists() and "/" not in config.data:
         root = Path(os.environ.get("DATA", "data")) / config.data
@@ -660,13 +653,11 @@ def open_split(config, name):
     return Split(root, paths, torch.tensor([number[n] for n in names]), list(number))
 
 
-# Copied from ijepa.py
 def in_memory(pixels, labels, paths, classes):
     """A Split whose images are decoded already: pixels uint8 [N, 3, H, W]."""
     return Split(None, paths, labels, classes, pixels, torch.tensor(pixels.shape[:1:-1]).expand(len(pixels), 2))
 
 
-# Copied from ijepa.py
 def cifar10_binary(folder, name):
     """CIFAR-10 from its home page's archive, downloaded once into `folder` and checked; read without extracting it."""
     archive = folder / "cifar-10-binary.tar.gz"
@@ -697,7 +688,6 @@ def cifar10_binary(folder, name):
     return in_memory(rows[:, 1:].reshape(-1, 3, 32, 32), labels, paths, classes)
 
 
-# Copied from ijepa.py
 def to_rgb(image):
     """Any PIL image -> upright RGB: turned as EXIF says, 16 bits scaled to 8, palette, grey and CMYK converted."""
     image = ImageOps.exif_transpose(image)
@@ -706,13 +696,11 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-# Copied from ijepa.py
 def upright_size(image):
     """(width, height) that an opened but not yet decoded image will have after `to_rgb`."""
     return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
 
 
-# Copied from ijepa.py
 def decode(path, choose_box, size, bicubic=False):
     """Read a file and resize a part of it in one go -> (uint8 [3, H, W], original (width, height)).
 
@@ -732,7 +720,6 @@ def decode(path, choose_box, size, bicubic=False):
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), original
 
 
-# Copied from ijepa.py
 def random_crops(sizes, scale, generator):
     """`random_crop` for a batch at once: sizes [B, 2] (width, height) -> float32 [B, 4] (top, left, height, width)."""
     u = torch.rand(len(sizes), 11, 2, generator=generator, dtype=torch.float64)
@@ -747,14 +734,12 @@ def random_crops(sizes, scale, generator):
     return torch.cat([corner.flip(1), part.flip(1)], dim=1).float()
 
 
-# Copied from ijepa.py
 def centre_box(width, height, size):
     """The part evaluation sees: shorter side to size*256/224, central square of `size`; size x size stays whole."""
     side = size if (width, height) == (size, size) else min(width, height) * size / int(size * 256 / 224)
     return (height - side) / 2, (width - side) / 2, side, side
 
 
-# Copied from ijepa.py
 def resampling_weights(start, length, size_in, size_out, bicubic=False):
     """PIL's antialiased resampling of [start, start + length), tensors [B], as matrices [B, size_out, size_in]."""
     start, end = start[:, None, None], (start + length)[:, None, None]
@@ -769,7 +754,6 @@ def resampling_weights(start, length, size_in, size_out, bicubic=False):
     return weights / weights.sum(-1, keepdim=True)
 
 
-# Copied from ijepa.py
 def crop_resize(images, boxes, size, flip=None, bicubic=False):
     """Crop and resize a batch as PIL does, in two matrix products: images [B, 3, H, W] -> float [B, 3, size, size].
 
@@ -784,10 +768,9 @@ def crop_resize(images, boxes, size, flip=None, bicubic=False):
     return images.clamp(0, 255) if bicubic else images
 
 
-# Copied from ijepa.py
 def normalize(images):
     """0..255 -> the networks' range, by ImageNet's mean and std: [B, 3, H, W]."""
-    mean, std = (common.constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (common.old_constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
@@ -969,7 +952,6 @@ class Views(Dataset):
         fail(f"100 images in a row could not be read, {path} the last of them")
 
 
-# Copied from ijepa.py
 class Files(Dataset):
     """Item i: (pixels uint8 [3, H, W], size [width, height], error or '') of image i: the evaluation transform to
     `size` pixels, or where `canvas` (width, height) is given, the whole image resized to that."""
@@ -992,7 +974,6 @@ class Files(Dataset):
             return torch.zeros(3, canvas[1], canvas[0], dtype=torch.uint8), torch.ones(2).long(), f"{path}: {error}"
 
 
-# Copied from ijepa.py
 def cache_pixels(split, config, world, log):
     """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
 
@@ -1006,7 +987,7 @@ def cache_pixels(split, config, world, log):
     canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
     if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
         return split
-    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.worker_count(config, world, True))
+    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.old_worker_count(config, world, True))
     pixels, sizes, errors = zip(*files, strict=True)
     errors = [e for batch in errors for e in batch]
     log.skip([e for e in errors if e], len(split), config.max_bad)
@@ -1014,11 +995,10 @@ def cache_pixels(split, config, world, log):
     return split.subset(torch.tensor([not e for e in errors]).nonzero()[:, 0])
 
 
-# Copied from ijepa.py
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = common.worker_count(config, world, streaming=batches.canvas is None)
-    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.ignore_signals)
+    workers = common.old_worker_count(config, world, streaming=batches.canvas is None)
+    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.old_ignore_signals)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, **options))
 
 
@@ -1051,16 +1031,16 @@ def make_views(item, pixels, groups, device, bicubic=False):
 def schedules(config, step, steps):
     """(lr, weight decay, EMA momentum, T) of step 0, 1, ...; the first two advance before the step, as in the code."""
     c, length = config, config.schedule_scale * steps
-    lr = common.warmup_cosine_schedule(step + 1, int(length), int(c.warmup * steps), c.lr_start, c.lr, c.lr_final)
-    decay = common.cosine_schedule(step + 1, int(length), c.weight_decay, c.weight_decay_final)
-    momentum = common.linear_schedule(step, length, c.momentum, c.momentum_final)
-    return lr, decay, momentum, common.linear_schedule(step, length, c.sharpen, c.sharpen_final)
+    lr = common.old_warmup_cosine_schedule(step + 1, int(length), int(c.warmup * steps), c.lr_start, c.lr, c.lr_final)
+    decay = common.old_cosine_schedule(step + 1, int(length), c.weight_decay, c.weight_decay_final)
+    momentum = common.old_linear_schedule(step, length, c.momentum, c.momentum_final)
+    return lr, decay, momentum, common.old_linear_schedule(step, length, c.sharpen, c.sharpen_final)
 
 
 # Copied from msn.py
 def make_optimizer(model):
     """AdamW; prototypes are not decayed, class token and positions are, as in the released code. The loop sets lr."""
-    groups = common.parameter_groups(model.network) + [{"decay": False, "params": [model.prototypes]}]
+    groups = common.old_parameter_groups(model.network) + [{"decay": False, "params": [model.prototypes]}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
@@ -1079,35 +1059,35 @@ def anchors_by_size(views):
 # Copied from msn.py
 def train(model, target, split, config, world, out):
     """Train (model, target network) on a Split. Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
-    device, dtype = world.device, common.choose_precision(config.precision, world.device)
+    device, dtype = world.device, common.old_choose_precision(config.precision, world.device)
     steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
     model, target = model.to(device).train(), target.to(device).train()  # the target's BatchNorm sees its batch, too
     if config.compile:
         model.compile(dynamic=True)
         target.compile()
-    plain, model = model, common.distribute(model, world, config.shard)
-    target = common.distribute(target, world, config.shard)
+    plain, model = model, common.old_distribute(model, world, config.shard)
+    target = common.old_distribute(target, world, config.shard)
     optimizer, ema = make_optimizer(plain), EMA(target, plain.network)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
-        common.load_full_state(model, state["model"], optimizer, state["optimizer"])
-        common.load_full_state(target, state["target"])
+        state = common.old_read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
+        common.old_load_full_state(model, state["model"], optimizer, state["optimizer"])
+        common.old_load_full_state(target, state["target"])
         scaler.load_state_dict(state["scaler"])
         start, streak = state["step"], state["streak"].to(device)
 
     def save(step):
-        weights, moments = common.full_state(model, optimizer)
+        weights, moments = common.old_full_state(model, optimizer)
         state = dict(script=Path(__file__).stem, step=step, config=asdict(config), model=weights)
-        state |= dict(target=common.full_state(target)[0], optimizer=moments)
+        state |= dict(target=common.old_full_state(target)[0], optimizer=moments)
         state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
         if world.rank == 0:
-            common.save_checkpoint(out / "last.pt", state)
+            common.old_save_checkpoint(out / "last.pt", state)
 
     if world.rank == 0:
-        common.save_config(out, config)
+        common.old_save_config(out, config)
     groups = view_groups(config)
     loader = make_loader(Views(split, config, world, config.batch, groups), range(start, steps), config, world)
     pixels = None if split.pixels is None else split.pixels.to(device)
@@ -1139,7 +1119,7 @@ def train(model, target, split, config, world, out):
         scaler.scale(loss).backward()
 
         scaler.unscale_(optimizer)
-        loss, norm = common.mean_over_ranks(loss.detach()), common.gradient_norm(network)
+        loss, norm = common.old_mean_over_ranks(loss.detach()), common.old_gradient_norm(network)
         if config.clip:
             nn.utils.clip_grads_with_norm_(network, config.clip, norm)
         applied = (loss + norm).isfinite()  # a tensor on the device, the same on all ranks
@@ -1156,12 +1136,12 @@ def train(model, target, split, config, world, out):
         done = step + 1
         stopping = log.stop and world.size == 1
         if done % config.log_every == 0 or done == steps or stopping:
-            everyone = F.normalize(common.gather_over_ranks(h.float()), dim=1)
-            used = common.gather_over_ranks(assigned.argmax(1)).bincount(minlength=config.prototypes) > 0
-            numbers = [loss, norm, streak, used.sum(), common.mean_over_ranks(assigned.amax(1).mean())]
+            everyone = F.normalize(common.old_gather_over_ranks(h.float()), dim=1)
+            used = common.old_gather_over_ranks(assigned.argmax(1)).bincount(minlength=config.prototypes) > 0
+            numbers = [loss, norm, streak, used.sum(), common.old_mean_over_ranks(assigned.amax(1).mean())]
             # 1 where embeddings fill their sphere evenly, 0 where all are equal
             numbers += [everyone.std(0).mean() * math.sqrt(config.embedding), effective_rank(everyone)]
-            numbers = torch.stack([*numbers, *(common.mean_over_ranks(part.detach()) for part in parts.values())])
+            numbers = torch.stack([*numbers, *(common.old_mean_over_ranks(part.detach()) for part in parts.values())])
             loss_now, norm_now, bad_steps, in_use, sure, std, rank, *values = numbers.tolist()  # the only sync
             stopping = log.agree(log.stop)
             now = time.monotonic()
@@ -1170,15 +1150,15 @@ def train(model, target, split, config, world, out):
             waited, window, since = 0.0, done, now
             log.progress(done, **row)
             row |= dict(weight_decay=decay, momentum=momentum, gradient_norm=norm_now, prototypes_used=in_use)
-            row |= dict(max_target=sure, feature_std=std, feature_rank=rank, memory_gib=common.memory_gib(device))
+            row |= dict(max_target=sure, feature_std=std, feature_rank=rank, memory_gib=common.old_memory_gib(device))
             log.write(step=done, **row)
             if bad_steps >= 3:
-                common.stop_not_finite(out, done)
+                common.old_stop_not_finite(out, done)
         if (done % config.save_every == 0 and streak < 3) or done == steps or stopping:
             save(done)
         if stopping and done < steps:
             log.close()
-            log.say(f"stopped after step {done}. To continue: {common.resume_command(out)}")
+            log.say(f"stopped after step {done}. To continue: {common.old_resume_command(out)}")
             raise SystemExit(0)
     log.close()
     return plain, target
@@ -1189,7 +1169,6 @@ def train(model, target, split, config, world, out):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from ijepa.py
 @dataclass
 class Features:
     """Of N images: pooled [N, D], concat4 [N, 4D] (see `encode`), tokens [N, T, D] or None, labels int64 [N], paths."""
@@ -1223,7 +1202,6 @@ def standardise(features):
     return F.normalize(features - features.mean(1, keepdim=True), dim=1)
 
 
-# Copied from ijepa.py
 def eval_images(split, config, world, log):
     """Iterate over a rank's share of a Split under the evaluation transform: (images [B, 3, S, S], indices [B], or -1).
 
@@ -1237,26 +1215,24 @@ def eval_images(split, config, world, log):
             images = split.pixels[indices].to(world.device)
             yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
         return
-    workers = common.worker_count(config, world, streaming=True)
+    workers = common.old_worker_count(config, world, streaming=True)
     loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
     for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
         log.skip([e for e in errors if e], n, config.max_bad)
         yield normalize(pixels.to(world.device)), indices.where(torch.tensor([not e for e in errors]), -1)
 
 
-# Copied from ijepa.py
 def collect(rows, device):
     """Join all ranks' rows, (indices [B], tensor [B, ...], ...), to (indices [N] on the CPU, tensor [N, ...], ...).
 
     In order of the indices, without those that were unreadable (-1) or came twice.
     """
-    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+    indices, *columns = (common.old_gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
     kept, order = np.unique(indices.cpu().numpy(), return_index=True)
     order = torch.from_numpy(order[kept >= 0]).to(device)
     return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
 
 
-# Copied from ijepa.py
 def extract(encoder, split, config, world, log, tokens=False):
     """Features of a whole Split on all ranks, in its order; unreadable images are left out."""
     rows = []
@@ -1268,7 +1244,6 @@ def extract(encoder, split, config, world, log, tokens=False):
     return Features(pooled, concat4, all_tokens if tokens else None, split.labels[kept].to(world.device), paths)
 
 
-# Copied from ijepa.py
 def raw_pixels(split, config, world, log):
     """Normalised pixels, averaged down to 32x32 where larger, for kNN without any network -> ([N, P], labels [N])."""
     rows = []
@@ -1279,7 +1254,6 @@ def raw_pixels(split, config, world, log):
     return pixels, split.labels[kept].to(world.device)
 
 
-# Copied from ijepa.py
 def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
     """Weighted kNN: cosine similarity, votes exp(similarity / temperature) summed per class -> {k: scores [N, C]}."""
     bank, scores = F.normalize(bank, dim=1), {k: [] for k in ks}
@@ -1292,7 +1266,6 @@ def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
     return {k: torch.cat(parts) for k, parts in scores.items()}
 
 
-# Copied from ijepa.py
 def accuracy(scores, labels):
     """Top-1 accuracy in percent of scores [..., N, C], labels [N]; ties go to the lower class."""
     return 100 * (scores.argmax(-1) == labels).float().mean(-1)
@@ -1388,7 +1361,7 @@ def linear_probe(batches, steps, val, classes, config):
     total = config.probe_epochs * steps
     for epoch in range(config.probe_epochs):
         for x, labels in batches(epoch):
-            heads.step(x, labels, common.cosine_schedule(done, total, 1.0, 0.0))
+            heads.step(x, labels, common.old_cosine_schedule(done, total, 1.0, 0.0))
             done += 1
     with torch.no_grad():
         scores = heads.scores(val.pooled)
@@ -1420,7 +1393,7 @@ def probe_batches(encoder, split, features, config, world, log):
             images = make_views(item, pixels, groups, world.device, bicubic=True)[0][0]
             x = torch.cat([encode(encoder, part)[0] for part in images.split(config.eval_batch)])
             labels = split.labels[item["indices"]].to(world.device, non_blocking=True)
-            yield common.gather_over_ranks(x), common.gather_over_ranks(labels)
+            yield common.old_gather_over_ranks(x), common.old_gather_over_ranks(labels)
 
     return augmented, n // batch
 
@@ -1448,7 +1421,7 @@ def finetune(encoder, split, val, classes, config, world, log):
     AdamW, layer-wise learning rates, mixup or CutMix, label smoothing 0.1, drop path 0.2, colour augmentation as in
     training (the paper: RandAugment), 5 % warmup and a cosine.
     """
-    c, device, dtype = config, world.device, common.choose_precision(config.precision, world.device)
+    c, device, dtype = config, world.device, common.old_choose_precision(config.precision, world.device)
     torch.manual_seed(c.seed)
     model = nn.ModuleDict({"encoder": copy.deepcopy(encoder), "head": nn.Linear(encoder.width, classes)})
     model = model.to(device).requires_grad_(True).train()
@@ -1471,11 +1444,11 @@ def finetune(encoder, split, val, classes, config, world, log):
     views = [(1, c.image_size, (0.08, 1.0))]
     data = Views(split, replace(c, jitter=0.5, blur=0.0), world, batch, views, bicubic=True, purpose="finetune")
     pixels = None if split.pixels is None else split.pixels.to(device)
-    wrapped = common.distribute(model, world)
+    wrapped = common.old_distribute(model, world)
     for step, item in enumerate(make_loader(data, range(steps), c, world)):
         log.skip(item["bad"], len(split), c.max_bad)
         rate = c.finetune_lr * batch / 1024
-        rate = common.warmup_cosine_schedule(step + 1, steps, steps // 20, 0.0, rate, 1e-6)
+        rate = common.old_warmup_cosine_schedule(step + 1, steps, steps // 20, 0.0, rate, 1e-6)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         images = make_views(item, pixels, views, device, bicubic=True)[0][0]
@@ -1593,7 +1566,6 @@ def evaluate_one(encoder, train, tail, val, wanted, config, world, log):
     return result
 
 
-# Copied from ijepa.py
 def write_features(encoder, split, config, world, log):
     """--eval features: .npz of features float32 [N, D], labels int64 [N], paths, and with --tokens tokens [N, T, D]."""
     found = extract(encoder.eval(), split, config, world, log, config.tokens)
@@ -1659,7 +1631,7 @@ def epoch_assignments(model, split, config, world, steps=64):
 # Copied from msn.py
 def to_pixels(images):
     """Normalised images [..., 3, S, S] -> 0..255."""
-    mean, std = (common.constant(v, images.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (common.old_constant(v, images.device)[:, None, None] for v in (MEAN, STD))
     return (images * std + mean).clamp(0, 1) * 255
 
 
@@ -1738,9 +1710,9 @@ def read_checkpoint(path, heads=0):
     The released files hold `target_encoder` and `prototypes`, the trainer's also `encoder`; keys are `module.*`, the
     head is `fc.*` among the ViT's. heads: for widths that the released models do not have.
     """
-    state = common.load_checkpoint(path)
+    state = common.old_load_checkpoint(path)
     if isinstance(state, dict) and "script" in state:
-        state = common.read_own_checkpoint(path, Path(__file__).stem)
+        state = common.old_read_own_checkpoint(path, Path(__file__).stem)
         network = {k.removeprefix("network."): v for k, v in state["model"].items() if k.startswith("network.")}
         architecture = {k: state["config"][k] for k in ARCHITECTURE}
         parts = dict(network=network, target=state["target"], prototypes=state["model"]["prototypes"])
@@ -1775,9 +1747,9 @@ def load_part(module, state, what):
     if key in state and state[key].shape[1] != own[key].shape[1]:
         old, new = (math.isqrt(x.shape[1] - 1) for x in (state[key], own[key]))
         print(f"{what}: positions interpolated from {old}x{old} to {new}x{new} patches", flush=True)
-        table = common.interpolate_positions(state[key][:, 1:], (old, old), (new, new))
+        table = common.old_interpolate_positions(state[key][:, 1:], (old, old), (new, new))
         state = state | {key: torch.cat([state[key][:, :1], table], dim=1)}
-    common.load_state(module, state, what)
+    common.old_load_state(module, state, what)
 
 
 # Copied from msn.py
@@ -1870,7 +1842,7 @@ def report(model, target, train_split, config, world, log):
 
 def run(config, given):
     """Train and evaluate; with --init and no length given, only evaluate. given: names of the flags that were typed."""
-    world = common.start_world(config.device)
+    world = common.old_start_world(config.device)
     heads = config.heads if "heads" in given else 0
     if config.init:
         architecture = read_checkpoint(config.init, heads)["architecture"]
@@ -1878,7 +1850,7 @@ def run(config, given):
     training = not config.init or bool({"steps", "epochs"} & given)
     check(config, world, training)
     check_prior(config)
-    out = common.choose_out(config.out, Path(__file__).stem, config.resume, world)
+    out = common.old_choose_out(config.out, Path(__file__).stem, config.resume, world)
     if not training:
         encoder = load_encoder(config.init, config.image_size, heads).to(world.device)
         evaluate(encoder, config, world, Log(out, world))
@@ -1894,19 +1866,18 @@ def run(config, given):
     evaluate(target.encoder, config, world, log, whole, split)
 
 
-# Copied from ijepa.py
 def main(argv=None):
     """The command line; see --help."""
     argv = sys.argv[1:] if argv is None else argv
-    config = common.parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
+    config = common.old_parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
     try:
-        run(config, common.given_flags(argv))
+        run(config, common.old_given_flags(argv))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         advice = "try --accumulate 2 (4, 8), --precision bf16, --shard, or a smaller --batch"
         fail(f"out of GPU memory ({reason}): {advice}", 4)
     except OSError as error:
-        common.fail_if_full(error)
+        common.old_fail_if_full(error)
         raise
     finally:
         if dist.is_initialized():

@@ -69,7 +69,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import common
-from common import EMA, Block, Log, World, effective_rank, fail, gather_tokens, generator
+from common import OLD_EMA as EMA, OldBlock as Block, OldLog as Log, OldWorld as World, old_effective_rank as effective_rank, old_fail as fail, old_gather_tokens as gather_tokens, old_generator as generator
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -255,7 +255,6 @@ def check(config, world, training=True):
         fail("--shard works with bf16 and fp32, not with --precision fp16")
 
 
-# Copied from ijepa.py
 def micro_batch(config, world):
     """Images a forward pass: a rank's share split by --accumulate, and never from two groups."""
     return min(config.group or config.batch, max(1, config.batch // (world.size * config.accumulate)))
@@ -311,7 +310,6 @@ def outside_blocks(uniform, size, grid, context=1.0):
     return ~covered.flatten(1)
 
 
-# Copied from ijepa.py
 def to_indices(blocks, length, keys=None):
     """bool [B, M, N] -> int64 [M, B, length], ascending: true entries of smallest keys [B, M, N], else the first."""
     if keys is None:
@@ -365,7 +363,6 @@ def sample_masks(config, step, first=0, last=None, device="cpu"):
     return groups
 
 
-# Copied from ijepa.py
 def micro_batch_masks(config, step, first, last, world):
     """`sample_masks` for samples first..last, split into the micro-batches of a rank."""
     group, micro = config.group or config.batch, micro_batch(config, world)
@@ -464,7 +461,7 @@ def place(table, own_grid, grid, head_width, keep=None, device=None):
 
 def make_table(width, grid, rope):
     """Fixed 3-D sine-cosine positions [1, N, D], a parameter since checkpoints have it; None with rotary ones."""
-    return None if rope else nn.Parameter(common.sincos_3d(width, *grid).float()[None], requires_grad=False)
+    return None if rope else nn.Parameter(common.old_sincos_3d(width, *grid).float()[None], requires_grad=False)
 
 
 class Encoder(nn.Module):
@@ -473,7 +470,7 @@ class Encoder(nn.Module):
     def __init__(self, grid, patch, tubelet, width, depth, heads, rope=False):
         super().__init__()
         self.grid, self.width, self.heads, self.head_width = grid, width, heads, width // heads
-        self.patch_embed = common.PatchEmbed(patch, width, tubelet=tubelet)
+        self.patch_embed = common.OldPatchEmbed(patch, width, tubelet=tubelet)
         self.pos_embed = make_table(width, grid, rope)
         self.blocks = nn.ModuleList(RotaryBlock(width, heads) if rope else Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -534,7 +531,7 @@ class VJEPA(nn.Module):
         self.predictor = Predictor(
             grid, c.width, c.predictor_width, c.predictor_depth, heads, len(mask_kinds(c)), c.rope, out
         )
-        self.apply(functools.partial(common.init_weights, std=c.init_std))
+        self.apply(functools.partial(common.old_init_weights, std=c.init_std))
         if c.align:  # else short runs end on a plateau: the prediction is the scene's average, whatever is in its place
             for block in self.predictor.predictor_blocks:
                 queries, keys, values = block.attn.qkv.weight.data.chunk(3)
@@ -801,7 +798,6 @@ def toy_clip(split, index, config, key):
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Copied from ijepa.py
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 VIDEOS = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp"}
@@ -1007,7 +1003,6 @@ def to_array(frame, size=None):
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns).transpose(2, 0, 1)), shape
 
 
-# Copied from ijepa.py
 def to_rgb(image):
     """Any PIL image -> upright RGB: turned as EXIF says, 16 bits scaled to 8, palette, grey and CMYK converted."""
     image = ImageOps.exif_transpose(image)
@@ -1038,7 +1033,6 @@ def random_crop(height, width, scale, aspect, draws):
     return centre_crop(height, width, aspect)
 
 
-# Copied from ijepa.py
 def centre_box(width, height, size):
     """The part evaluation sees: shorter side to size*256/224, central square of `size`; size x size stays whole."""
     side = size if (width, height) == (size, size) else min(width, height) * size / int(size * 256 / 224)
@@ -1076,10 +1070,9 @@ def crop_resize(clips, boxes, size, flip=None):
     return tall.unflatten(1, (*clips.shape[1:3], size)).mT
 
 
-# Copied from ijepa.py
 def normalize(images):
     """0..255 -> the networks' range, by ImageNet's mean and std: [B, 3, H, W]."""
-    mean, std = (common.constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (common.old_constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return (images.float() - mean) / std
 
 
@@ -1168,8 +1161,8 @@ class EvalClips(Dataset):
 
 def make_loader(batches, steps, config, world):
     """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = common.worker_count(config, world, streaming=batches.split.root is not None)
-    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.ignore_signals)
+    workers = common.old_worker_count(config, world, streaming=batches.split.root is not None)
+    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.old_ignore_signals)
     return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, **options))
 
 
@@ -1187,54 +1180,52 @@ def make_clips(item, size, device):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from ijepa.py
 def schedules(config, step, steps):
     """(lr, weight decay, EMA momentum) of step 0, 1, ... The released code advances the first two before the step."""
     c, length = config, config.schedule_scale * steps
-    lr = common.warmup_cosine_schedule(step + 1, int(length), int(c.warmup * steps), c.lr_start, c.lr, c.lr_final)
-    decay = common.cosine_schedule(step + 1, int(length), c.weight_decay, c.weight_decay_final)
-    return lr, decay, common.linear_schedule(step, length, c.momentum, c.momentum_final)
+    lr = common.old_warmup_cosine_schedule(step + 1, int(length), int(c.warmup * steps), c.lr_start, c.lr, c.lr_final)
+    decay = common.old_cosine_schedule(step + 1, int(length), c.weight_decay, c.weight_decay_final)
+    return lr, decay, common.old_linear_schedule(step, length, c.momentum, c.momentum_final)
 
 
-# Copied from ijepa.py
 def make_optimizer(model):
     """AdamW; groups: encoder and predictor decayed, then both undecayed. The loop sets lr and decay."""
-    groups = common.parameter_groups(model.encoder, model.predictor)
+    groups = common.old_parameter_groups(model.encoder, model.predictor)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def train(model, target, split, config, world, out):
     """Train (model, target encoder) on a Split. Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
-    device, dtype = world.device, common.choose_precision(config.precision, world.device)
+    device, dtype = world.device, common.old_choose_precision(config.precision, world.device)
     steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
     pixels = config.target == "pixels"
     model, target = model.to(device), target.to(device)
     if config.compile:
         model.compile(dynamic=True)  # the numbers of tokens change from step to step
         target.compile()
-    plain, model = model, common.distribute(model, world, config.shard)
-    target = common.distribute(target, world, config.shard)
+    plain, model = model, common.old_distribute(model, world, config.shard)
+    target = common.old_distribute(target, world, config.shard)
     optimizer, ema = make_optimizer(plain), EMA(target, plain.encoder)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
     if config.resume and (out / "last.pt").exists():
-        state = common.read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
-        common.load_full_state(model, state["model"], optimizer, state["optimizer"])
-        common.load_full_state(target, state["target"])
+        state = common.old_read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
+        common.old_load_full_state(model, state["model"], optimizer, state["optimizer"])
+        common.old_load_full_state(target, state["target"])
         scaler.load_state_dict(state["scaler"])
         start, streak = state["step"], state["streak"].to(device)
 
     def save(step):
-        weights, moments = common.full_state(model, optimizer)
+        weights, moments = common.old_full_state(model, optimizer)
         state = dict(script=Path(__file__).stem, step=step, config=asdict(config), model=weights)
-        state |= dict(target=common.full_state(target)[0], optimizer=moments)
+        state |= dict(target=common.old_full_state(target)[0], optimizer=moments)
         state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
         if world.rank == 0:
-            common.save_checkpoint(out / "last.pt", state)
+            common.old_save_checkpoint(out / "last.pt", state)
 
     if world.rank == 0:
-        common.save_config(out, config)
+        common.old_save_config(out, config)
     loader = make_loader(Clips(split, config, world, config.batch), range(start, steps), config, world)
     parts_of_model = [[p for p in m.parameters() if p.requires_grad] for m in (plain.encoder, plain.predictor)]
     log = Log(out, world, steps, start)
@@ -1260,7 +1251,7 @@ def train(model, target, split, config, world, out):
         for i, (part, masks) in enumerate(zip(patches.chunk(parts), item["masks"], strict=True)):
             masks = [m.to(device, non_blocking=True) for m in masks]
             autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-            with common.no_sync(model, last=i == parts - 1), autocast:
+            with common.old_no_sync(model, last=i == parts - 1), autocast:
                 with torch.no_grad():
                     tokens = pixel_targets(part) if pixels else target(part)
                     targets = gather_targets(tokens, masks, norm=not pixels)
@@ -1270,8 +1261,8 @@ def train(model, target, split, config, world, out):
             loss += part_loss.detach()
 
         scaler.unscale_(optimizer)
-        norms = [common.gradient_norm(parameters) for parameters in parts_of_model]
-        loss, norm = common.mean_over_ranks(loss), torch.stack(norms).norm()
+        norms = [common.old_gradient_norm(parameters) for parameters in parts_of_model]
+        loss, norm = common.old_mean_over_ranks(loss), torch.stack(norms).norm()
         if config.clip and step >= config.warmup * steps:
             for parameters, part_norm in zip(parts_of_model, norms, strict=True):
                 nn.utils.clip_grads_with_norm_(parameters, config.clip, part_norm)
@@ -1301,16 +1292,16 @@ def train(model, target, split, config, world, out):
             waited, window, since = 0.0, done, now
             log.progress(done, **row)
             row |= dict(weight_decay=decay, momentum=momentum, gradient_norm=norm_now, feature_std=std)
-            row |= dict(feature_rank=rank, prediction_spread=spread, memory_gib=common.memory_gib(device))
+            row |= dict(feature_rank=rank, prediction_spread=spread, memory_gib=common.old_memory_gib(device))
             row |= dict(context=[m.shape[-1] for m in masks[::2]], target=[m.shape[-1] for m in masks[1::2]])
             log.write(step=done, **row)
             if bad_steps >= 3:
-                common.stop_not_finite(out, done)
+                common.old_stop_not_finite(out, done)
         if (done % config.save_every == 0 and streak < 3) or done == steps or stopping:
             save(done)
         if stopping and done < steps:
             log.close()
-            log.say(f"stopped after step {done}. To continue: {common.resume_command(out)}")
+            log.say(f"stopped after step {done}. To continue: {common.old_resume_command(out)}")
             raise SystemExit(0)
     log.close()
     return plain, target
@@ -1562,7 +1553,7 @@ def video_surprise(model, target, video, config, frames, contexts, aspect, devic
     box = torch.tensor([centre_crop(*video.shape[-2:], aspect)]).float().to(device)
     clip = normalize(crop_resize(video[None].to(device), box, config.image_size))[0]  # [T, 3, S, S]
     windows = clip.unfold(0, frames, 2).permute(0, 1, 4, 2, 3)  # [W, 3, frames, S, S]
-    dtype, rows = common.choose_precision(config.precision, device), []
+    dtype, rows = common.old_choose_precision(config.precision, device), []
     for part in windows.split(config.eval_batch):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             expected = None if config.target == "pixels" else target
@@ -1771,10 +1762,10 @@ class CrossBlock(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.xattn = common.CrossAttention(width, heads)
+        self.xattn = common.OldCrossAttention(width, heads)
         self.xattn.proj.requires_grad_(False)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = common.MLP(width, 4 * width)
+        self.mlp = common.OLD_MLP(width, 4 * width)
 
     def forward(self, query, tokens):
         """query [B, 1, D], tokens [B, N, D] -> [B, 1, D]."""
@@ -1804,7 +1795,7 @@ class AttentiveProbe(nn.Module):
         super().__init__()
         self.pooler = Pooler(width, heads)
         self.linear = nn.Linear(width, classes)
-        self.apply(common.init_weights)
+        self.apply(common.old_init_weights)
 
     def forward(self, tokens):
         """[B, N, D] -> logits [B, classes]."""
@@ -1826,7 +1817,7 @@ def eval_clips(split, config, world, log, clips=1, views=1):
     """
     n = len(split)
     mine = (torch.arange(math.ceil(n / world.size)) * world.size + world.rank) % n
-    workers = common.worker_count(config, world, streaming=split.root is not None)
+    workers = common.old_worker_count(config, world, streaming=split.root is not None)
     size = max(1, config.eval_batch // (clips * views))
     data = EvalClips(split, config, clips, views)
     loader = DataLoader(data, size, sampler=mine.tolist(), num_workers=workers)
@@ -1835,13 +1826,12 @@ def eval_clips(split, config, world, log, clips=1, views=1):
         yield pixels.to(world.device), indices.where(torch.tensor([not e for e in errors]), -1)
 
 
-# Copied from ijepa.py
 def collect(rows, device):
     """Join all ranks' rows, (indices [B], tensor [B, ...], ...), to (indices [N] on the CPU, tensor [N, ...], ...).
 
     In order of the indices, without those that were unreadable (-1) or came twice.
     """
-    indices, *columns = (common.gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
+    indices, *columns = (common.old_gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
     kept, order = np.unique(indices.cpu().numpy(), return_index=True)
     order = torch.from_numpy(order[kept >= 0]).to(device)
     return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
@@ -1879,7 +1869,6 @@ def raw_pixels(split, config, world, log):
     return found, split.labels[kept].to(world.device)
 
 
-# Copied from ijepa.py
 def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
     """Weighted kNN: cosine similarity, votes exp(similarity / temperature) summed per class -> {k: scores [N, C]}."""
     bank, scores = F.normalize(bank, dim=1), {k: [] for k in ks}
@@ -1892,7 +1881,6 @@ def knn(bank, bank_labels, queries, ks=(10, 20, 100), temperature=0.07):
     return {k: torch.cat(parts) for k, parts in scores.items()}
 
 
-# Copied from ijepa.py
 def accuracy(scores, labels):
     """Top-1 accuracy in percent of scores [..., N, C], labels [N]; ties go to the lower class."""
     return 100 * (scores.argmax(-1) == labels).float().mean(-1)
@@ -1903,16 +1891,16 @@ def train_probe(encoder, split, config, world, log):
     c, device = config, world.device
     torch.manual_seed(c.seed)
     probe = AttentiveProbe(encoder.width, encoder.heads, len(split.classes)).to(device)
-    wrapped, batch = common.distribute(probe, world), min(c.probe_batch, len(split)) // world.size * world.size
+    wrapped, batch = common.old_distribute(probe, world), min(c.probe_batch, len(split)) // world.size * world.size
     total = max(1, c.probe_epochs * (len(split) // batch))
-    optimizer = torch.optim.AdamW(common.parameter_groups(probe), lr=0.0)
+    optimizer = torch.optim.AdamW(common.old_parameter_groups(probe), lr=0.0)
     wide = replace(c, crop_scale=c.crop_scale if c.crop_scale == (1.0, 1.0) else (0.08, 1.0))
     data = Clips(split, wide, world, batch, c.probe_clips, purpose="probe")
     for step, item in enumerate(make_loader(data, range(total), c, world)):
         log.skip(item["bad"], len(split), c.max_bad)
         for group in optimizer.param_groups:
-            group["lr"] = common.cosine_schedule(step, total, c.probe_lr, 0.0)
-            decay = common.cosine_schedule(step, total, c.probe_decay, 1e-6)
+            group["lr"] = common.old_cosine_schedule(step, total, c.probe_lr, 0.0)
+            decay = common.old_cosine_schedule(step, total, c.probe_decay, 1e-6)
             group["weight_decay"] = decay if group["decay"] else 0.0
         clips = make_clips(item, c.image_size, device)  # [b * C, 3, T, S, S]
         with torch.no_grad():
@@ -1995,7 +1983,6 @@ def evaluate(model, target, config, world, log, train_split=None):
     return results
 
 
-# Copied from ijepa.py
 def write_features(encoder, split, config, world, log):
     """--eval features: .npz of features float32 [N, D], labels int64 [N], paths, and with --tokens tokens [N, T, D]."""
     found = extract(encoder.eval(), split, config, world, log, config.tokens)
@@ -2025,7 +2012,7 @@ def content_ratio(model, target, clips, config):
 
 def to_pixels(clips):
     """Normalised clips [..., 3, T, S, S] -> 0..255, the same shape."""
-    mean, std = (common.constant(v, clips.device)[:, None, None, None] for v in (MEAN, STD))
+    mean, std = (common.old_constant(v, clips.device)[:, None, None, None] for v in (MEAN, STD))
     return (clips * std + mean).clamp(0, 1) * 255
 
 
@@ -2149,9 +2136,9 @@ def read_checkpoint(path, heads=0, frames=0, image_size=0):
     An official file has `encoder`, `target_encoder`, `predictor`, with keys `module.backbone.*`. Its shapes do not tell
     heads (of unusual widths), and not always how its tokens divide into frames and places: frames, image_size say so.
     """
-    state = common.load_checkpoint(path)
+    state = common.old_load_checkpoint(path)
     if isinstance(state, dict) and "script" in state:
-        state = common.read_own_checkpoint(path, Path(__file__).stem)
+        state = common.old_read_own_checkpoint(path, Path(__file__).stem)
         parts = {"target": state["target"]}
         for name in ("encoder", "predictor"):
             parts[name] = {k.removeprefix(f"{name}."): v for k, v in state["model"].items() if k.startswith(f"{name}.")}
@@ -2215,7 +2202,7 @@ def load_part(module, state, grid, what):
             old, new = ("x".join(map(str, g)) for g in (grid, module.grid))
             print(f"{what}: positions interpolated from {old} to {new} tokens", flush=True)
         state = state | {key: table}
-    common.load_state(module, state, what)
+    common.old_load_state(module, state, what)
 
 
 def load_weights(model, target, weights, path):
@@ -2253,7 +2240,7 @@ def load_encoder(path, image_size=0, heads=0, frames=0):
 
 def load_probe(path, heads):
     """An official attentive probe: `classifier` with keys module.pooler.* and module.linear.*."""
-    state = common.load_checkpoint(path)
+    state = common.old_load_checkpoint(path)
     if not isinstance(state, dict) or not isinstance(state.get("classifier"), dict):
         fail(f"{path} is no probe checkpoint: expected `classifier`, with keys module.pooler.* and module.linear.*")
     weights = {k.removeprefix("module."): v for k, v in state["classifier"].items()}
@@ -2261,7 +2248,7 @@ def load_probe(path, heads):
         fail(f"{path} is no attentive probe: linear.weight is missing")
     classes, width = weights["linear.weight"].shape
     probe = AttentiveProbe(width, heads, classes)
-    common.load_state(probe, weights, path)
+    common.old_load_state(probe, weights, path)
     return probe.eval()
 
 
@@ -2269,9 +2256,9 @@ def with_frames(model, target, config, frames):
     """(model, target, config) for windows of another length: the same weights, positions made anew."""
     new = replace(config, frames=frames)
     fresh, fresh_target = build(new)
-    for module, source in ((fresh, common.full_state(model)[0]), (fresh_target, common.full_state(target)[0])):
+    for module, source in ((fresh, common.old_full_state(model)[0]), (fresh_target, common.old_full_state(target)[0])):
         tables = {k: v for k, v in module.state_dict().items() if k.endswith("pos_embed")}
-        common.load_state(module, source | tables, "the network with other frames")
+        common.old_load_state(module, source | tables, "the network with other frames")
     return fresh, fresh_target, new
 
 
@@ -2313,7 +2300,7 @@ def report(model, target, train_split, config, world, log):
 
 def run(config, given):
     """Train and evaluate; with --init and no length given, only evaluate. given: names of the flags that were typed."""
-    world = common.start_world(config.device)
+    world = common.old_start_world(config.device)
     weights = None
     if config.init:
         known = {k: getattr(config, k) if k in given else 0 for k in ("heads", "frames", "image_size")}
@@ -2323,7 +2310,7 @@ def run(config, given):
     check(config, world, training)
     if "physics" in config.eval.split(","):
         protocol(config)  # before any work
-    out = common.choose_out(config.out, Path(__file__).stem, config.resume, world)
+    out = common.old_choose_out(config.out, Path(__file__).stem, config.resume, world)
     split = open_split(config, "train") if training else None
     model, target = build(config)
     if weights:
@@ -2336,19 +2323,18 @@ def run(config, given):
     evaluate(model, target, config, world, Log(out, world), split)
 
 
-# Copied from ijepa.py
 def main(argv=None):
     """The command line; see --help."""
     argv = sys.argv[1:] if argv is None else argv
-    config = common.parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
+    config = common.old_parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
     try:
-        run(config, common.given_flags(argv))
+        run(config, common.old_given_flags(argv))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         advice = "try --accumulate 2 (4, 8), --precision bf16, --shard, or a smaller --batch"
         fail(f"out of GPU memory ({reason}): {advice}", 4)
     except OSError as error:
-        common.fail_if_full(error)
+        common.old_fail_if_full(error)
         raise
     finally:
         if dist.is_initialized():

@@ -92,7 +92,7 @@ def on_one_thread(function):
 @on_one_thread
 def views_alone(module, config):
     """Images/s whose views are made, nothing else, on one thread: batched as `module` does, and one by one with PIL."""
-    alone, random = common.World(0, 1, torch.device("cpu")), np.random.default_rng(0)
+    alone, random = common.OldWorld(0, 1, torch.device("cpu")), np.random.default_rng(0)
     pixels = plain.random_pixels(config)
     split = module.in_memory(pixels, torch.zeros(len(pixels)).long(), [""] * len(pixels), ["any"])
     groups = module.view_groups(config)
@@ -134,7 +134,7 @@ def parts_of_dinov2(module, config):
     logits, patch_logits = (torch.randn(n, k) for n, k in ((2 * config.batch, config.prototypes),
                                                            (patches, config.ibot_prototypes)))  # fmt: skip
     patch_heads = [getattr(m, "ibot_head", m.dino_head) for m in (student, teacher)]
-    ema = common.EMA(copy.deepcopy(teacher), student)
+    ema = common.OLD_EMA(copy.deepcopy(teacher), student)
 
     def heads(_):
         with torch.no_grad():
@@ -210,7 +210,7 @@ def run_plain(bench, config, steps):
         masks.append(step(number))
         speeds.append(config.batch / (time.monotonic() - begin))
     half = sorted(speeds[steps // 3 :])
-    memory = common.memory_gib(torch.device("cpu"))
+    memory = common.old_memory_gib(torch.device("cpu"))
     print(json.dumps(dict(speed=half[len(half) // 2], memory=memory, masks=[m for m in masks if m])))
 
 
@@ -218,9 +218,9 @@ def bench_step(name, flags, steps):
     """Print the table of a script's step and the plain one."""
     bench = SCRIPTS[name]
     flags = [*flags, *bench.fixed]
-    config = common.parse_config(bench.module.Config, bench.module.PRESETS, bench.module.DATA_PRESETS, flags)
-    device = common.start_world(config.device).device
-    dtype = common.choose_precision(config.precision, device)
+    config = common.old_parse_config(bench.module.Config, bench.module.PRESETS, bench.module.DATA_PRESETS, flags)
+    device = common.old_start_world(config.device).device
+    dtype = common.old_choose_precision(config.precision, device)
     found = {variant: [] for variant in bench.variants} | {"plain": []}
     for _ in range(2):
         for variant, more in bench.variants.items():
@@ -308,9 +308,9 @@ def profile_steps(name, flags, steps, rows=12):
         share = f"{own_time(e) / steps / 1000:.2f} | {100 * own_time(e) / total:.1f}"
         print(f"| {e.key} | {e.count / steps:.1f} | {share} |")
     module = importlib.import_module(name)
-    config = common.parse_config(module.Config, module.PRESETS, module.DATA_PRESETS, flags)
-    device = common.start_world(config.device).device
-    peak = matmul_peak(common.choose_precision(config.precision, device), device)
+    config = common.old_parse_config(module.Config, module.PRESETS, module.DATA_PRESETS, flags)
+    device = common.old_start_world(config.device).device
+    peak = matmul_peak(common.old_choose_precision(config.precision, device), device)
     sample = counter.get_total_flops() / (2 * config.batch)
     print(
         f"\n{speed:.0f} samples/s of {sample / 1e9:.3g} GFLOP, {100 * sample * speed / peak:.0f} % of the matmul peak, "
@@ -328,14 +328,14 @@ def decode_images(paths):
 
     def ours(i):
         def box(width, height):
-            return ijepa.random_crop(width, height, (0.3, 1.0), common.generator("bench", i))
+            return ijepa.random_crop(width, height, (0.3, 1.0), common.old_generator("bench", i))
 
         return ijepa.decode(paths[i % len(paths)], box, (224, 224))
 
     def whole(i):
         with Image.open(paths[i % len(paths)]) as image:
             image = image.convert("RGB")
-            top, left, height, width = ijepa.random_crop(*image.size, (0.3, 1.0), common.generator("bench", i))
+            top, left, height, width = ijepa.random_crop(*image.size, (0.3, 1.0), common.old_generator("bench", i))
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[:, top : top + height, left : left + width]
         pixels = F.interpolate(pixels[None] / 255, (224, 224), mode="bilinear", antialias=True, align_corners=False)
         return (pixels - torch.tensor(ijepa.MEAN)[:, None, None]) / torch.tensor(ijepa.STD)[:, None, None]
@@ -378,7 +378,7 @@ def main():
     args, flags = parser.parse_known_args()
     if args.plain:
         bench = SCRIPTS[args.scripts[0]]
-        config = common.parse_config(bench.module.Config, bench.module.PRESETS, bench.module.DATA_PRESETS, flags)
+        config = common.old_parse_config(bench.module.Config, bench.module.PRESETS, bench.module.DATA_PRESETS, flags)
         return run_plain(bench, config, args.steps)
     if args.decode:
         for known, read in ((ijepa.EXTENSIONS, decode_images), (vjepa.VIDEOS, decode_videos)):

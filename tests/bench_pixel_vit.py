@@ -43,14 +43,14 @@ def measure(args):
     """Training steps of one task at one length: print JSON of seconds and GiB an image."""
     if args.kind == "explicit":
         F.scaled_dot_product_attention = explicit_attention
-    world, c = common.start_world(args.device), make_config(args)
-    device, dtype = world.device, common.choose_precision("", world.device)
+    world, c = common.old_start_world(args.device), make_config(args)
+    device, dtype = world.device, common.old_choose_precision("", world.device)
     model = pixel_vit.build(c)[0].to(device)
     optimizer = pixel_vit.make_optimizer(model, c)
     diffusion = pixel_vit.Diffusion(pixel_vit.noise_betas("linear", 1000), range(1000), device)
     images = torch.randn(c.batch, 3, c.image_size, c.image_size, device=device)
     labels = torch.arange(c.batch, device=device) % 10
-    before, seconds = common.memory_gib(device), []
+    before, seconds = common.old_memory_gib(device), []
     for step in range(args.steps):
         begin = time.monotonic()
         if c.task == "classify":
@@ -67,13 +67,13 @@ def measure(args):
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.monotonic() - begin)
-    memory = common.memory_gib(device) - before
+    memory = common.old_memory_gib(device) - before
     print(json.dumps(dict(seconds=sorted(seconds[1:] or seconds)[0] / c.batch, memory=memory / c.batch)))
 
 
 def sampling(args):
     """Images/s of the sampler at one batch size, no guidance: print JSON."""
-    world, c = common.start_world(args.device), make_config(args)
+    world, c = common.old_start_world(args.device), make_config(args)
     c = pixel_vit.replace(c, task="diffusion", sampler_steps=str(args.steps), guidance=1.0)
     model = pixel_vit.build(c)[0].to(world.device).eval()
     best = 1e9

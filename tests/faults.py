@@ -214,9 +214,9 @@ def slowly(case):
 def draw_toy(case):
     """Have the toy images in this process, so that its children need not draw them."""
     if case.name not in ("vjepa", "mvp_eval"):
-        draw = {"llip": llip.toy_world, "pixel_vit": pixel_vit.toy_shapes}.get(case.name, common.toy_images)
+        draw = {"llip": llip.toy_world, "pixel_vit": pixel_vit.toy_shapes}.get(case.name, common.old_toy_images)
         module = case.module
-        size = common.parse_config(module.Config, module.PRESETS, module.DATA_PRESETS, case.small).image_size
+        size = common.old_parse_config(module.Config, module.PRESETS, module.DATA_PRESETS, case.small).image_size
         for split in ("train", "val"):
             draw(split, size)
 

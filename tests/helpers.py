@@ -32,7 +32,7 @@ def command(script, *flags, ranks=1):
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), f"--master-port={free_port()}"]
-    return [*launcher, str(ROOT / script), *map(str, flags)]
+    return [*launcher, str(ROOT / script), *" ".join(map(str, flags)).split()]
 
 
 def environment():
@@ -93,7 +93,8 @@ def on_ranks(function, *args, ranks, timeout=900):
 
 def run_several(*lines, ranks):
     """Run command lines, each [script's name, *flags], one after the other in the same processes, one per rank."""
-    on_ranks(call_lines_as_rank, ranks, free_port(), [list(map(str, line)) for line in lines], ranks=ranks)
+    words = [line.split() if isinstance(line, str) else list(map(str, line)) for line in lines]
+    on_ranks(call_lines_as_rank, ranks, free_port(), words, ranks=ranks)
 
 
 def start(script, *flags, ranks=1):
@@ -131,6 +132,24 @@ def kill_at_random(script, *flags, times, seed, longest, start=start):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     return killed
+
+
+def wait_for(condition, process, seconds=120):
+    """Wait until condition() holds; fail if the process ends before, or takes too long."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise AssertionError(f"ended too early or hangs: {process.communicate()[0]}")
+        time.sleep(0.005)
+
+
+def kill_when(script, *flags, rows):
+    """Run with --resume and kill -9, with its loading processes, once its log has that many rows."""
+    process, log = start(script, *flags, "--resume"), Path(flags[-1].split()[-1]) / "log.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= rows, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def log_rows(out):

@@ -102,7 +102,7 @@ def write_images(pixels, labels, classes, folder):
 def open_images(data, name, folder):
     """Split `name` (train or val) of a data set with its pixels in memory."""
     config = ijepa.Config(data=data, image_size=24 if data == "toy" else 32)  # as they are
-    world, log = common.World(0, 1, torch.device("cpu")), common.Log(folder, common.World(0, 1, torch.device("cpu")))
+    world, log = common.OldWorld(0, 1, torch.device("cpu")), common.OldLog(folder, common.OldWorld(0, 1, torch.device("cpu")))
     return ijepa.cache_pixels(ijepa.open_split(config, name), config, world, log)
 
 
@@ -117,7 +117,7 @@ def prepare(data, folder):
         some = torch.arange(len(split))
         if name == "train":
             write_images(split.pixels, split.labels, split.classes, folder / "train" / name)
-            some = torch.randperm(len(split), generator=common.generator("leaderboard", data))[: DATA[data].bank]
+            some = torch.randperm(len(split), generator=common.old_generator("leaderboard", data))[: DATA[data].bank]
         write_images(split.pixels[some], split.labels[some], split.classes, folder / "labelled" / name)
     (folder / "done").touch()
 

@@ -36,7 +36,7 @@ def train_on_it(_, script, flags, evaluations):
     torch.set_num_threads(1)
     waits = []
     brief = mock.patch.object(pmsn, "epoch_assignments", functools.partial(pmsn.epoch_assignments, steps=2))
-    with mock.patch.object(common, "start_world", lambda *_: common.World(0, 1, device)), brief, away.Everywhere():
+    with mock.patch.object(common, "start_world", lambda *_: common.OldWorld(0, 1, device)), brief, away.Everywhere():
         for steps, then in ((3, "none"), (6, evaluations)):
             away.WAITS.clear()
             sys.argv = [f"{script}.py", *flags, "--steps", str(steps), "--out", f"for {steps}", "--eval", then]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from common import EMA, Attention, Block, CrossAttention, PatchEmbed, SwiGLU, ViT
+from common import OLD_EMA as EMA, OldAttention as Attention, OldBlock as Block, OldCrossAttention as CrossAttention, OldPatchEmbed as PatchEmbed, OldSwiGLU as SwiGLU, OldViT as ViT
 
 
 def test_attention_is_attention():
@@ -75,25 +75,25 @@ def test_patch_and_tubelet_embedding_are_the_convolution():
 
 
 def test_positions():
-    line = common.sincos_1d(8, [0.0, 2.5])
+    line = common.old_sincos_1d(8, [0.0, 2.5])
     assert line[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert line[1, 1].item() == pytest.approx(math.sin(2.5 * 10000**-0.25))
-    grid = common.sincos_2d(16, 3, 5)
-    torch.testing.assert_close(grid[7], torch.cat([common.sincos_1d(8, [2])[0], common.sincos_1d(8, [1])[0]]))
-    cube = common.sincos_3d(26, 2, 3, 4)  # axes of 10, cut to 26
+    grid = common.old_sincos_2d(16, 3, 5)
+    torch.testing.assert_close(grid[7], torch.cat([common.old_sincos_1d(8, [2])[0], common.old_sincos_1d(8, [1])[0]]))
+    cube = common.old_sincos_3d(26, 2, 3, 4)  # axes of 10, cut to 26
     assert cube.shape == (24, 26)
-    expected = torch.cat([common.sincos_1d(10, [p])[0] for p in (1, 2, 3)])[:26]
+    expected = torch.cat([common.old_sincos_1d(10, [p])[0] for p in (1, 2, 3)])[:26]
     torch.testing.assert_close(cube[-1], expected)
     with pytest.raises(ValueError, match="divisible by 4"):
-        common.sincos_2d(10, 3, 3)
+        common.old_sincos_2d(10, 3, 3)
 
 
 def test_interpolated_positions():
-    table = common.sincos_2d(16, 4, 4).float()[None]
-    assert common.interpolate_positions(table, (4, 4), (4, 4)) is table
-    larger = common.interpolate_positions(table, (4, 4), (8, 8))
+    table = common.old_sincos_2d(16, 4, 4).float()[None]
+    assert common.old_interpolate_positions(table, (4, 4), (4, 4)) is table
+    larger = common.old_interpolate_positions(table, (4, 4), (8, 8))
     assert larger.shape == (1, 64, 16)
-    flat = common.interpolate_positions(torch.full((1, 16, 3), 2.5), (4, 4), (7, 5))
+    flat = common.old_interpolate_positions(torch.full((1, 16, 3), 2.5), (4, 4), (7, 5))
     torch.testing.assert_close(flat, torch.full((1, 35, 3), 2.5))
 
 
@@ -133,10 +133,10 @@ def test_vit(options):
 def test_memory_is_of_this_process_alone():
     """What a large process starts does not inherit its peak."""
     code = f"import sys; sys.path.insert(0, {os.path.dirname(common.__file__)!r}); import common, torch; "
-    code += "print(common.memory_gib(torch.device('cpu')))"
-    before = common.memory_gib(torch.device("cpu"))
+    code += "print(common.old_memory_gib(torch.device('cpu')))"
+    before = common.old_memory_gib(torch.device("cpu"))
     large = torch.ones(150_000_000)
-    assert common.memory_gib(torch.device("cpu")) > max(before, large.numel() * 4 / 2**30)
+    assert common.old_memory_gib(torch.device("cpu")) > max(before, large.numel() * 4 / 2**30)
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0.05 < float(child.stdout) < 0.5 or sys.platform != "linux"
 
@@ -162,18 +162,18 @@ def test_ema_is_the_formula_for_every_dtype_and_skips():
 
 
 def test_schedules():
-    assert common.linear_schedule(5, 10, 0.0, 1.0) == 0.5
-    assert common.cosine_schedule(0, 10, 1.0, 0.2) == 1.0
-    assert common.cosine_schedule(10, 10, 1.0, 0.2) == pytest.approx(0.2)
-    assert common.cosine_schedule(99, 10, 1.0, 0.2) == pytest.approx(0.2), "does not turn back after its end"
-    values = [common.warmup_cosine_schedule(s, 10, 4, 0.0, 1.0, 0.1) for s in range(11)]
+    assert common.old_linear_schedule(5, 10, 0.0, 1.0) == 0.5
+    assert common.old_cosine_schedule(0, 10, 1.0, 0.2) == 1.0
+    assert common.old_cosine_schedule(10, 10, 1.0, 0.2) == pytest.approx(0.2)
+    assert common.old_cosine_schedule(99, 10, 1.0, 0.2) == pytest.approx(0.2), "does not turn back after its end"
+    values = [common.old_warmup_cosine_schedule(s, 10, 4, 0.0, 1.0, 0.1) for s in range(11)]
     assert values[:5] == [0.0, 0.25, 0.5, 0.75, 1.0] and values[10] == pytest.approx(0.1)
     assert values == values[:5] + sorted(values[5:])[::-1]
 
 
 def test_parameter_groups():
     model = ViT(8, 4, 12, 1, 2, class_token=True)
-    decayed, undecayed = common.parameter_groups(model)
+    decayed, undecayed = common.old_parameter_groups(model)
     names = {p: n for n, p in model.named_parameters()}
     assert {names[p] for p in undecayed["params"]} == {n for n in names.values() if n.endswith("bias") or "norm" in n}
     assert "cls_token" in {names[p] for p in decayed["params"]} and decayed["decay"] and not undecayed["decay"]
@@ -181,7 +181,7 @@ def test_parameter_groups():
 
 
 def test_generator_is_a_function_of_its_key():
-    draw = lambda *key: torch.rand(3, generator=common.generator(*key)).tolist()  # noqa: E731
+    draw = lambda *key: torch.rand(3, generator=common.old_generator(*key)).tolist()  # noqa: E731
     assert draw(0, "crop", 1) == draw(0, "crop", 1)
     keys = (0, "crop", 1), (1, "crop", 1), (0, "mask", 1), (0, "crop", 2), (0, "crop", 1, 0)
     assert len({tuple(draw(*key)) for key in keys}) == 5
@@ -190,9 +190,9 @@ def test_generator_is_a_function_of_its_key():
 def test_effective_rank():
     torch.manual_seed(0)
     x = torch.randn(512, 8)
-    assert 7.5 < common.effective_rank(x) <= 8
-    assert common.effective_rank(torch.randn(512, 1) @ torch.randn(1, 8)) < 1.01
-    assert torch.isfinite(common.effective_rank(torch.ones(4, 3)))
+    assert 7.5 < common.old_effective_rank(x) <= 8
+    assert common.old_effective_rank(torch.randn(512, 1) @ torch.randn(1, 8)) < 1.01
+    assert torch.isfinite(common.old_effective_rank(torch.ones(4, 3)))
 
 
 @dataclass
@@ -210,7 +210,7 @@ class Tiny:
 
 def parse(*argv):
     presets = {"toy": {}, "large": {"width": 99, "flip": True}, "folder": {"width": 50}}
-    return common.parse_config(Tiny, presets, {"toy": "toy", "*": "folder"}, argv)
+    return common.old_parse_config(Tiny, presets, {"toy": "toy", "*": "folder"}, argv)
 
 
 def test_config_from_command_line(capsys):
@@ -226,47 +226,47 @@ def test_config_from_command_line(capsys):
         parse("--help")
     text = capsys.readouterr().out
     assert "width, in channels [8]" in text and "100 % of it" in text
-    assert common.given_flags(["--no-flip", "--lr=3", "--features-out", "x"]) == {"flip", "lr", "features_out"}
+    assert common.old_given_flags(["--no-flip", "--lr=3", "--features-out", "x"]) == {"flip", "lr", "features_out"}
 
 
 def test_choice_of_the_output_folder(capsys):
-    world = common.World(0, 1, torch.device("cpu"))
-    names = [common.choose_out("", "ijepa", False, world).as_posix() for _ in range(3)]
+    world = common.OldWorld(0, 1, torch.device("cpu"))
+    names = [common.old_choose_out("", "ijepa", False, world).as_posix() for _ in range(3)]
     assert names == ["runs/ijepa", "runs/ijepa-2", "runs/ijepa-3"]
-    assert common.choose_out("", "ijepa", True, world).as_posix() == "runs/ijepa-3"
-    path = common.choose_out("mine", "ijepa", False, world)
+    assert common.old_choose_out("", "ijepa", True, world).as_posix() == "runs/ijepa-3"
+    path = common.old_choose_out("mine", "ijepa", False, world)
     (path / "last.pt").touch()
     with pytest.raises(SystemExit):
-        common.choose_out("mine", "ijepa", False, world)
+        common.old_choose_out("mine", "ijepa", False, world)
     assert "--resume" in capsys.readouterr().err
-    assert common.choose_out("mine", "ijepa", True, world) == path
+    assert common.old_choose_out("mine", "ijepa", True, world) == path
     (path / "file").touch()
     with pytest.raises(SystemExit) as stop:
-        common.choose_out("mine/file/below", "ijepa", False, world)
+        common.old_choose_out("mine/file/below", "ijepa", False, world)
     assert stop.value.code == 2 and "cannot write" in capsys.readouterr().err
 
 
 def hold(folder):
-    common.lock(folder)
+    common.old_lock(folder)
     (folder / "held").touch()
     time.sleep(60)
 
 
 def test_a_folder_has_one_process_at_a_time(tmp_path, capsys):
     """The lock is seen by others, is not inherited by a holder's children, and does not outlive a kill -9."""
-    world = common.World(0, 1, torch.device("cpu"))
+    world = common.OldWorld(0, 1, torch.device("cpu"))
     holder = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path,))
     holder.start()
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
     for resume in (False, True):
         with pytest.raises(SystemExit) as stop:
-            common.choose_out(str(tmp_path), "ijepa", resume, world)
+            common.old_choose_out(str(tmp_path), "ijepa", resume, world)
         assert stop.value.code == 2 and "another process is writing" in capsys.readouterr().err
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    assert common.choose_out(str(tmp_path), "ijepa", True, world) == tmp_path
-    loader = multiprocessing.get_context("fork").Process(target=lambda: os._exit(common.lock(tmp_path)))
+    assert common.old_choose_out(str(tmp_path), "ijepa", True, world) == tmp_path
+    loader = multiprocessing.get_context("fork").Process(target=lambda: os._exit(common.old_lock(tmp_path)))
     loader.start()
     loader.join()
     assert loader.exitcode == 0, "a child took the lock that its parent holds"
@@ -277,13 +277,13 @@ def test_a_filesystem_without_locks_is_no_obstacle(tmp_path, monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.lockf", unknown)
-    assert common.lock(tmp_path)
+    assert common.old_lock(tmp_path)
 
 
 def test_log_on_a_full_disk_and_torn_lines(capsys, monkeypatch):
     """A row that does not fit ends the run with one line; the torn row is dropped by the run that resumes."""
-    world = common.World(0, 1, torch.device("cpu"))
-    log = common.Log("run", world)
+    world = common.OldWorld(0, 1, torch.device("cpu"))
+    log = common.OldLog("run", world)
     log.write(step=1, loss=0.5)
     log.write(step=2, nested={"a": {"b": 1.0}})
     whole = log.path.read_text()
@@ -298,7 +298,7 @@ def test_log_on_a_full_disk_and_torn_lines(capsys, monkeypatch):
     assert stop.value.code == 1 and "could not write run/log.jsonl" in capsys.readouterr().err
     assert log.path.read_text().startswith(whole)
     log.path.write_text(whole + '{"step": 3, "nested": {"a": {"b": 1.0}' + "\n")  # ends like a whole row
-    common.Log("run", world, total=9, start=2)
+    common.OldLog("run", world, total=9, start=2)
     assert log.path.read_text() == whole
 
 
@@ -306,7 +306,7 @@ def test_signals_stop_the_loop_and_then_the_evaluation(capsys):
     """In training a signal is a wish that the loop grants; after it nothing would be lost, so it ends the process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        log = common.Log("run", common.World(0, 1, torch.device("cpu")))
+        log = common.OldLog("run", common.OldWorld(0, 1, torch.device("cpu")))
         log.catch_signals()
         os.kill(os.getpid(), signal.SIGTERM)
         assert log.stop == signal.SIGTERM
@@ -323,8 +323,8 @@ def test_signals_stop_the_loop_and_then_the_evaluation(capsys):
 def test_checkpoint_with_a_flipped_bit(tmp_path, capsys):
     """torch.load would take it; the checksum tells. What holds no dict is named."""
     path = tmp_path / "last.pt"
-    common.save_checkpoint(path, {"weight": torch.zeros(1000), "config": {"width": 16}})
-    assert common.load_checkpoint(path)["config"] == {"width": 16}
+    common.old_save_checkpoint(path, {"weight": torch.zeros(1000), "config": {"width": 16}})
+    assert common.old_load_checkpoint(path)["config"] == {"width": 16}
     whole = path.read_bytes()
     middle = whole.index(bytes(4000)) + 2000
     path.write_bytes(whole[:middle] + b"\x10" + whole[middle + 1 :])
@@ -332,25 +332,25 @@ def test_checkpoint_with_a_flipped_bit(tmp_path, capsys):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     for name, words in (("last.pt", "checksum"), ("tensor.pt", "found Tensor")):
         with pytest.raises(SystemExit) as stop:
-            common.load_checkpoint(tmp_path / name)
+            common.old_load_checkpoint(tmp_path / name)
         assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_log_drops_rows_that_will_be_written_again():
-    world = common.World(0, 1, torch.device("cpu"))
-    log = common.Log("out", world)
+    world = common.OldWorld(0, 1, torch.device("cpu"))
+    log = common.OldLog("out", world)
     for step in (1, 2, 3):
         log.write(step=step)
     with open("out/log.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
-    common.Log("out", world, total=9, start=2)
+    common.OldLog("out", world, total=9, start=2)
     assert (log.path).read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_toy_images_are_reproducible_and_balanced():
-    train, labels = common.toy_images("train")
-    again, _ = common.toy_images.__wrapped__("train")  # not the cached one
-    val, val_labels = common.toy_images("val")
+    train, labels = common.old_toy_images("train")
+    again, _ = common.old_toy_images.__wrapped__("train")  # not the cached one
+    val, val_labels = common.old_toy_images("val")
     assert train.dtype == torch.uint8 and train.shape[1:] == (3, 24, 24) and torch.equal(train, again)
     for y in (labels, val_labels):
         assert (np.bincount(y) == len(y) // 10).all()

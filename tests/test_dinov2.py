@@ -143,13 +143,13 @@ def test_position_interpolation(i):
 def test_swiglu_sizes():
     for width, hidden in zip(*(golden("swiglu_sizes")[k].tolist() for k in ("dim", "hidden"))):
         with torch.device("meta"):
-            assert common.SwiGLU(width, 4 * width).w3.in_features == hidden
+            assert common.OldSwiGLU(width, 4 * width).w3.in_features == hidden
 
 
 def test_head():
     g = golden("dino_head")
     head = dinov2.Head(12, 20, 8, 24)
-    common.load_state(head, torch.load(GOLDEN / "dino_head.pth", weights_only=True), "head")
+    common.old_load_state(head, torch.load(GOLDEN / "dino_head.pth", weights_only=True), "head")
     x = tensor(g["x"]).requires_grad_()
     y = head(x)
     close(y, g["y"])
@@ -312,7 +312,7 @@ def test_two_training_steps(name, together):
         for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
             ours.copy_(0.9 * theirs + 0.01)
     assert set(g["names"]) == {n for n, _ in student.named_parameters()}
-    optimizer, ema = dinov2.make_optimizer(student, config), common.EMA(teacher, student)
+    optimizer, ema = dinov2.make_optimizer(student, config), common.OLD_EMA(teacher, student)
     dinov2.set_rates(optimizer, dinov2.Schedule(lr, last_lr, decay, momentum, temperature))
     parts = dict(student.named_children())
     assert list(parts) == list(g["modules"]) and student.modules_to_clip() == list(parts.values())
@@ -543,9 +543,9 @@ SMALL += "--device cpu --no-compile --precision fp32 --workers 0".split()
 @pytest.fixture(autouse=True, scope="module")
 def toy_images_once():
     """The toy images are always the same: draw each size once."""
-    draw, common.toy_images = common.toy_images, functools.lru_cache(common.toy_images)
+    draw, common.old_toy_images = common.old_toy_images, functools.lru_cache(common.old_toy_images)
     yield
-    common.toy_images = draw
+    common.old_toy_images = draw
 
 
 @pytest.fixture(autouse=True)
@@ -864,7 +864,7 @@ def test_distillation_and_high_resolution(tmp_path, capsys):
 
 def test_curate_command(tmp_path, capsys, monkeypatch):
     """Planted duplicates and leaks go, the list is trained on, and an interrupted call goes on where it was."""
-    pixels = common.toy_images("val", 32)[0][:60].permute(0, 2, 3, 1).numpy()
+    pixels = common.old_toy_images("val", 32)[0][:60].permute(0, 2, 3, 1).numpy()
     for i in range(60):
         for folder, image in (("pool", pixels[i]), ("refs", pixels[i]), ("queries", 255 - pixels[i])):
             wanted = dict(pool=i < 40, refs=30 <= i < 50, queries=i < 8)[folder]

@@ -134,7 +134,7 @@ def test_three_training_steps():
     start, peak, final, wd, wd_final, ipe, epochs, warmup = trace["schedule"]
     config = Config(**TINY, lr=peak, lr_start=start, lr_final=final, weight_decay=wd, weight_decay_final=wd_final,
                     warmup=warmup / epochs)  # fmt: skip
-    optimizer, ema = flexpredict.make_optimizer(model), common.EMA(target, model.encoder)
+    optimizer, ema = flexpredict.make_optimizer(model), common.OLD_EMA(target, model.encoder)
     for step in range(3):
         lr, decay, momentum = flexpredict.schedules(config, step, int(ipe * epochs))
         close([lr, decay, momentum], [trace[k][step] for k in ("lr", "wd", "m")], atol=1e-12)

@@ -68,7 +68,7 @@ def test_forward(conditioning, dtype):
     if conditioning != "feature":
         return
     close(model.predictor.everywhere(tokens, torch.zeros(1, 7, dtype=dtype)), g["ft_tokens"], atol=1e-5)
-    picked = common.gather_tokens(tokens, mask)
+    picked = common.old_gather_tokens(tokens, mask)
     kinds = dict(l2_sum=dict(reduction="sum", target_norm=False), l2_mean=dict(target_norm=False), l2_mean_ln={},
                  smoothl1_ln=dict(loss="smooth_l1"))  # fmt: skip
     for name, fields in kinds.items():
@@ -86,7 +86,7 @@ def test_gradients_along_given_directions(kind):
         keep, mask = tensor(g["keep"], torch.long), tensor(g["mask"], torch.long)
         patches = model.encoder.patch_embed.patchify(tensor(g["x"], dtype))
         predictions = model(patches, keep, mask, tensor(g["action"], dtype))
-        targets = common.gather_tokens(target(tensor(g["y"], dtype)), mask).detach()
+        targets = common.old_gather_tokens(target(tensor(g["y"], dtype)), mask).detach()
         config = Config(reduction="sum", target_norm=False) if kind == "l2_sum" else Config()
         if dtype == torch.float64:
             if config.target_norm:
@@ -313,7 +313,7 @@ def test_tuning_leaves_the_encoder_frozen_and_learns():
     """An easy task, to be learned in seconds by head, predictor, or all; segmentation by patch."""
     config = Config(image_size=16, patch=8, width=16, depth=1, heads=2, predictor_width=16, predictor_depth=1,
                     init_std=0.2, patch_std=0.2, tune_epochs=12, tune_batch=32, tune_lr=1e-2)  # fmt: skip
-    log = common.Log("out", ALONE)
+    log = common.OldLog("out", ALONE)
     model, target = iwm.build(config)
     labels = torch.arange(128) % 2
     pixels = (labels[:, None, None, None] * 100 + torch.randint(0, 100, (128, 3, 16, 16))).byte()

@@ -89,7 +89,7 @@ def test_forward_in_evaluation_mode():
         close((q @ k.mT * 8**-0.5).softmax(-1), g["attn_last"], atol=1e-5)
         for size in (8, 12, 24, 32):
             grid = (size // 4, size // 4)
-            table = common.interpolate_positions(vit.pos_embed[:, 1:], (4, 4), grid)
+            table = common.old_interpolate_positions(vit.pos_embed[:, 1:], (4, 4), grid)
             close(torch.cat([vit.pos_embed[:, :1], table], dim=1), g[f"pos_embed_{size}px"], atol=1e-5)
 
 
@@ -117,11 +117,11 @@ def test_positions_of_other_sizes():
     for key in (k for k in g.files if k.endswith("_in") and g[k].size):
         patch, old, new = (int(v) for v in key[1:-3].split("_"))
         table, grids = tensor(g[key]), [(side // patch,) * 2 for side in (old, new)]
-        found = torch.cat([table[:, :1], common.interpolate_positions(table[:, 1:], *grids)], dim=1)
+        found = torch.cat([table[:, :1], common.old_interpolate_positions(table[:, 1:], *grids)], dim=1)
         close(found, g[key[:-3] + "_out"], atol=1e-5)
         checked += 1
     assert checked == 5
-    vit = common.ViT(28, 7, 8, 1, 2, class_token=True, learned_positions=True)
+    vit = common.OldViT(28, 7, 8, 1, 2, class_token=True, learned_positions=True)
     assert vit(torch.zeros(1, 3, 12, 12)).shape == (1, 2, 8)  # what no patch fits is cut off, as by a convolution
 
 
@@ -249,7 +249,7 @@ def test_four_training_steps(tag):
     model, _ = tiny()
     model.config = config
     target = copy.deepcopy(model.network)
-    optimizer, ema = msn.make_optimizer(model), common.EMA(target, model.network)
+    optimizer, ema = msn.make_optimizer(model), common.OLD_EMA(target, model.network)
     network, qkv = list(model.network.parameters()), [b.attn.qkv.weight for b in model.network.encoder.blocks]
     for step in range(4):
         rate, decay, momentum, sharpen = msn.schedules(config, step, int(per_epoch * epochs))
@@ -268,7 +268,7 @@ def test_four_training_steps(tag):
         assert len(assigned.argmax(1).unique()) == g[f"{tag}_np"][step]
         log_p = msn.log_assignments(z[0], z[1])
         close(torch.special.entr(log_p.exp()).sum(1).mean().detach(), g[f"{tag}_entropy"][step], atol=1e-3)
-        norms = dict(gnorm=common.gradient_norm(network), proto_gnorm=model.prototypes.grad.norm())
+        norms = dict(gnorm=common.old_gradient_norm(network), proto_gnorm=model.prototypes.grad.norm())
         norms |= dict(first_qkv_gnorm=qkv[0].grad.norm(), last_qkv_gnorm=qkv[1].grad.norm())
         for key, value in norms.items():
             close(value, g[f"{tag}_{key}"][step], rtol=1e-3)
@@ -349,8 +349,8 @@ def test_grey_hue_and_blur_against_pil():
 
 def test_a_batch_is_augmented_as_its_images_one_by_one():
     config = Config(jitter_share=0.7, blur=0.5, grey=0.3)
-    drawn = msn.draw_photometric(24, config, common.generator(0))
-    images = torch.randint(0, 256, (24, 3, 16, 16), generator=common.generator(1)).float()
+    drawn = msn.draw_photometric(24, config, common.old_generator(0))
+    images = torch.randint(0, 256, (24, 3, 16, 16), generator=common.old_generator(1)).float()
     drawn.pop("flip")
     together = msn.augment(images, **drawn)
     for i in range(24):
@@ -361,7 +361,7 @@ def test_a_batch_is_augmented_as_its_images_one_by_one():
 
 
 def test_photometric_draws_follow_the_paper():
-    drawn = msn.draw_photometric(40000, Config(), common.generator(0))
+    drawn = msn.draw_photometric(40000, Config(), common.old_generator(0))
     jittered = (drawn["factors"] != torch.tensor([1.0, 1, 1, 0])).all(1)
     shares = dict(flip=0.5, grey=0.2) | {"sigma": 0.5}
     for key, share in shares.items():
@@ -381,7 +381,7 @@ def test_crop_statistics():
         _, kind, size = key.split("_")
         height, width = map(int, size.split("x"))
         scale = (0.3, 1.0) if kind == "rand" else (0.05, 0.3)
-        boxes = msn.random_crops(torch.tensor([[width, height]]).repeat(40000, 1), scale, common.generator(key))
+        boxes = msn.random_crops(torch.tensor([[width, height]]).repeat(40000, 1), scale, common.old_generator(key))
         top, left, h, w = boxes.double().unbind(1)
         share, ratio = h * w / (height * width), (w / h).log()
         ours = [share.mean(), *share.quantile(torch.tensor([0.1, 0.5, 0.9]).double()), ratio.mean(), ratio.std()]
@@ -412,7 +412,7 @@ def test_linear_probe_steps():
     for p, name in zip(heads.parameters, names):
         p.data.copy_(tensor(g[f"lin_init_{name}"]))
     for step in range(4):
-        rate = common.cosine_schedule(step, 4, 1.0, 0.0)
+        rate = common.old_cosine_schedule(step, 4, 1.0, 0.0)
         close(6.4 * rate, g["lin_lrs"][step], rtol=1e-6)
         labels = torch.from_numpy(g["lin_Y"][step])
         losses = heads.step(tensor(g["lin_X"][step]), labels, rate, decay=float(g["lin_wd"]))
@@ -478,8 +478,8 @@ def test_anchors_of_one_size_are_one_group():
 
 def test_the_encoder_runs_once_per_view_size(monkeypatch):
     model, _ = tiny()
-    sizes, forward = [], common.ViT.forward
-    monkeypatch.setattr(common.ViT, "forward", lambda self, x, *a: sizes.append(tuple(x.shape)) or forward(self, x, *a))
+    sizes, forward = [], common.OldViT.forward
+    monkeypatch.setattr(common.OldViT, "forward", lambda self, x, *a: sizes.append(tuple(x.shape)) or forward(self, x, *a))
     views = [torch.rand(2, 4, 3, 16, 16), torch.rand(3, 4, 3, 8, 8)]
     _, anchors = msn.anchors_by_size(views)
     model(anchors, msn.sample_keep(Config(**TINY), 0, 0, 4))

@@ -116,8 +116,8 @@ def test_mae(kind):
     np.testing.assert_array_equal(keep, g["ids_keep"])
     np.testing.assert_array_equal(restore, g["ids_restore"])
     np.testing.assert_array_equal(mask, g["mask"])
-    close(model.norm(model.run(common.gather_tokens(model.embed(images), keep))), g["latent"], atol=1e-5)
-    everything = common.gather_tokens(model.embed(images), noise.argsort(1))
+    close(model.norm(model.run(common.old_gather_tokens(model.embed(images), keep))), g["latent"], atol=1e-5)
+    everything = common.old_gather_tokens(model.embed(images), noise.argsort(1))
     close(model.norm(model.run(everything)), g["latent_mask0"], atol=1e-5)
     close(model.run(model.embed(images)), g["plain_tokens_prenorm"], atol=1e-5)
     pooled, tokens = model(images, features=True)
@@ -185,19 +185,19 @@ def test_average_of_weights():
     g = golden("ema")
     source, target = torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(3, 2, bias=False)
     target.weight.data = tensor(g["ema0_w"])
-    ema = common.EMA(target, source)
+    ema = common.OLD_EMA(target, source)
     for i, decay in enumerate((0.9999, 0.9999, 0.9)):
         source.weight.data = tensor(g["model_w_seq"][i])
         ema.update(decay)
         close(target.weight, g[f"ema{i + 1}_w"], atol=1e-6)
-        ema = common.EMA(target, source.requires_grad_(True))
+        ema = common.OLD_EMA(target, source.requires_grad_(True))
 
 
 def test_stochastic_depth():
     g = golden("drop_path")
     torch.manual_seed(int(g["seed"]))
     kept = torch.empty(16).bernoulli_(1 - float(g["p"]))
-    close(common.stochastic_depth(torch.ones(16, 3, 2), float(g["p"]), kept), g["out_of_ones"], atol=1e-6)
+    close(common.old_stochastic_depth(torch.ones(16, 3, 2), float(g["p"]), kept), g["out_of_ones"], atol=1e-6)
     model = pixel_vit.build(Config(depth=12, width=8, heads=2, classes=2, drop_path=0.1))[0]
     close(torch.tensor([block.drop_path for block in model.blocks]), g["linspace_rates_depth12_rate0p1"], atol=1e-8)
 
@@ -535,14 +535,14 @@ def largest_difference(a, b):
 def test_stopped_and_resumed_is_bitwise(task, monkeypatch):
     flags = [*TINY, *TASKS[task].split(), "--steps", 6, "--eval", "none", "--sample", 5 * (task == "diffusion")]
     main(*flags, "--out", "whole")
-    progress = common.Log.progress
+    progress = common.OldLog.progress
 
     def ask_at_three(log, step, **shown):  # as a signal would, after this step has been checked
         progress(log, step, **shown)
         if step == 3 and log.start == 0:
             log.stop = signal.SIGTERM
 
-    monkeypatch.setattr(common.Log, "progress", ask_at_three)
+    monkeypatch.setattr(common.OldLog, "progress", ask_at_three)
     main(*flags, "--out", "parts", code=0)
     assert torch.load("parts/last.pt", weights_only=True)["step"] == 4
     main(*flags, "--out", "parts", "--resume")
@@ -614,7 +614,7 @@ def test_guidance_uses_the_label_that_is_none():
 def test_augmentation_follows_the_draws():
     images = torch.randint(0, 256, (400, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
     config = Config(batch=400, randaugment=2)
-    draws = pixel_vit.draw_augmentation(400, config, common.generator(0))
+    draws = pixel_vit.draw_augmentation(400, config, common.old_generator(0))
     applied = draws["operation"] >= 0
     assert abs(applied.double().mean() - 0.5) < 0.06 and draws["level"].mean().item() == pytest.approx(9, abs=0.1)
     assert set(draws["operation"].flatten().tolist()) == set(range(-1, 15))
@@ -623,7 +623,7 @@ def test_augmentation_follows_the_draws():
     assert torch.equal(changed[~applied.any(1)], images[~applied.any(1)])
     part = {k: v[100:200] for k, v in draws.items()}
     assert torch.equal(pixel_vit.augment(images[100:200], part), changed[100:200]), "a sample is augmented by itself"
-    boxes = pixel_vit.draw_erasing(4000, 32, 0.25, common.generator(0))
+    boxes = pixel_vit.draw_erasing(4000, 32, 0.25, common.old_generator(0))
     share = (boxes[:, 2] * boxes[:, 3]).double() / 32**2
     assert abs((share > 0).double().mean() - 0.25) < 0.03 and 0.015 < share[share > 0].min() and share.max() < 0.36
     assert ((boxes[:, :2] >= 0) & (boxes[:, :2] + boxes[:, 2:] <= 32)).all()

@@ -135,7 +135,7 @@ def test_four_training_steps():
     target = copy.deepcopy(model.network)
     optimizer, ema, network = (
         pmsn.make_optimizer(model),
-        common.EMA(target, model.network),
+        common.OLD_EMA(target, model.network),
         [*model.network.parameters()],
     )
     for step in range(4):
@@ -150,7 +150,7 @@ def test_four_training_steps():
         loss.backward()
         for key, value in dict(loss=loss, ce=parts["ce"], kl=parts["kl"]).items():
             close(value.detach(), g[key][step], atol=1e-3)
-        norm = common.gradient_norm(network)
+        norm = common.old_gradient_norm(network)
         close(norm, g["gnorm"][step], rtol=1e-3)
         torch.nn.utils.clip_grads_with_norm_(network, clip, norm)
         optimizer.step()
@@ -169,7 +169,7 @@ def test_four_training_steps():
 
 def test_a_uniform_prior_is_msn():
     """Term for term and in the gradients, with and without Sinkhorn."""
-    random = common.generator(0)
+    random = common.old_generator(0)
     z, h, q = (torch.randn(n, 8, generator=random) for n in (24, 8, 12))
     for rounds in (0, 3):
         gradients = []
@@ -192,7 +192,7 @@ def test_a_uniform_prior_is_msn():
 def test_the_mean_assignment_moves_to_the_prior(prior, reverse):
     log_prior = pmsn.make_prior(Config(prototypes=6, prior=prior, tau=1.0)).log().float()
     other = pmsn.make_prior(Config(prototypes=6, prior="uniform" if prior == "power-law" else "power-law", tau=1.0))
-    random = common.generator(1)
+    random = common.old_generator(1)
     z, q = (
         torch.randn(64, 8, generator=random).requires_grad_(),
         F.normalize(torch.randn(6, 8, generator=random), dim=1),
@@ -241,7 +241,7 @@ def toy_split(**changes):
 
 def test_long_tailed_subset_is_seeded():
     config, whole = toy_split(imbalance=100.0)
-    log = common.Log("out", ALONE)
+    log = common.OldLog("out", ALONE)
     tail = pmsn.long_tail(whole, config, log)
     assert pmsn.class_counts(tail) == pmsn.tail_sizes(800, 10, 100.0)
     again = pmsn.long_tail(whole, config, log)

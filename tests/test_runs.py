@@ -1,96 +1,79 @@
-"""Runs of the training scripts from the command line: resuming, several ranks, users' data, and all that goes wrong.
-
-What design and error table promise of every script is tested for each of SCRIPTS; what is particular to I-JEPA's file
-(data reading, which the others copy) once.
-"""
+"""What every training script promises: resuming, ranks, users' data, and all that goes wrong."""
 
 import functools
 import inspect
+import io
 import json
 import os
 import re
+import resource
 import signal
+import tarfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from helpers import Forked, kill_at_random, log_rows, run, run_several, start
-from PIL import Image
+from helpers import kill_when, log_rows, run, run_several, start, wait_for
+from PIL import Image, PngImagePlugin
 
 import common
-import flexpredict
 import ijepa
-import iwm
-import msn
-import pixel_vit
-import pmsn
-import vjepa
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
 @dataclass
 class Script:
-    """A script under test: flags of a model so small that a step takes milliseconds, and its loss function's name."""
+    """A script under test, and what it needs to run in seconds.
+
+    small: flags of a tiny model on the toy whose steps take milliseconds, for one rank or two.
+    folder: flags of the same on images of 32 pixels. probes: evaluations that need labels.
+    noise: ends of the names of parameters whose gradient is rounding, which Adam turns into steps.
+    """
 
     module: ModuleType
-    small: list
-    folder: list  # the same for images of 32 pixels
-    loss: str
-    kills: int = 2
-    stream: tuple = ("--cache", 0)  # flags that make it read files in workers
-    probes: str = "knn,linear"  # evaluations that need labels
-    noise: tuple = ()  # parameters without a gradient but for rounding, which Adam turns into steps
+    small: str
+    folder: str
+    loss: str  # the function whose value is poisoned
+    probes: str = "knn,linear"
+    noise: tuple = ()
 
     @property
     def name(self):
         return self.module.__name__
 
 
-TINY = "--width 16 --depth 2 --heads 2 --batch 16 --eval none --log-every 1 --device cpu --no-compile".split()
-PREDICTOR = "--predictor-width 16 --predictor-depth 2".split()
-BLOCKS = "--image-size 32 --patch 8 --min-keep 0 --min-context 2 --target-scale 0.1 0.15".split()
-HEAD = "--head-hidden 16 --embedding 8 --prototypes 8".split()
-HIDDEN = "--image-size 32 --patch 8 --min-visible 4".split()
-CLIPS = [*PREDICTOR, "--frames", "4", "--physics-count", "1", "--group", "0"]
-VIEWS = "--image-size 32 --patch 8 --focal-size 16".split()
-PIXELS = "--image-size 8".split()
-PAINTED = "--task mae --image-size 32 --patch 8 --decoder-width 16 --decoder-heads 2".split()
-NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")  # BatchNorm and softmax cancel them
+# fp32, since some CPUs compute in bf16 by default and these tests compare to 1e-5
+TINY = "--width 16 --depth 2 --heads 2 --batch 16 --eval none --log-every 1 --device cpu "
+TINY += "--no-compile --precision fp32 --workers 0 "
+PREDICTOR = "--micro 8 --predictor-width 16 --predictor-depth 2 "
+BLOCKS = "--image-size 32 --patch 8 --min-context 2 --target-scale 0.1 0.15 "
 SCRIPTS = {
-    "ijepa": Script(ijepa, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *BLOCKS], "jepa_loss", kills=4),
-    "flexpredict": Script(flexpredict, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *BLOCKS], "jepa_loss"),
-    "iwm": Script(iwm, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *HIDDEN], "iwm_loss"),
-    "msn": Script(msn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS], "msn_loss", noise=NORMED),
-    "pixel_vit": Script(pixel_vit, [*TINY, *PIXELS], [*TINY, *PAINTED], "classification_loss"),
-    "pmsn": Script(pmsn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS, "--imbalance", "0"], "pmsn_loss", noise=NORMED),
-    "vjepa": Script(vjepa, [*TINY, *CLIPS], [*TINY, *CLIPS, *VIEWS[:4]], "vjepa_loss", stream=(), probes="knn,probe"),
+    "ijepa": Script(ijepa, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
 }
-SMALL, FOLDER = SCRIPTS["ijepa"].small, SCRIPTS["ijepa"].folder
 
 
 @pytest.fixture(params=SCRIPTS)
-def script(request, monkeypatch):
-    """Each script in turn, without those parts of two reports that take a second, which other tests run whole."""
-    monkeypatch.setattr(pmsn, "epoch_assignments", functools.partial(pmsn.epoch_assignments, steps=4))
-    monkeypatch.setattr(vjepa, "picture_surprise", lambda *_: None)
+def script(request):
+    """Each script in turn."""
     return SCRIPTS[request.param]
 
 
 def here(script, *flags, code=None):
-    """Call a script's command line in this process, with its signal handlers undone; expect to leave with `code`."""
+    """Call a script's command line in this process; expect it to leave with `code`."""
+    words = [word for flag in flags for word in str(flag).split("\0")[0].split()]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes that tests start: the order of sums depends on it
     try:
         if code is None:
-            return script.module.main(list(map(str, flags)))
+            return script.module.main(words)
         with pytest.raises(SystemExit) as stop:
-            script.module.main(list(map(str, flags)))
+            script.module.main(words)
         assert stop.value.code == code
     finally:
         torch.set_num_threads(threads)
@@ -99,7 +82,7 @@ def here(script, *flags, code=None):
 
 
 def refused(capsys, script, *flags, code=2):
-    """Call the command line in this process, expect it to leave with `code`, and return the one line it printed."""
+    """Expect the command line to leave with `code` and one line; return the line."""
     capsys.readouterr()
     here(script, *flags, code=code)
     printed = capsys.readouterr().err
@@ -108,674 +91,708 @@ def refused(capsys, script, *flags, code=2):
 
 
 def weights(out):
+    """Return (step, all weights) of a run."""
     state = torch.load(Path(out) / "last.pt", weights_only=True)
-    return state["step"], {**state["model"], **{f"target.{k}": v for k, v in state["target"].items()}}
+    networks = {k: v for k, v in state.items() if isinstance(v, dict) and k != "optimizer"}
+    named = {}
+    for network, tensors in networks.items():
+        for name, value in tensors.items():
+            if isinstance(value, torch.Tensor):
+                named[f"{network}.{name}"] = value
+    return state["step"], named
 
 
 def assert_same(a, b, tolerance=0.0, without=()):
     (step_a, a), (step_b, b) = weights(a), weights(b)
-    assert step_a == step_b and a.keys() == b.keys()
-    for name in (n for n in a if not n.endswith(without)):
-        assert torch.allclose(a[name], b[name], atol=tolerance, rtol=0), f"{name}: {(a[name] - b[name]).abs().max()}"
+    assert step_a == step_b and a.keys() == b.keys() and len(a) > 10
+    for name in a:
+        if not name.endswith(tuple(without)):
+            difference = (a[name].float() - b[name].float()).abs().max()
+            assert difference <= tolerance, f"{name}: {difference}"
 
 
-def photographs(folder, count=12, size=(48, 40), classes=("cat", "dog"), splits=("train", "val"), suffix="jpg"):
-    """A labelled folder of random images."""
+def photographs(folder, count=12, size=(48, 40), classes=("cat", "dog"), splits=("train", "val")):
+    """Make a labelled folder of random images; splits or classes "." are left out of the path."""
     random = np.random.default_rng(0)
     for split in splits:
         for i in range(count):
-            path = folder / split / classes[i % len(classes)] / f"{i}.{suffix}"
+            path = folder / split / classes[i % len(classes)] / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(random.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+            pixels = random.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------- resume and ranks
+# ------------------------------------------------------------------------------- resume and ranks
 
 
 def test_kill_and_resume_is_bitwise(script):
-    flags = [*script.small, "--steps", "40", "--save-every", "1"]  # nearly always caught while it writes
-    began = time.monotonic()
-    here(script, *flags, "--out", "whole")
-    options = dict(times=script.kills, seed=0, longest=0.7 * (time.monotonic() - began), start=Forked)
-    killed = kill_at_random(f"{script.name}.py", *flags, "--out", "killed", **options)
-    assert 2 * killed >= script.kills
-    here(script, *flags, "--out", "killed", "--resume")
+    """kill -9 once the log has so many rows, resume, and again; the end is that of an unbroken run."""
+    flags = [script.small, "--steps 12 --save-every 1 --workers 1"]
+    here(script, *flags, "--out whole")
+    for rows in (2, 6, 9):
+        kill_when(f"{script.name}.py", *flags, "--out killed", rows=rows)
+        assert len(log_rows("killed")) < 12, "it was killed too late"
+    here(script, *flags, "--out killed --resume")
     assert_same("whole", "killed")
     steps = [row["step"] for row in log_rows("killed") if "step" in row]
-    assert steps == list(range(1, 41)), "the log has gaps or repeats"
+    assert steps == list(range(1, 13)), "the log has gaps or repeats"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_stop_after_a_step_and_name_the_command_that_resumes(number):
-    process = start("ijepa.py", *SMALL, "--steps", "100000", "--out", "stopped")
-    while not (Path("stopped/log.jsonl").exists() and Path("stopped/log.jsonl").read_text().count("\n") > 3):
-        time.sleep(0.1)
-    process.send_signal(number)
+def test_a_signal_stops_after_the_step(number):
+    process = start("ijepa.py", SCRIPTS["ijepa"].small, "--steps 100000 --workers 1 --out stopped")
+    wait_for(lambda: Path("stopped/log.jsonl").exists() and len(log_rows("stopped")) > 3, process)
+    os.killpg(process.pid, number)  # a terminal signals the loading processes too
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "ijepa.py" in output and "--out stopped --resume" in output
-    step, _ = weights("stopped")
-    assert 3 < step == log_rows("stopped")[-1]["step"]
+    assert weights("stopped")[0] == log_rows("stopped")[-1]["step"] >= 3
 
 
-# AdamW's first steps turn rounding into signs where a gradient is near 0: a small lr keeps that out of the losses
-FOUR_STEPS = "--steps 4 --flip --lr 1e-5 --lr-start 1e-5".split()
-KNN = "--eval knn --no-baselines --eval-limit 300".split()
+def test_a_signal_ends_an_evaluation_at_once():
+    flags = [SCRIPTS["ijepa"].small, "--steps 1 --eval linear --probe-epochs 100000 --out evaluated"]
+    process = start("ijepa.py", *flags)
+    wait_for(lambda: Path("evaluated/picture.png").exists(), process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and "--out evaluated --resume" in output
+
+
+# AdamW's first steps turn rounding into signs where a gradient is near 0: a small lr hides that
+FOUR_STEPS = "--steps 4 --lr 1e-5 --lr-start 1e-5"
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):
-    """A folder with runs of every script on two ranks, made by one pair of processes: NAME/two, NAME/shard, ..."""
+    """Return a folder with runs of every script on two ranks: NAME/two, NAME/shard."""
     folder, lines = tmp_path_factory.mktemp("ranks"), []
     for name, script in SCRIPTS.items():
-        flags = [name, *script.small, *FOUR_STEPS, "--out"]
-        shard = [*flags, folder / name / "shard", "--shard", "--save-every", "2"]
-        lines += [[*flags, folder / name / "two"], shard, [*shard, "--resume", *KNN]]
-        lines += [[*flags, folder / name / "grouped", "--group", "8"]] * (name == "ijepa")
+        flags = f"{name} {script.small} {FOUR_STEPS} --out {folder}/{name}/"
+        shard = f"{flags}shard --shard --save-every 2 --steps"
+        lines += [f"{flags}two", f"{shard} 2", f"{shard} 4 --resume --eval knn"]
     run_several(*lines, ranks=2)
     return folder
 
 
 def test_two_ranks_are_one_process(script, on_two_ranks):
-    """Same losses, gradients and weights on two ranks, with FSDP2 and with accumulation; a sharded run resumes."""
-    flags = [*script.small, *FOUR_STEPS]
-    here(script, *flags, "--out", "one", *KNN)
-    here(script, *flags, "--out", "parts", "--accumulate", "4")
+    """Same losses, gradients and weights on two ranks, with DDP and FSDP2; a sharded run resumes."""
+    here(script, script.small, FOUR_STEPS, "--out one --eval knn")
     found = on_two_ranks / script.name
-    for other in (found / "two", found / "shard", "parts"):
-        assert_same("one", other, tolerance=1e-5, without=script.noise)
-        for a, b in zip(log_rows("one"), log_rows(other), strict=False):
-            if "loss" in a:
-                tolerance = 1e-5 if a["step"] == 1 else 5e-5  # AdamW amplifies rounding
-                assert b["loss"] == pytest.approx(a["loss"], rel=tolerance)
-                assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=tolerance)
-    if script.name == "ijepa":
-        here(script, *flags, "--group", "8", "--out", "grouped")
-        assert_same("grouped", found / "grouped", tolerance=1e-5)
+    assert_same("one", found / "two", tolerance=1e-5, without=script.noise)
+    one, two = log_rows("one"), log_rows(found / "two")
+    for a, b in zip(one[:4], two[:4], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=5e-5)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=5e-5)
     state = torch.load(found / "shard" / "last.pt", weights_only=True)
-    assert all(type(v) is torch.Tensor for v in state["model"].values())
-    one, shard = (log_rows(out)[-1]["eval"]["trained"] for out in ("one", found / "shard"))
-    assert shard["knn20"] == pytest.approx(one["knn20"], abs=0.2)
+    assert state["step"] == 4
+    assert all(type(value) is torch.Tensor for value in state["model"].values())
+
+
+def test_sharded_steps_are_those_of_one_process(script, on_two_ranks):
+    """Resuming with another number of steps changes the schedule, so only two steps are compared."""
+    here(script, script.small, "--steps 2 --lr 1e-5 --lr-start 1e-5 --out one")
+    for a, b in zip(log_rows("one")[:2], log_rows(on_two_ranks / script.name / "shard")[:2]):
+        assert b["loss"] == pytest.approx(a["loss"], rel=5e-5)
+    knn = log_rows(on_two_ranks / script.name / "shard")[-1]["eval"]["trained"]["knn"]
+    assert 0 < knn <= 100
+
+
+def test_bf16_follows_fp32(script):
+    """The type that GPUs and some CPUs compute in by default, within its precision."""
+    for precision in ("fp32", "bf16"):
+        flags = script.small.replace("fp32", precision)
+        here(script, flags, "--steps 3", f"--out {precision}")
+    for a, b in zip(log_rows("fp32")[:3], log_rows("bf16")[:3], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.05)
+
+
+def test_another_precision_resumes(script):
+    here(script, script.small, "--steps 1 --out mixed")
+    for steps, precision in ((2, "bf16"), (3, "fp16"), (4, "fp32")):
+        flags = script.small.replace("fp32", precision)
+        here(script, flags, f"--steps {steps} --out mixed --resume")
+    assert weights("mixed")[0] == 4
 
 
 def test_number_of_workers_changes_nothing(script, tmp_path):
     data = photographs(tmp_path / "photos")
     for workers in (0, 2):
-        flags = ["--data", data, "--steps", 3, "--workers", workers, *script.stream]
-        here(script, *script.folder, *flags, "--out", f"w{workers}")
+        flags = script.folder.replace("--workers 0", f"--workers {workers}")
+        here(script, flags, f"--data {data} --steps 3 --out w{workers}")
     assert_same("w0", "w2")
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------- data
 
 
-def test_official_checkpoint_in_features_out(tmp_path):
-    """The official layout through --init: features equal the reference's, for both encoders, on one rank and on two."""
-    g = np.load(GOLDEN / "ijepa" / "forward.npz")
-    data, images = tmp_path / "data", torch.rand(6, 3, 32, 32)
-    for i, image in enumerate(images):
-        path = data / "val" / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()).save(path)
-    (data / "train").mkdir()
-    (data / "train" / "a").mkdir()
-    Image.new("RGB", (32, 32)).save(data / "train" / "a" / "x.png")
-    tiny = GOLDEN / "ijepa" / "tiny_ijepa.pth.tar"
-    common_flags = ["--init", tiny, "--heads", 2, "--eval", "features", "--data", data, "--tokens"]
-    lines = {}
-    for encoder in ("target", "context"):
-        for ranks in (1, 2):
-            flags = ["--encoder", encoder, "--features-out", f"{encoder}{ranks}.npz", "--out", f"{encoder}{ranks}"]
-            lines[encoder, ranks] = [*common_flags, *flags]
-        here(SCRIPTS["ijepa"], *lines[encoder, 1])
-    run("ijepa.py", *lines["target", 2], ranks=2)  # under torchrun
-    run_several(["ijepa", *lines["context", 2]], ranks=2)
-    for encoder in ("target", "context"):
-        for ranks in (1, 2):
-            found = np.load(f"{encoder}{ranks}.npz")
-            assert found["features"].dtype == np.float32 and found["features"].shape == (6, 12)
-            assert found["tokens"].shape == (6, 64, 12)
-            assert list(found["paths"]) == sorted(f"val/{'ab'[i % 2]}/{i}.png" for i in range(6))
-            assert found["labels"].dtype == np.int64 and list(found["labels"]) == [0, 0, 0, 1, 1, 1]
-            vit = ijepa.load_encoder(tiny, encoder=encoder, heads=2)
-            pixels = [np.asarray(Image.open(data / p)) for p in found["paths"]]
-            tokens = vit(ijepa.normalize(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)))
-            np.testing.assert_allclose(found["tokens"], tokens, atol=1e-5)
-            np.testing.assert_allclose(found["features"], tokens.mean(1), atol=1e-5)
-    golden = torch.from_numpy(g["imgs_q"]).float() / 16
-    for encoder, name in (("target", "target"), ("context", "encoder")):
-        tokens = ijepa.load_encoder(tiny, encoder=encoder, heads=2)(golden)
-        np.testing.assert_allclose(tokens.mean(1), g[f"{name}_pooled"], atol=1e-5)
+def read(path, size=(24, 32)):
+    """Read a whole file with common's reader: uint8 [3, 32, 32] and its size."""
+    split = common.Split([path], ["x"], torch.tensor([-1]), [])
+    sizes = []
 
+    def whole(width, height):
+        sizes.append((width, height))
+        return [(0, 0, height, width)]
 
-def test_other_resolution_interpolates_positions_and_says_so(tmp_path, capsys):
-    vit = ijepa.load_encoder(GOLDEN / "ijepa" / "tiny_ijepa.pth.tar", image_size=48, heads=2)
-    assert "interpolated from 8x8 to 12x12" in capsys.readouterr().out
-    assert vit(torch.zeros(1, 3, 48, 48)).shape == (1, 144, 12)
-    g = np.load(GOLDEN / "ijepa" / "forward.npz")
-    same = ijepa.load_encoder(GOLDEN / "ijepa" / "tiny_ijepa.pth.tar", image_size=32, heads=2)
-    assert capsys.readouterr().out == ""
-    np.testing.assert_allclose(same(torch.from_numpy(g["imgs_q"]).float() / 16), g["target_tokens"], atol=1e-5)
-
-
-def test_official_checkpoint_can_be_trained_on(tmp_path):
-    tiny = GOLDEN / "ijepa" / "tiny_ijepa.pth.tar"
-    flags = "--heads 2 --data toy --image-size 24 --steps 2 --eval none --out tuned --lr 0 --lr-start 0 --lr-final 0"
-    here(SCRIPTS["ijepa"], "--init", tiny, *flags.split())
-    _, state = weights("tuned")
-    reference = ijepa.read_checkpoint(tiny, heads=2)
-    np.testing.assert_array_equal(state["predictor.mask_token"], reference["predictor"]["mask_token"])
-    name = "blocks.4.mlp.fc1.weight"
-    np.testing.assert_array_equal(state[f"encoder.{name}"], reference["encoder"][name])
-
-
-def test_all_evaluations_run_on_labelled_folder(tmp_path, capsys):
-    data = photographs(tmp_path / "photos", count=24)
-    flags = ["--probe-epochs", 2, "--probe-batch", 8, "--lowshot", 0.2, "--eval", "knn,linear,lowshot,features"]
-    for name, more in (("cached", []), ("augmented", ["--probe-augment", "--probe", "lars", "--cache", 0])):
-        here(SCRIPTS["ijepa"], *FOLDER, "--data", data, "--steps", 1, "--out", name, *flags, *more)
-        results = log_rows(name)[-1]["eval"]
-        expected = {"knn10", "knn20", "knn100", "linear", "linear_pooled", "linear_concat4", "lowshot"}
-        for network in ("trained", "random"):
-            assert expected <= results[network].keys()
-        trained = results["trained"]
-        assert trained["linear"] == max(trained["linear_pooled"], trained["linear_concat4"])
-        assert results["pixels"].keys() == {"knn10", "knn20", "knn100"}
-        assert "trained" in capsys.readouterr().out and Path(name, "picture.png").stat().st_size > 1000
-        assert np.load(f"{name}/features.npz")["features"].shape == (24, 16)
-    assert Image.open("cached/picture.png").size[0] > 1000
-
-
-@pytest.mark.parametrize("name", ["msn", "pmsn"])
-def test_all_evaluations_of_prototype_methods(name, tmp_path):
-    script, data = SCRIPTS[name], photographs(tmp_path / "photos", count=24)
-    flags = ["--probe-epochs", 2, "--probe-batch", 8, "--finetune-epochs", 1, "--finetune-batch", 8, "--shots", 1, 2]
-    wanted = {"knn", "linear", "lowshot", "percent", "finetune", "features"}
-    for out, more in (("cached", []), ("augmented", ["--probe-augment", "--cache", 0, "--workers", 1])):
-        flags = [*flags, *more, "--eval", ",".join(sorted(wanted))]
-        here(script, *script.folder, "--data", data, "--steps", 1, "--out", out, *flags)
-        results = log_rows(out)[-1]["eval"]
-        expected = {"knn10", "knn20", "linear", "1-shot", "1-shot std", "2-shot", "1 percent", "finetune"}
-        for network in ("trained", "random"):
-            assert expected <= results[network].keys()
-        assert results["pixels"].keys() == {"knn10", "knn20", "knn100"}
-        assert np.load(f"{out}/features.npz")["features"].shape == (24, 16)
-        assert Image.open(f"{out}/picture.png").size[0] > 1000
-    if name == "pmsn":
-        assert {"linear head", "linear tail", "linear few", "knn20 tail"} <= results["trained"].keys()
-        assert any("kl_prior" in row and len(row["shares"]) == 8 for row in log_rows("cached"))
-    else:
-        names = tmp_path / "names.txt"
-        names.write_text("0.jpg\n1.jpg\n")
-        init = ["--init", "cached/last.pt", "--data", data, "--eval", "percent", "--no-baselines"]
-        here(script, *init, "--labelled", names, "--out", "listed")
-        assert log_rows("listed")[-1]["eval"]["trained"].keys() == {"1 percent"}
-
-
-def test_official_msn_checkpoint_in_features_out(tmp_path, capsys):
-    """The released layout through --init: features are the class token before the final norm, on one rank and two."""
-    tiny, data = GOLDEN / "msn" / "tiny_msn.pth.tar", tmp_path / "data"
-    random = np.random.default_rng(0)
-    for i in range(5):
-        path = data / "val" / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(path)
-    (data / "train" / "a").mkdir(parents=True)
-    Image.new("RGB", (16, 16)).save(data / "train" / "a" / "x.png")
-    flags = ["--init", tiny, "--heads", 2, "--eval", "features", "--data", data, "--tokens", "--device", "cpu"]
-    here(SCRIPTS["msn"], *flags, "--features-out", "1.npz", "--out", "one")
-    here(SCRIPTS["pmsn"], *flags, "--features-out", "p.npz", "--out", "pmsn")
-    run_several(["msn", *flags, "--features-out", "2.npz", "--out", "two"], ranks=2)
-    vit = msn.load_encoder(tiny, heads=2)
-    for name in ("1", "2", "p"):
-        found = np.load(f"{name}.npz")
-        pixels = np.stack([np.asarray(Image.open(data / p)) for p in found["paths"]])
-        pooled, _, tokens = msn.encode(vit, msn.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
-        np.testing.assert_allclose(found["features"], pooled, atol=1e-5)
-        np.testing.assert_allclose(found["tokens"], tokens, atol=1e-5)
-        assert found["features"].dtype == np.float32 and list(found["labels"]) == [0, 0, 0, 1, 1]
-    capsys.readouterr()
-    larger = msn.load_encoder(tiny, image_size=32, heads=2)
-    assert "interpolated from 4x4 to 8x8" in capsys.readouterr().out
-    assert msn.encode(larger, torch.zeros(1, 3, 32, 32))[2].shape == (1, 64, 16)
-    more = "--data toy --image-size 24 --focal-size 12 --steps 2 --eval none --lr 0 --lr-start 0 --lr-final 0".split()
-    here(SCRIPTS["msn"], "--init", tiny, "--heads", 2, *more, "--out", "tuned", "--device", "cpu")
-    torch.testing.assert_close(weights("tuned")[1]["prototypes"], msn.read_checkpoint(tiny, 2)["prototypes"])
-
-
-def test_own_checkpoint_is_evaluated_with_its_own_architecture(script):
-    here(script, *script.small, "--steps", 2, "--out", "trained")
-    flags = ["--init", "trained/last.pt", "--eval", "features", "--features-out", "f.npz", "--features-split", "val"]
-    here(script, *flags)
-    features = np.load("f.npz")["features"]
-    assert features.shape[1] == 16 and Path(f"runs/{script.name}").is_dir()
-    here(script, *flags)
-    assert Path(f"runs/{script.name}-2").is_dir(), "a run never overwrites another"
-    np.testing.assert_array_equal(np.load("f.npz")["features"], features)
-
-
-# ---------------------------------------------------------------------------------------------------------------- data
+    return split.read(0, whole, [32])[0], sizes[0]
 
 
 def test_every_kind_of_image_becomes_rgb(tmp_path):
-    """Modes and formats; EXIF turns; 16 bits are scaled, not clipped."""
-    base = Image.fromarray(np.arange(32 * 24 * 3, dtype=np.uint32).reshape(24, 32, 3).astype(np.uint8))
-    grey16 = Image.fromarray((np.arange(24 * 32, dtype=np.uint16) * 80).reshape(24, 32))
+    """Modes and formats, also under a wrong ending; 16 bits are scaled, not clipped."""
+    base = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3).astype(np.uint8))
+    grey16 = Image.fromarray((np.arange(32 * 32, dtype=np.uint16) * 60).reshape(32, 32))
     modes = {"b.png": "L", "c.png": "P", "d.jpg": "CMYK", "h.png": "RGBA", "i.png": "1"}
-    files = {"a.jpg": base, "e.webp": base, "f.bmp": base, "g.png": grey16}
-    files |= {name: base.convert(mode) for name, mode in modes.items()}
+    files = {name: base.convert(mode) for name, mode in modes.items()}
+    for name in ("a.jpg", "e.webp", "f.bmp", "t.tif", "u.gif"):
+        files[name] = base
     for name, image in files.items():
         image.save(tmp_path / name)
-        pixels, size = ijepa.decode(tmp_path / name, lambda w, h: (0, 0, h, w), (32, 24))
-        assert pixels.shape == (3, 24, 32) and pixels.dtype == torch.uint8 and size == (32, 24)
-    pixels, _ = ijepa.decode(tmp_path / "g.png", lambda w, h: (0, 0, h, w), (32, 24))
-    np.testing.assert_array_equal(pixels[0], np.asarray(grey16) >> 8)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned
-    base.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    pixels, size = ijepa.decode(tmp_path / "turned.jpg", lambda w, h: (0, 0, h, w), (24, 32))
-    assert size == (24, 32)
-    upright, _ = ijepa.decode(tmp_path / "a.jpg", lambda w, h: (0, 0, h, w), (32, 24))
-    assert (pixels.float() - upright.rot90(-1, (1, 2)).float()).abs().mean() < 12
+        pixels, size = read(tmp_path / name)
+        assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.uint8 and size == (32, 32)
+    grey16.save(tmp_path / "g.png")
+    np.testing.assert_array_equal(read(tmp_path / "g.png")[0][0], np.asarray(grey16) >> 8)
+    (tmp_path / "t.tif").rename(tmp_path / "lies.jpg")
+    np.testing.assert_array_equal(read(tmp_path / "lies.jpg")[0], np.array(base).transpose(2, 0, 1))
+
+
+def test_exif_turns_images_and_cannot_break_them(tmp_path):
+    random = np.random.default_rng(0)
+    base = Image.fromarray(random.integers(0, 255, (4, 6, 3), dtype=np.uint8)).resize((48, 32))
+    expected, _ = read_saved(base, tmp_path / "upright.png")
+    ways = {3: Image.ROTATE_180, 6: Image.ROTATE_90, 8: Image.ROTATE_270, 2: Image.FLIP_LEFT_RIGHT}
+    for value, way in ways.items():
+        exif = Image.Exif()
+        exif[0x0112] = value
+        path = tmp_path / f"{value}.jpg"
+        base.transpose(way).save(path, exif=exif, quality=100, subsampling=0)
+        pixels, size = read(path)
+        assert size == (48, 32)
+        assert (pixels.float() - expected.float()).abs().mean() < 6, value
+    for suffix in ("png", "webp", "jpg"):  # junk where metadata should be
+        path = tmp_path / f"junk.{suffix}"
+        base.save(path, exif=b"Exif\0\0junk that is no TIFF header")
+        assert read(path)[1] == (48, 32)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("prompt", "x" * 5_000_000, zip=True)
+    base.save(tmp_path / "text.png", pnginfo=info)
+    assert read(tmp_path / "text.png")[1] == (48, 32)
+
+
+def read_saved(image, path):
+    image.save(path)
+    return read(path)
+
+
+def test_an_orientation_that_pillow_cannot_write_back(tmp_path):
+    """A phone photo with ImageWidth as RATIONAL: exif_transpose raises struct.error on it."""
+    tiff = b"II*\0\x08\0\0\0\x02\0" + b"\x00\x01\x05\0\x01\0\0\0\x26\0\0\0"
+    tiff += b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0" + b"\0\0\0\0" + b"\x30\0\0\0\x01\0\0\0"
+    image = Image.new("RGB", (48, 32), "red")
+    image.save(tmp_path / "odd.jpg", exif=b"Exif\0\0" + tiff)
+    pixels, size = read(tmp_path / "odd.jpg")
+    assert size == (32, 48) and pixels[0].float().mean() > 200
 
 
 def test_draft_decodes_what_a_full_decode_does(tmp_path):
-    """A large JPEG, decoded at a fraction of its size, gives nearly the pixels of the full decode."""
     line = np.linspace(0, 6 * np.pi, 1200)
-    smooth = np.stack([127 + 120 * np.sin(line[:900, None] + line[None] * k) for k in (1, 2, 3)], axis=2)
-    smooth = smooth.astype(np.uint8)
+    waves = [127 + 120 * np.sin(line[:900, None] + line[None] * k) for k in (1, 2, 3)]
+    smooth = np.stack(waves, axis=2).astype(np.uint8)
     Image.fromarray(smooth).save(tmp_path / "large.jpg", quality=95, subsampling=0)
     Image.fromarray(smooth).save(tmp_path / "large.png")
-    for box in ((0, 0, 900, 1200), (100, 333, 500, 610), (899 - 64, 0, 64, 80)):
-        paths = (tmp_path / "large.jpg", tmp_path / "large.png")
-        jpg, png = (ijepa.decode(path, lambda w, h, box=box: box, (64, 64))[0].float() for path in paths)
+    paths = [tmp_path / "large.jpg", tmp_path / "large.png"]
+    split = common.Split(paths, ["j", "p"], torch.tensor([-1, -1]), [])
+    for box in ((0, 0, 900, 1200), (100, 333, 500, 610), (836, 0, 64, 80)):
+        jpg, png = (split.read(i, lambda *_, box=box: [box], [64])[0].float() for i in (0, 1))
         assert (jpg - png).abs().mean() < 4  # a shift by one pixel makes more than 10
 
 
-def test_images_in_memory_and_from_disk_look_the_same(tmp_path):
-    """Statistics of the two regimes' training images agree, for images whose aspect the cache changes."""
-    line = np.linspace(0, 3, 90)
-    image = np.stack([np.broadcast_to(c * 80 * line, (60, 90)) for c in (0.5, 0.8, 1.0)], axis=2).astype(np.uint8)
-    (tmp_path / "flat").mkdir()
-    for i in range(8):
-        Image.fromarray(image if i else image[:50]).save(tmp_path / "flat" / f"{i}.png")  # two sizes: a square cache
-    config = ijepa.Config(data=str(tmp_path / "flat"), image_size=32, patch=4, workers=0, batch=64)
-    world, log = ijepa.World(0, 1, torch.device("cpu")), common.Log("out", ijepa.World(0, 1, torch.device("cpu")))
-    split = ijepa.open_split(config, "train")
-    cached = ijepa.cache_pixels(split, config, world, log)
-    assert split.pixels is None and cached.pixels.shape == (8, 3, 36, 36)
-    means = []
-    for source in (split, cached):
-        batches = ijepa.Batches(source, config, world, 64, (0.3, 1.0), flip=False)
-        images = torch.cat([ijepa.make_images(batches[t], source.pixels, 32, world.device) for t in range(16)])
-        means.append(torch.stack([images.mean((0, 2, 3)), images.diff(dim=3).mean((0, 2, 3)), images.std((0, 2, 3))]))
-    assert (means[0] - means[1]).abs().max() < 0.05
-    assert (means[0][1] - means[1][1]).abs().max() < 0.001  # the slope along a row: crops have the same scale
+def test_what_is_no_image_does_not_exist(tmp_path, capsys):
+    """Files that macOS and Jupyter leave, other formats, stray files; links are followed."""
+    data = photographs(tmp_path / "photos", count=8)
+    cat = data / "train" / "cat"
+    (cat / "._0.jpg").write_bytes(b"\0\5\x16\7")
+    (data / "train" / ".ipynb_checkpoints").mkdir()
+    (data / "train" / ".ipynb_checkpoints" / "x.jpg").write_bytes((cat / "0.jpg").read_bytes())
+    (data / "__MACOSX").mkdir()
+    (cat / "notes.txt").write_text("x")
+    (cat / "photo.heic").write_text("x")
+    (cat / "folder.jpg").mkdir()
+    os.mkfifo(cat / "pipe.jpg")
+    (cat / "broken.jpg").symlink_to("nowhere.jpg")
+    (cat / "loop").symlink_to(cat)
+    (data / "train" / "preview.png").write_bytes((cat / "0.jpg").read_bytes())
+    (data / "train" / "dog").rename(tmp_path / "elsewhere")
+    (data / "train" / "dog").symlink_to(tmp_path / "elsewhere")
+    train, val = common.open_data(str(data), "knn")
+    assert len(train) == 8 and len(val) == 8 and train.classes == val.classes == ["cat", "dog"]
+    assert train.names == sorted(train.names) and train.labels.tolist() == [0] * 4 + [1] * 4
+    printed = capsys.readouterr().out
+    assert "photo.heic" in printed and "preview.png" in printed
+
+
+def test_folders_with_other_names_and_classes(tmp_path, capsys):
+    data = photographs(tmp_path / "photos", classes=("a", "b", "c"))
+    (data / "val" / "b").rename(tmp_path / "b")
+    _, val = common.open_data(str(data), "knn")
+    assert val.classes == ["a", "b", "c"] and set(val.labels.tolist()) == {0, 2}
+    assert "no images of ['b']" in capsys.readouterr().out
+    (tmp_path / "b").rename(data / "val" / "d")
+    for change in (None, ("val", "valid"), ("train", "Train")):
+        if change:
+            (data / change[0]).rename(data / change[1])
+        with pytest.raises(SystemExit) as stop:
+            common.open_data(str(data), "knn")
+        assert stop.value.code == 2
+        assert ("did you mean" if change else "lacks: ['d']") in capsys.readouterr().err
+
+
+def test_label_lists(tmp_path, capsys):
+    data = photographs(tmp_path / "photos")
+    (data / "train" / "cat" / "0.jpg").rename(data / "train" / "cat" / "img 000.jpg")
+    train = common.open_split(str(data), "train")
+    (tmp_path / "list.txt").write_text("img 000.jpg\ntrain/dog/1.jpg\n")
+    assert train.listed(tmp_path / "list.txt").names == ["train/cat/img 000.jpg", "train/dog/1.jpg"]
+    (tmp_path / "list.txt").write_text("img 000.jpg\nnobody.jpg\n")
+    with pytest.raises(SystemExit):
+        train.listed(tmp_path / "list.txt")
+    assert "1 of 2" in capsys.readouterr().err
+    ijepa_flags = [SCRIPTS["ijepa"].folder, f"--data {data} --eval lowshot --steps 1"]
+    for name in (tmp_path / "list.txt", tmp_path / "absent.txt"):
+        refused(capsys, SCRIPTS["ijepa"], *ijepa_flags, f"--label-list {name}")
+        assert not Path("runs").exists()
 
 
 def test_flat_folder_trains_and_says_that_probes_are_skipped(script, tmp_path, capsys):
     photographs(tmp_path / "flat", splits=(".",), classes=(".",))
-    here(script, *script.folder, "--data", tmp_path / "flat", "--steps", 1, "--eval", script.probes)
-    assert f"{script.probes.replace(',', ', ')}: skipped" in capsys.readouterr().out
+    here(script, script.folder, f"--data {tmp_path / 'flat'} --steps 1 --eval {script.probes}")
+    assert "skipped, since" in capsys.readouterr().out
+
+
+def test_few_images_are_enough(script, tmp_path):
+    """One image, one class, fewer images than the batch or than a probe's batch."""
+    photographs(tmp_path / "one", count=1, classes=("a",))
+    here(script, script.folder, f"--data {tmp_path / 'one'} --steps 2 --eval {script.probes}")
 
 
 def test_names_resolve_below_the_data_variable(tmp_path, monkeypatch):
     photographs(tmp_path / "store" / "cifar10")
     monkeypatch.setenv("DATA", str(tmp_path / "store"))
-    here(SCRIPTS["ijepa"], *FOLDER, "--data", "cifar10", "--preset", "toy", "--steps", 1)
+    here(SCRIPTS["ijepa"], SCRIPTS["ijepa"].folder, "--data cifar10 --preset toy --steps 1")
     env = {"DATA": str(tmp_path / "nothing"), "https_proxy": "http://127.0.0.1:9"}
     output = run("ijepa.py", "--data", "cifar10", code=2, **env)
-    assert "could not download CIFAR-10" in output and "cifar-10-binary.tar.gz" in output
+    assert "no CIFAR-10" in output and "cifar-10-binary.tar.gz" in output
 
 
 def test_cifar10_archive_is_checked(tmp_path, capsys, monkeypatch):
-    import hashlib
-    import io
-    import tarfile
-
     archive = tmp_path / "cifar-10-binary.tar.gz"
-    random = np.random.default_rng(0)
-    rows = random.integers(0, 10, (7, 3073), dtype=np.uint8)
+    rows = np.random.default_rng(0).integers(0, 10, (7, 3073), dtype=np.uint8)
+    files = {f"data_batch_{i}.bin": rows.tobytes() for i in range(1, 6)}
+    files["test_batch.bin"] = rows[:3].tobytes()
     with tarfile.open(archive, "w:gz") as tar:
-        names = "airplane automobile bird cat deer dog frog horse ship truck".split()
-        files = {f"data_batch_{i}.bin": rows.tobytes() for i in range(1, 6)} | {"test_batch.bin": rows[:3].tobytes()}
-        files["batches.meta.txt"] = ("\n".join(names) + "\n").encode()
         for name, data in files.items():
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     with pytest.raises(SystemExit):
-        ijepa.cifar10_binary(tmp_path, "train")
+        common.cifar10(tmp_path, "train")
     assert "sha256" in capsys.readouterr().err
-    monkeypatch.setattr(ijepa, "CIFAR10_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
-    train, val = (ijepa.cifar10_binary(tmp_path, split) for split in ("train", "val"))
-    assert len(train) == 35 and len(val) == 3 and train.classes == names
-    np.testing.assert_array_equal(val.pixels.flatten(1), rows[:3, 1:])
+    digest = common.hashlib.sha256(archive.read_bytes()).hexdigest()
+    monkeypatch.setattr(common, "CIFAR10_SHA256", digest)
+    train, val = (common.cifar10(tmp_path, split) for split in ("train", "val"))
+    assert len(train) == 35 and len(val) == 3 and train.classes[3] == "cat"
+    np.testing.assert_array_equal(val.images[0].transpose(2, 0, 1).ravel(), rows[0, 1:])
     np.testing.assert_array_equal(val.labels, rows[:3, 0])
 
 
-# ------------------------------------------------------------------------------------------------------ the error table
+# -------------------------------------------------------------------------------- the error table
 
 
 def test_missing_or_empty_data(script, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     expected = {"nowhere": "data/nowhere", tmp_path / "empty": ".jpg", tmp_path / "x": "train/CLASS"}
     for data, words in expected.items():
-        assert words in refused(capsys, script, "--data", data, "--out", "out", "--resume")
+        assert words in refused(capsys, script, f"--data {data} --out out --resume")
+        assert not Path("out").exists()
 
 
 def test_corrupt_images_are_skipped_counted_and_limited(script, tmp_path, capsys):
-    data = photographs(tmp_path / "photos", count=200, suffix="jpg", size=(40, 40))
+    data = photographs(tmp_path / "photos", count=200, size=(40, 40))
     broken = [data / "train" / "cat" / "0.jpg", data / "train" / "dog" / "1.jpg"]
     broken[0].write_bytes(broken[0].read_bytes()[:200])
     broken[1].write_bytes(b"not an image")
-    regimes = {"streamed": script.stream} | ({"cached": ("--cache", 2)} if script.stream else {})
-    for name, cache in regimes.items():
-        flags = [*script.folder, "--data", data, "--steps", 15, *cache, "--out", name, "--workers", 1]
-        here(script, *flags, "--eval", "knn", "--no-baselines")
-        output = capsys.readouterr().out
-        assert all(output.count(f"skipped an unreadable file: {path}") >= 1 for path in broken)
-        row = log_rows(name)[-1]
-        images = row["images"] if "images" in row else row["videos"]
-        assert (images["train"], images["val"]) == (198 if name == "cached" else 200, 200)
+    strange = broken[0].with_name(os.fsdecode(b"\xff\xfe.jpg"))
+    broken[0].rename(strange)
+    flags = [script.folder.replace("--workers 0", "--workers 1"), f"--data {data}"]
+    here(script, *flags, "--steps 15 --out some --eval knn")
+    assert capsys.readouterr().out.count("skipped an unreadable file") == 2
+    assert log_rows("some")[-1]["eval"]["trained"]["knn"] > 0
     for i in range(2, 8):
         (data / "train" / ("cat", "dog")[i % 2] / f"{i}.jpg").write_bytes(b"")
-    for cache in regimes.values():
-        flags = [*script.folder, "--data", data, "--steps", 40, *cache, "--workers", 0]
-        here(script, *flags, code=2)
-        assert "--max-bad" in capsys.readouterr().err
-    here(script, *script.folder, "--data", data, "--steps", 2, "--max-bad", 0.1, "--workers", 0)
+    here(script, *flags, "--steps 40 --out many", code=2)
+    assert "more than 1 %" in capsys.readouterr().err
 
 
 def poison(monkeypatch, script, when, value):
-    """Make the loss (a tensor, or the first of a tuple) `value` in those training steps 1, 2, ... where when(step)."""
-    loss, calls = getattr(script.module, script.loss), []
+    """Make the loss `value` in those calls 0, 1, ... where when(call)."""
+    loss = getattr(script.module, script.loss)
+    calls = []
 
     def poisoned(*args, **kwargs):
         calls.append(1)
-        result, factor = loss(*args, **kwargs), value if when(len(calls)) else 1.0
-        return (result[0] * factor, *result[1:]) if isinstance(result, tuple) else result * factor
+        result = loss(*args, **kwargs)
+        if not when(len(calls) - 1):
+            return result
+        return (result[0] * value, *result[1:]) if isinstance(result, tuple) else result * value
 
     monkeypatch.setattr(script.module, script.loss, poisoned)
 
 
+def forward_passes(script):
+    """Return how many forward passes a step takes with the small flags."""
+    micro = re.search(r"--micro (\d+)", script.small)
+    return 16 // int(micro[1]) if micro else 1
+
+
 def test_a_step_that_is_not_finite_is_not_applied(script, monkeypatch):
     """The weights after a poisoned third step are those after the second, and training goes on."""
-    flags = [*script.small, "--save-every", "1"]
-    constant = (1e-3, 0.04, 0.9) + ((0.25,) if "prototypes" in vars(script.module.Config()) else ())
-    monkeypatch.setattr(script.module, "schedules", lambda config, step, steps: constant)
-    monkeypatch.setattr(script.module, "report", lambda *_: None)
-    here(script, *flags, "--out", "two", "--steps", 2)
-    poison(monkeypatch, script, lambda step: step == 3, float("nan"))
-    here(script, *flags, "--out", "three", "--steps", 3)
-    rows = log_rows("three")
-    assert not np.isfinite(rows[2]["loss"]) and np.isfinite(rows[1]["loss"])
-    (_, two), (_, three) = weights("two"), weights("three")
-    learned = [n for n in two if "running_" not in n and "num_batches" not in n]  # of BatchNorm
-    for name in learned:
-        assert torch.equal(two[name], three[name]), name
-    here(script, *flags, "--out", "three", "--steps", 4, "--resume")
-    assert np.isfinite(log_rows("three")[-1]["loss"])
-    _, three = weights("three")
-    assert any(not torch.equal(two[n], three[n]) for n in learned)
+    parts = forward_passes(script)
+    here(script, script.small, "--steps 4 --save-every 1 --out three --lr 1e-4")
+    with monkeypatch.context() as patch:
+        poison(patch, script, lambda call: call // parts == 2, float("nan"))
+        saved = []
+        save = common.Run.save
+
+        def keep(run):
+            save(run)
+            saved.append(weights(run.out)[1])
+
+        patch.setattr(common.Run, "save", keep)
+        here(script, script.small, "--steps 4 --save-every 1 --out poisoned --lr 1e-4")
+    rows = log_rows("poisoned")
+    assert rows[2]["loss"] is None and rows[1]["loss"] is not None
+    learned = [n for n in saved[0] if "running_" not in n and "num_batches" not in n]
+    assert all(torch.equal(saved[1][n], saved[2][n]) for n in learned)
+    assert any(not torch.equal(saved[2][n], saved[3][n]) for n in learned)
 
 
-def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(script, monkeypatch, capsys):
-    for log_every in (1, 5):
-        flags = ["--steps", 20, "--save-every", 1, "--log-every", log_every, "--out", f"bad{log_every}"]
-        with monkeypatch.context() as patch:
-            poison(patch, script, lambda step: step > 4, float("inf"))
-            here(script, *script.small, *flags, code=3)
-        assert "last good" in capsys.readouterr().err
-        step, state = weights(f"bad{log_every}")
-        assert step in (4, 5, 6) and all(v.isfinite().all() for v in state.values())
-    here(script, *script.small, *flags, "--resume")  # what was saved is no dead end
-    assert weights("bad5")[0] == 20
-    poison(monkeypatch, script, lambda step: True, float("inf"))
-    here(script, *script.small, "--steps", 50, "--out", "never", code=3)
-    assert "no checkpoint had been written" in capsys.readouterr().err and not Path("never/last.pt").exists()
+def test_three_steps_that_are_not_finite_stop_the_run(script, monkeypatch, capsys):
+    parts = forward_passes(script)
+    flags = [script.small, "--steps 12 --save-every 1 --out bad"]
+    with monkeypatch.context() as patch:
+        poison(patch, script, lambda call: call // parts >= 4, float("inf"))
+        here(script, *flags, code=3)
+    assert "good weights" in capsys.readouterr().err
+    step, state = weights("bad")
+    assert step in (4, 5, 6) and all(value.isfinite().all() for value in state.values())
+    here(script, *flags, "--resume")  # what was saved is no dead end
+    assert weights("bad")[0] == 12
 
 
 def test_out_that_holds_a_run_is_refused(script, capsys):
-    here(script, *script.small, "--steps", 1, "--out", "here")
+    here(script, script.small, "--steps 1 --out here")
     before = Path("here/last.pt").read_bytes()
-    output = refused(capsys, script, *script.small, "--steps", 2, "--out", "here")
-    assert "--resume" in output and "--out" in output and Path("here/last.pt").read_bytes() == before
+    output = refused(capsys, script, script.small, "--steps 2 --out here")
+    assert "--resume" in output and "--out" in output
+    assert Path("here/last.pt").read_bytes() == before
+
+
+def hold(_):
+    common.choose_out(ijepa.Config(out="held"), "ijepa")
+    Path("held/ready").touch()
+    time.sleep(60)
+
+
+def test_a_folder_has_one_process_at_a_time(capsys):
+    holder = torch.multiprocessing.get_context("fork").Process(target=hold, args=(0,))
+    holder.start()
+    end = time.monotonic() + 60
+    while not Path("held/ready").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    output = refused(capsys, SCRIPTS["ijepa"], SCRIPTS["ijepa"].small, "--steps 1 --out held --resume")
+    assert "another process" in output
+    holder.kill()
+    holder.join()
+    here(SCRIPTS["ijepa"], SCRIPTS["ijepa"].small, "--steps 1 --out held --resume")
 
 
 def test_resume_starts_from_scratch_where_there_is_nothing(script):
     for _ in range(2):  # and does nothing where all is done
-        here(script, *script.small, "--steps", 2, "--out", "fresh", "--resume")
+        here(script, script.small, "--steps 2 --out fresh --resume")
         assert weights("fresh")[0] == 2
     config = json.loads(Path("fresh/config.json").read_text())
     assert config["width"] == 16 and config["preset"] == "toy"
     assert set(config) == set(vars(script.module.Config()))
 
 
-def test_disk_full_keeps_the_previous_checkpoint(script, capsys, monkeypatch):
-    import resource
+def test_runs_have_folders_of_their_own(script):
+    for _ in range(2):
+        here(script, script.small, "--steps 1")
+    here(script, script.small, "--steps 2 --resume")
+    first, second = f"runs/{script.name}", f"runs/{script.name}-2"
+    assert weights(first)[0] == 1 and weights(second)[0] == 2
 
-    here(script, *script.small, "--steps", 2, "--out", "full")
+
+def test_disk_full_keeps_the_previous_checkpoint(script, capsys, monkeypatch):
+    here(script, script.small, "--steps 2 --out full")
     before = Path("full/last.pt").read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr(signal, "SIGXFSZ", signal.signal(signal.SIGXFSZ, signal.SIG_IGN) or signal.SIGXFSZ)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
     try:
-        here(script, *script.small, "--steps", 4, "--out", "full", "--resume", code=1)
+        here(script, script.small, "--steps 4 --out full --resume", code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, previous)
     output = capsys.readouterr().err
     assert "could not write" in output and "the previous last.pt is intact" in output
     assert Path("full/last.pt").read_bytes() == before and not list(Path("full").glob("*.tmp"))
 
 
+class Namespace:
+    """What trainers pickle beside their weights."""
+
+
 def test_checkpoints_that_are_none(script, capsys):
-    small = script.small
-    here(script, *small, "--steps", 1, "--out", "good")
+    here(script, script.small, "--steps 1 --out good")
     good = torch.load("good/last.pt", weights_only=True)
     whole = Path("good/last.pt").read_bytes()
     Path("cut.pt").write_bytes(whole[: len(whole) // 2])
+    data = next(v for v in good["model"].values() if v.numel() > 500).numpy().tobytes()
+    middle = whole.index(data[:64]) + 32
+    flipped = bytes([whole[middle] ^ 16])
+    Path("flipped.pt").write_bytes(whole[:middle] + flipped + whole[middle + 1 :])
     Path("text.pt").write_text("hello")
+    Path("lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    Path("folder.pt").mkdir()
     torch.save({"script": "another", "model": {}}, "other.pt")
     torch.save({"weights": torch.zeros(3)}, "strange.pt")
-    torch.save(os.system, "code.pt")
-    gone = next(k for k in good["target"] if k.endswith("blocks.0.norm1.weight"))
-    good["target"].pop(gone)
+    torch.save({"a": np.float64(1)}, "numpy.pt")
+    torch.save(Namespace(), "code.pt")
+    torch.save(torch.nn.Linear(2, 2), "module.pt")
+    torch.jit.script(torch.nn.Linear(2, 2)).save("scripted.pt")
+    Path("cut.safetensors").write_bytes((100).to_bytes(8, "little") + b'{"a"')
+    network = next(k for k in good if isinstance(good[k], dict) and k not in ("model", "config"))
+    gone = next(k for k in good["model"] if k.endswith("norm1.weight"))
+    good["model"].pop(gone)
     torch.save(good, "gap.pt")
-    errors = dict(cut="truncated", text="not a checkpoint", other="another", strange="found weights", code="safely",
-                  gap="missing: blocks.0.norm1.weight", absent="no checkpoint at")  # fmt: skip
+    errors = {
+        "cut.pt": "truncated",
+        "flipped.pt": "damaged",
+        "text.pt": "not a checkpoint",
+        "lfs.pt": "Git LFS",
+        "folder.pt": "model.safetensors",
+        "other.pt": "another",
+        "strange.pt": "found weights",
+        "numpy.pt": "numpy",
+        "code.pt": "Namespace",
+        "module.pt": "torch.nn.modules.linear.Linear",
+        "scripted.pt": "TorchScript",
+        "cut.safetensors": "truncated",
+        "gap.pt": gone.split(".", 1)[1],
+        "absent.pt": "no checkpoint at",
+    }
+    assert network
     for name, words in errors.items():
-        assert words in refused(capsys, script, "--init", f"{name}.pt", "--eval", "features", "--out", name)
+        flags = f"--init {name} --no-train --eval features --out {name}-out"
+        assert words in refused(capsys, script, flags), name
+        assert not Path(f"{name}-out").exists()
     Path("good/last.pt").write_bytes(whole[:1000])
-    assert "truncated" in refused(capsys, script, *small, "--steps", 2, "--out", "good", "--resume")
+    assert "truncated" in refused(capsys, script, script.small, "--steps 2 --out good --resume")
     Path("good/last.pt").write_bytes(whole)
-    wider = [*small, "--steps", 2, "--out", "good", "--resume", "--width", 32]
-    assert "--width 16" in refused(capsys, script, *wider)
+    wider = [script.small.replace("--width 16", "--width 32"), "--steps 2 --out good --resume"]
+    assert "does not fit" in refused(capsys, script, *wider)
 
 
 SETTINGS = [
-    ("--batch 10 --accumulate 3", "--batch"),
     ("--image-size 30 --patch 4", "--patch"),
     ("--width 66", "heads"),
-    ("--wdith 32", "--width"),
+    ("--wdith 32", "--wdith"),
     ("--preset folde", "folder"),
     ("--eval knnn", "knn"),
     ("--precision fp8", "bf16"),
-    ("--schedule-scale 0.5", "--schedule-scale"),
     ("--device tpu", "device"),
     ("--batch ten", "--batch"),
     ("--steps", "--steps"),
-    ("--preset", "--preset"),
     ("--batch 0", "--batch"),
     ("--log-every 0", "--log-every"),
     ("--steps -1", "--steps"),
     ("--lr nan", "--lr"),
-    ("--features-out none/f.npz", "no folder none"),
+    ("--no-train", "--init"),
 ]
 MORE_SETTINGS = {
-    "ijepa": [("--group 48", "--batch 64"), ("--masks funny", "official"), ("--min-keep 30", "--min-keep")],
-    "flexpredict": [("--mode paper", "stop_paper"), ("--sigma -1", "--sigma"), ("--freeze 0", "--freeze"),
-                    ("--davis nowhere --eval video", "ImageSets"), ("--min-keep 30", "--min-keep")],
-    "iwm": [("--conditioning token", "sequence"), ("--jitter 2 0 0 0", "--jitter"), ("--loss l3", "smooth_l1"),
-            ("--min-visible 15", "--min-visible"), ("--mrr-actions 999", "--mrr-bank"),
-            ("--shard", "--init RUN/last.pt")],
-    "msn": [("--drop 1.0", "--drop"), ("--mask-per pixel", "image"), ("--focal-size 2", "--focal-size"),
-            ("--labelled none.txt", "none.txt")],
-    "pixel_vit": [("--task mae --positions none", "which pixel"), ("--permute 73", "72 pairs"),
-                  ("--task diffusion --sampler-steps 2000", "--sampler-steps"), ("--sweep depth", "permute"),
-                  ("--task diffusion --eval knn", "generate"), ("--mixup 0.8 --batch 1", "even"),
-                  ("--task diffusion --permute 3", "--permute"), ("--task mae --mask-ratio 1", "--mask-ratio")],
-    "pmsn": [("--prior cubic", "power-law"), ("--imbalance 0.5", "--imbalance"), ("--prior-kl up", "reverse"),
-             ("--classes-per-batch 3", "--classes-per-batch"), ("--train-list none.txt", "none.txt")],
-    "vjepa": [("--group 48", "--batch 32"), ("--masks funny", "multiblock"), ("--frames 15", "--tubelet"),
-              ("--mask-scales 0.01", "nothing"), ("--mask-scales 0.99", "all"), ("--rope --heads 16", "--rope"),
-              ("--masks random --mask-ratio 1", "--mask-ratio"), ("--time-context 0.5 1", "--time-context"),
-              ("--mask-blocks 8 2", "--mask-scales"), ("--physics-contexts 3", "--physics-contexts"),
-              ("--physics nowhere", "IntPhys"), ("--target edges", "pixels")],
-}  # fmt: skip
+    "ijepa": [("--micro 48", "--batch 64"), ("--targets 30", "context"), ("--batch 10", "--micro")],
+}
 
 
 def test_settings_that_cannot_work(script, capsys):
-    for flags, words in SETTINGS + MORE_SETTINGS[script.name]:
-        assert words in refused(capsys, script, *flags.split()), flags
+    for flags, words in SETTINGS + MORE_SETTINGS.get(script.name, []):
+        assert words in refused(capsys, script, flags), flags
         assert not Path("runs").exists(), "refused before any work"
 
 
 def test_out_of_memory_names_the_flags_that_help(script, monkeypatch, capsys):
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(script.module, "train", full)
-    printed = refused(capsys, script, "--out", "memory", "--device", "cpu", code=4)
-    assert all(flag in printed for flag in ("--accumulate", "--precision", "--shard", "--batch"))
+    printed = refused(capsys, script, "--out memory --device cpu", code=4)
+    assert all(flag in printed for flag in ("--precision", "--shard", "--batch"))
+
+
+def dies(number):
+    os._exit(1)
+
+
+def no_shared_memory(number):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_dead_loading_process_ends_the_run(capsys):
+    """Killed for memory, or out of shared memory: one line, no hang."""
+
+    @common.command_line
+    def main(argv):
+        next(common.make_loader(dies, [0, 1], ijepa.Config(workers=1), common.World()))
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1 and "--shm-size" in capsys.readouterr().err
+
+
+class Unsendable:
+    """Fails in the thread that sends a loader's item, as a full /dev/shm does."""
+
+    def __reduce__(self):
+        raise OSError(28, "No space left on device")
+
+
+def unsendable(number):
+    return [Unsendable()]
+
+
+def test_an_item_that_cannot_be_sent_ends_the_run(capsys):
+    @common.command_line
+    def main(argv):
+        next(common.make_loader(unsendable, [0, 1], ijepa.Config(workers=1), common.World()))
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1 and "--shm-size" in capsys.readouterr().err
 
 
 def test_help_lists_every_flag_with_meaning_and_default(script, capsys):
     here(script, "--help", code=0)
-    output = capsys.readouterr().out
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.+)$", inspect.getsource(script.module.Config), re.MULTILINE))
-    words = " ".join(output.split())
+    output = " ".join(capsys.readouterr().out.split())
+    pattern = r"^    (\w+):[^#\n]*# (.+)$"
+    comments = dict(re.findall(pattern, inspect.getsource(script.module.Config), re.MULTILINE))
     for name in vars(script.module.Config()):
         assert f"--{name.replace('_', '-')}" in output, name
-        assert comments[name].split()[0] in words, f"--{name} has no help"
-    assert "pixels" in output and "[0.04]" in output
-    assert all(name in "".join(words.split()) for name in script.module.PRESETS)
-    large = next(name for name in script.module.PRESETS if name.startswith("vit_"))
-    here(script, "--preset", large, "--help", code=0)
-    assert f"[{script.module.PRESETS[large]['width']}]" in capsys.readouterr().out
+        assert comments[name].split()[0] in output, f"--{name} has no help"
+    assert "[0.04]" in output
+    unbroken = output.replace(" ", "").replace("-", "")
+    assert all(name.replace("-", "") in unbroken for name in script.module.PRESETS)
 
 
-def test_every_preset_can_be_built(script):
+def test_every_preset_fits_its_check(script):
     for name in script.module.PRESETS:
-        config = common.parse_config(
+        config, _ = common.parse_config(
             script.module.Config, script.module.PRESETS, script.module.DATA_PRESETS, ["--preset", name]
         )
         assert config.steps or config.epochs
-        script.module.check(config, common.World(0, 8 if name.startswith("vit_") else 1, torch.device("cpu")))
+        script.module.check(config, common.World(0, 8 if name.startswith("vit_") else 1))
 
 
-# ------------------------------------------------------------------------------------------------------------- learning
+def test_own_checkpoint_is_evaluated_with_its_own_architecture(script, capsys):
+    here(script, script.small, "--steps 2 --out trained")
+    here(script, "--init trained/last.pt --no-train --eval features --out features")
+    assert np.load("features/features.npz")["features"].shape[1] == 16
+    output = refused(capsys, script, "--init trained/last.pt --no-train --width 32 --eval features")
+    assert "--width 32 contradicts" in output
 
 
-def learn(script, steps, *switches, **changes):
-    """Train the toy preset with these changes and switches, and evaluate -> rows of the log."""
-    config = replace(
-        script.module.Config(preset="toy"), steps=steps, out="learnt", device="cpu", compile=False, **changes
-    )
-    flags = [
-        f"--{k.replace('_', '-')}={v}" for k, v in vars(config).items() if k in ("steps", "out", "device", *changes)
-    ]
+# --------------------------------------------------------------------------------------- I-JEPA's
+
+
+def test_official_checkpoint_in_features_out(tmp_path):
+    """Features of the official layout equal the reference's encoder, on one rank and on two."""
+    data = tmp_path / "data"
+    random = np.random.default_rng(0)
+    for i in range(6):
+        path = data / "val" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+    photographs(data, splits=("train",), classes=("a", "b"))
+    tiny = GOLDEN / "ijepa" / "tiny_ijepa.pth.tar"
+    flags = f"--init {tiny} --heads 2 --no-train --eval features --tokens --precision fp32"
+    flags += f" --data {data} --device cpu --out"
+    here(SCRIPTS["ijepa"], flags, "one")
+    run_several(f"ijepa {flags} two", ranks=2)
+    vit = ijepa.load_encoder(tiny, heads=2)
+    for out in ("one", "two"):
+        found = np.load(f"{out}/features.npz")
+        assert list(found["paths"]) == sorted(f"val/{'ab'[i % 2]}/{i}.png" for i in range(6))
+        assert found["labels"].dtype == np.int64 and list(found["labels"]) == [0, 0, 0, 1, 1, 1]
+        pixels = np.stack([np.asarray(Image.open(data / path)) for path in found["paths"]])
+        tokens = vit(common.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+        np.testing.assert_allclose(found["tokens"], tokens, atol=1e-5)
+        np.testing.assert_allclose(found["features"], tokens.mean(1), atol=1e-5)
+
+
+def test_official_checkpoint_can_be_trained_on():
+    tiny = GOLDEN / "ijepa" / "tiny_ijepa.pth.tar"
+    flags = "--heads 2 --data textures --image-size 24 --min-context 2 --steps 2 --eval none"
+    flags += f" --lr 0 --lr-start 0 --lr-final 0 --device cpu --out tuned --init {tiny}"
+    here(SCRIPTS["ijepa"], flags)
+    _, state = weights("tuned")
+    reference = ijepa.read_weights(tiny, heads=2)
+    for part in ("encoder", "predictor"):
+        for name, value in reference[part].items():
+            if "pos_embed" not in name:
+                np.testing.assert_array_equal(state[f"model.{part}.{name}"], value)
+
+
+def test_all_evaluations_of_ijepa(tmp_path, capsys):
+    """Cached and augmented probe, on one rank and on two: the same table."""
+    data = photographs(tmp_path / "photos", count=25)
+    flags = [SCRIPTS["ijepa"].folder, f"--data {data} --steps 1 --probe-epochs 2 --probe-batch 7"]
+    flags += ["--eval knn,linear,lowshot,features"]
+    for name, more in (("cached", ""), ("augmented", "--probe-augment --lars")):
+        here(SCRIPTS["ijepa"], *flags, more, f"--out {name}")
+        results = log_rows(name)[-1]["eval"]
+        for network in ("trained", "random"):
+            assert {"knn", "linear", "lowshot"} == set(results[network])
+        assert set(results["pixels"]) == {"knn"}
+        assert Image.open(f"{name}/picture.png").size[0] > 1000
+        assert np.load(f"{name}/features.npz")["features"].shape == (25, 16)
+    line = " ".join(["ijepa", *flags, "--probe-augment --lars --out two"])
+    run_several(line, ranks=2)
+    one, two = (log_rows(name)[-1]["eval"] for name in ("augmented", "two"))
+    for network in ("trained", "random"):
+        assert two[network] == pytest.approx(one[network], abs=9)  # two of 25 images
+
+
+# --------------------------------------------------------------------------------------- learning
+
+
+def learn(script, flags):
+    """Run the toy preset with these flags on as many threads as pytest has; return the log."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        script.module.main([*flags, *switches, "--no-compile"])
+        script.module.main(f"--out learnt --device cpu --no-compile {flags}".split())
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return log_rows("learnt")
 
 
-def test_ijepa_learns():
-    """In a minute, on the toy images: content is predicted, and features beat a random encoder's."""
-    rows = learn(SCRIPTS["ijepa"], 300, probe_epochs=5)
-    results, ratio = rows[-1]["eval"], next(row["content_ratio"] for row in rows if "content_ratio" in row)
-    assert ratio > 1.2
-    assert results["trained"]["knn20"] > results["random"]["knn20"] + 5
-    assert results["trained"]["linear"] > results["random"]["linear"] + 5
-    last = [row for row in rows if "feature_std" in row][-1]
-    assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
-
-
-def test_flexpredict_learns():
-    """In a minute, on the toy images: content is predicted, and features beat a random encoder's."""
-    rows = learn(SCRIPTS["flexpredict"], 300, eval="knn")
-    results, found = rows[-1]["eval"], next(row for row in rows if "content_ratio" in row)
-    assert found["content_ratio"] > 1.2
-    assert results["trained"]["knn20"] > results["random"]["knn20"] + 5
-    last = [row for row in rows if "feature_std" in row][-1]
-    assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
-    assert last["position_noise"] > 0.02, "the noise on positions was trained away"
-
-
-def test_iwm_learns():
-    """In a minute, on the toy images: the predictor uses the action, and finds the transformed view among others."""
-    rows = learn(SCRIPTS["iwm"], 300, "--no-baselines", eval="mrr")
-    results, found = rows[-1]["eval"]["trained"], next(row for row in rows if "action_ratio" in row)
-    assert found["action_ratio"] > 1.5 and found["content_ratio"] > 1.3
-    assert results["mrr"] > 2 * results["mrr chance"] and results["mrr"] > 1.5 * results["mrr rolled"]
-    assert results["mrr rolled"] < 1.5 * results["mrr chance"]
-    last = [row for row in rows if "feature_std" in row][-1]
-    assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
-
-
-def test_msn_learns():
-    """In a minute, on the toy images: anchors find their image's cluster, and features beat a random encoder's."""
-    rows = learn(SCRIPTS["msn"], 400, batch=64, eval="knn,lowshot", eval_limit=2000)
-    results, found = rows[-1]["eval"], next(row for row in rows if "match_ratio" in row)
-    assert found["match_ratio"] > 1.1 and found["clusters_used"] > 8 and found["clusters_nmi"] > 0.25
-    assert results["trained"]["knn20"] > results["random"]["knn20"] + 7
-    assert results["trained"]["5-shot"] > results["random"]["5-shot"] + 8
-    last = [row for row in rows if "feature_std" in row][-1]
-    assert last["feature_std"] > 0.3 and last["feature_rank"] > 3, "collapsed"
-
-
-def test_pmsn_moves_cluster_sizes_to_the_prior_it_is_given():
-    """The mechanics, not a gain in accuracy: the same run with two priors ends nearer to its own."""
-    for prior in ("uniform", "power-law"):
-        flags = f"--steps 60 --batch 32 --tau 1 --prior {prior} --imbalance 5 --eval none --out {prior}"
-        here(SCRIPTS["pmsn"], *flags.split(), "--device", "cpu", "--no-compile")
-    uniform, power = (next(r for r in log_rows(p) if "kl_uniform" in r) for p in ("uniform", "power-law"))
-    assert uniform["kl_uniform"] < 0.5 * uniform["kl_power_law"]
-    assert power["kl_power_law"] < 0.5 * power["kl_uniform"]
-    assert power["effective_clusters"] < uniform["effective_clusters"] - 3
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU it takes minutes, and is off by default")
-def test_compiled_step_gives_the_same_loss():
-    for name, flag in (("plain", "--no-compile"), ("compiled", "--compile")):
-        run(
-            "ijepa.py",
-            *SMALL,
-            "--steps",
-            3,
-            "--out",
-            name,
-            "--device",
-            "cuda",
-            flag,
-            timeout=400,
-            CUDA_VISIBLE_DEVICES="0",
-        )
-    for a, b in zip(log_rows("plain")[:3], log_rows("compiled")[:3], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_run_matches_cpu_run():
-    run("ijepa.py", *SMALL, "--steps", 3, "--out", "cpu")
-    env = {"CUDA_VISIBLE_DEVICES": "0"}
-    flags = "--steps 3 --out gpu --device cuda --precision fp32 --no-compile".split()
-    run("ijepa.py", *SMALL, *flags, **env)
-    for a, b in zip(log_rows("cpu")[:3], log_rows("gpu")[:3], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    small = SCRIPTS["ijepa"].small
+    run("ijepa.py", small, "--steps 3 --out cpu")
+    flags = small.replace("--device cpu", "--device cuda")
+    for name, compiled in (("gpu", "--no-compile"), ("compiled", "--compile")):
+        run("ijepa.py", flags, f"--steps 3 --out {name} {compiled}", CUDA_VISIBLE_DEVICES="0")
+        for a, b in zip(log_rows("cpu")[:3], log_rows(name)[:3], strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)

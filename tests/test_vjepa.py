@@ -21,7 +21,7 @@ from PIL import Image
 
 import common
 import vjepa
-from common import World
+from common import OldWorld as World
 from vjepa import Config
 
 GOLDEN = Path(__file__).parent / "golden" / "vjepa"
@@ -86,10 +86,10 @@ def test_positions():
     for name in ("u24", "n24", "u20", "u384", "u1024"):
         width, side, times, uniform = g[f"{name}_args"].tolist()
         if uniform:
-            table = common.sincos_3d(width, times, side, side)
+            table = common.old_sincos_3d(width, times, side, side)
         else:  # no released model: time gets half, rows and columns a quarter each
             axes = np.mgrid[:times, :side, :side].reshape(3, -1)
-            parts = [common.sincos_1d(w, a) for w, a in zip((width // 2, width // 4, width // 4), axes)]
+            parts = [common.old_sincos_1d(w, a) for w, a in zip((width // 2, width // 4, width // 4), axes)]
             table = torch.cat(parts, dim=1)
         close(table, g[name], atol=1e-6)
 
@@ -140,8 +140,8 @@ def test_forward_loss_gradients_and_ema():
     close(torch.stack([named[n].grad.norm() for n in g["grad_names"]]), g["grad_norms"], rtol=1e-4, atol=1e-9)
     assert {n for n, p in named.items() if p.grad is not None} == set(g["grad_names"])
     for part in ("encoder", "predictor"):
-        close(common.gradient_norm(list(getattr(model, part).parameters())), g[f"grad_total_{part}"], rtol=1e-4)
-    ema = common.EMA(target, model.encoder)
+        close(common.old_gradient_norm(list(getattr(model, part).parameters())), g[f"grad_total_{part}"], rtol=1e-4)
+    ema = common.OLD_EMA(target, model.encoder)
     ema.update(0.998)
     close(target.blocks[0].attn.qkv.weight, g["ema_qkv0"], atol=1e-6)
 
@@ -388,13 +388,13 @@ def test_surprise():
 def test_pixel_targets():
     g, s = golden("pixel_targets"), golden("surprise")
     video = windows_of(s["quad_videos"][0][0])[:1]
-    patches = common.PatchEmbed(4, 8, tubelet=2).patchify(video)
+    patches = common.OldPatchEmbed(4, 8, tubelet=2).patchify(video)
     close(vjepa.pixel_targets(patches)[0], g["window0_targets"])
     contexts, row = s["context_lengths"].tolist(), 0
     for quad, pairs in zip(s["quad_videos"], s["quad_matches"].tolist(), strict=True):
         for j in (j for pair in pairs for j in pair):  # the released branch predicts zeros: mean |target| of the future
             windows = windows_of(quad[j])
-            targets = vjepa.pixel_targets(common.PatchEmbed(4, 8, tubelet=2).patchify(windows)).abs()
+            targets = vjepa.pixel_targets(common.OldPatchEmbed(4, 8, tubelet=2).patchify(windows)).abs()
             ours = torch.stack([targets[:, c // 2 * 16 :].mean((1, 2)) for c in contexts])
             close(ours, g["surprise_zero_predictions"][row])
             row += 1
@@ -514,7 +514,7 @@ def test_toy_clips_are_legal_and_reproducible():
 def test_a_random_network_is_at_chance_on_toy_physics():
     config = Config(physics_count=3, width=16, depth=2, heads=2, predictor_width=16, precision="fp32")
     model, target = vjepa.build(config)
-    found = vjepa.measure(model, target, vjepa.find_trials(config), config, ALONE, common.Log("out", ALONE))
+    found = vjepa.measure(model, target, vjepa.find_trials(config), config, ALONE, common.OldLog("out", ALONE))
     assert list(found) == list(vjepa.PROPERTIES)
     for name, measured in found.items():
         assert measured.losses.shape == (12, 4, 12)
@@ -532,7 +532,7 @@ def test_measure_tells_possible_from_impossible():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vjepa, "video_surprise", oracle)
-        found = vjepa.measure(None, None, trials, config, ALONE, common.Log("out", ALONE))
+        found = vjepa.measure(None, None, trials, config, ALONE, common.OldLog("out", ALONE))
     for measured in found.values():
         summary = vjepa.summarise(measured)
         assert summary["best"] == 100 and summary["auroc"] == 1.0
@@ -904,7 +904,7 @@ def test_gradients_are_clipped_apart_and_after_the_warmup(monkeypatch):
 
     def watched(parameters, limit, norm):
         clip(parameters, limit, norm)
-        seen.append((len(parameters), common.gradient_norm(parameters).item()))
+        seen.append((len(parameters), common.old_gradient_norm(parameters).item()))
 
     monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", watched)
     monkeypatch.setattr(vjepa, "report", lambda *_: None)
