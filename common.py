@@ -44,7 +44,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
@@ -74,17 +74,20 @@ def sincos_2d(width, height, breadth):
 
 
 def interpolate_positions(table, grid):
-    """Resample a square table [1, N, D] or [1, 1 + N, D] (a class token first) to grid (rows, columns)."""
+    """Resample a square table to grid (rows, columns), bicubic.
+
+    table: [1, N, D], or [1, 1 + N, D] with a class token first.
+    """
     side = math.isqrt(table.shape[1])
-    special = table.shape[1] - side**2
     if (side, side) == tuple(grid):
         return table
+    special = table.shape[1] - side**2
     patches = (
         table[:, special:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     )  # [1, D, side, side]
     patches = F.interpolate(patches.float(), grid, mode="bicubic")
-    patches = patches.flatten(2).transpose(1, 2)
-    return torch.cat([table[:, :special], patches.to(table.dtype)], dim=1)
+    patches = patches.flatten(2).transpose(1, 2).to(table.dtype)
+    return torch.cat([table[:, :special], patches], dim=1)
 
 
 def gather_tokens(x, keep):
@@ -96,9 +99,10 @@ def gather_tokens(x, keep):
 
 def attend(q, k, v):
     """Return softmax(q k^T / sqrt(d)) v; all are [B, H, N, d]."""
-    # On CPUs torch's fused kernel is slow in bf16: for short sequences its backward takes ten times
-    # as long as that of plain products.
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] < 400:
+    # On CPUs torch's fused kernels lose to plain products: in bf16 by far, below some hundred
+    # tokens (their backward pass takes ten times as long), in fp32 on the shortest sequences.
+    longest = {torch.bfloat16: 400, torch.float32: 64}.get(q.dtype, 0)
+    if q.device.type == "cpu" and k.shape[2] <= longest:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
         return scores.softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -115,7 +119,8 @@ class Attention(nn.Module):
 
     def forward(self, x, queries=None):
         """x [B, N, D] -> [B, N, D]. With queries=n only the last n tokens ask: [B, n, D]."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # [B, N, 3, H, D/H]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if queries is not None:
             q = q[:, :, -queries:]
         x = attend(q, k, v)  # [B, H, N, D/H]
@@ -146,7 +151,7 @@ class Block(nn.Module):
         self.mlp = MLP(width, hidden or 4 * width)
 
     def forward(self, x, queries=None):
-        """x [B, N, D] -> [B, N, D]. With queries=n only the last n tokens are computed: [B, n, D]."""
+        """x [B, N, D] -> [B, N, D]. With queries=n only the last n tokens come out: [B, n, D]."""
         attended = self.attn(self.norm1(x), queries)
         if queries is not None:
             x = x[:, -queries:]
@@ -159,11 +164,7 @@ def patchify(images, patch):
 
     What is left over at the right and bottom is cut off.
     """
-    rows = images.shape[2] // patch
-    columns = images.shape[3] // patch
-    images = images[:, :, : rows * patch, : columns * patch]
-    images = images.unflatten(3, (columns, patch)).unflatten(2, (rows, patch))
-    return images.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)
+    return F.unfold(images, patch, stride=patch).transpose(1, 2)
 
 
 class PatchEmbed(nn.Module):
@@ -182,15 +183,12 @@ class PatchEmbed(nn.Module):
 
 
 def init_weights(model, std=0.02):
-    """Draw Linear and convolution weights and learned tokens from normal(0, std); biases are 0."""
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        for name, parameter in module.named_parameters(recurse=False):
-            if name.endswith(("_token", "_embed")) and parameter.requires_grad:
-                nn.init.normal_(parameter, std=0.02)
+    """Draw weights and learned tokens from normal(0, std). Biases start at 0, norms at 1."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dim() > 1:
+            nn.init.normal_(parameter, std=std)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
 
 
 class ViT(nn.Module):
@@ -263,7 +261,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, momentum, applied):
-        """Move the target. applied: 0-dim tensor, 0 if the optimizer skipped the step: nothing moves."""
+        """Move the target. applied: 0-dim tensor, 0 where the optimizer skipped the step."""
         # lerp would need a Python number, and `applied` is a tensor on the device
         change = torch._foreach_sub(self.sources, self.targets)
         torch._foreach_mul_(change, (1 - momentum) * applied.to(change[0].dtype))
@@ -356,11 +354,10 @@ def parse_config(config_class, presets, data_presets, argv=None):
 
 
 def adopt(config, found, typed, path):
-    """Take over the fields that a checkpoint tells; refuse typed flags that contradict it (exit 2)."""
+    """Take over the fields that a checkpoint tells; refuse flags that contradict it (exit 2)."""
     for name in typed & found.keys() - {"image_size"}:  # positions can be interpolated
         if getattr(config, name) != found[name]:
-            flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
-            fail(f"{flag} contradicts {path}, which has {found[name]}")
+            fail(f"--{name} {getattr(config, name)} contradicts {path}, which has {found[name]}")
     return dataclasses.replace(config, **{k: v for k, v in found.items() if k not in typed})
 
 
@@ -384,17 +381,16 @@ def start_world(device="", precision=""):
     device: cuda, mps or cpu, "" = the best there is. precision: bf16, fp16 or fp32,
     "" = bf16 where the hardware computes in it, else fp32.
     """
-    if not device:
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device}: {error}")
+    accelerated = torch.accelerator.is_available()
+    best = torch.accelerator.current_accelerator().type if accelerated else "cpu"
+    device = device or best
+    if device not in ("cpu", best):
+        fail(f"--device {device}, but torch finds none on this machine; try --device {best}")
     fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         fast = torch.cuda.get_device_capability() >= (8, 0)
+    torch.set_flush_denormal(True)  # on CPUs numbers next to 0 are a hundred times slower
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     dtype = types[precision or ("bf16" if fast else "fp32")]
     if "RANK" not in os.environ:
@@ -423,7 +419,7 @@ class _MeanOverRanks(torch.autograd.Function):
 
 
 def mean_over_ranks(x):
-    """Return the mean over ranks, differentiable: under DDP gradients are those of one big batch."""
+    """Return the mean over ranks, differentiable: with DDP gradients are those of one batch."""
     return _MeanOverRanks.apply(x) if dist.is_initialized() else x
 
 
@@ -494,7 +490,7 @@ def set_rates(optimizer, lr, weight_decay):
 
 
 def effective_rank(features):
-    """Return exp of the entropy of the singular values of centred features [B, D], 1 = collapsed."""
+    """Return exp of the entropy of the singular values of features [B, D]; 1 is a collapse."""
     values = torch.linalg.svdvals((features - features.mean(0)).float())
     return torch.special.entr(values / values.sum()).nansum().exp()
 
@@ -524,13 +520,12 @@ def read_safetensors(path):
     kinds.update(BF16=torch.bfloat16, I64=torch.int64)
     raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
     start = 8 + int.from_bytes(bytes(raw[:8]), "little")
-    header = json.loads(bytes(raw[8:start]))
-    header.pop("__metadata__", None)
     state = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        data = raw[start + first : start + last].clone()  # a view would need an aligned address
-        state[name] = data.view(kinds[entry["dtype"]]).view(entry["shape"])
+    for name, entry in json.loads(bytes(raw[8:start])).items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            data = raw[start + first : start + last].clone()  # a view needs an aligned address
+            state[name] = data.view(kinds[entry["dtype"]]).view(entry["shape"])
     return state
 
 
@@ -550,21 +545,19 @@ def load_checkpoint(path):
         if path.suffix == ".safetensors":
             return strip_prefixes(read_safetensors(path))
         archive = zipfile.is_zipfile(path)  # files older than torch 1.6 are none
-        if archive and int(os.environ.get("RANK", 0)) == 0:
+        if archive and os.environ.get("RANK", "0") == "0":
             # torch does not look at checksums: a flipped bit would become a weight
             damaged = zipfile.ZipFile(path).testzip()
             if damaged:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # noqa: BLE001  whatever a broken file raises
-        pickled = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"{type(error).__name__}: {error}"
+        pickled = re.search(r"GLOBAL ([\w.]+)|TorchScript", reason)
         if pickled:
-            only = "only tensors, numbers and strings are read: save its state_dict() instead"
-            fail(f"{path} holds a pickled {pickled[1]}, which could run code; {only}")
-        if "TorchScript" in str(error):
-            fail(f"{path} is TorchScript: load it by torch.jit.load and save its state_dict()")
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        fail(f"{path} is truncated or damaged, or not a checkpoint ({reason})")
+            what = pickled[1] or "TorchScript"
+            fail(f"{path} holds a pickled {what}, which could run code: save its state_dict()")
+        fail(f"{path} is truncated or damaged, or not a checkpoint ({reason.splitlines()[0]})")
     if not isinstance(state, dict):
         fail(
             f"{path} is not a checkpoint: expected a dict of weights, found {type(state).__name__}"
@@ -618,9 +611,10 @@ def load_state(module, state, what):
     """Load weights; positions are interpolated where the grid differs, all else is refused."""
     state = dict(state)
     for name, own in module.state_dict().items():
-        if name.endswith("pos_embed") and name in state and len(state[name][0]) != len(own[0]):
-            note(f"{what}: {name} interpolated from {len(state[name][0])} to {len(own[0])} tokens")
-            side = math.isqrt(len(own[0]))
+        count = state[name].shape[1] if name.endswith("pos_embed") and name in state else 0
+        if count and count != own.shape[1]:
+            note(f"{what}: {name} interpolated from {count} to {own.shape[1]} tokens")
+            side = math.isqrt(own.shape[1])
             state[name] = interpolate_positions(state[name], (side, side))
     with mismatch_is_refused(what):
         module.load_state_dict(state)
@@ -655,15 +649,13 @@ def choose_out(config, script):
         fail(f"{out} already holds a run: add --resume to continue it, or choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        fail(f"cannot write to {out}: {error}; choose another --out")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, even by kill -9
-    except (BlockingIOError, PermissionError):
+        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # open to the end of the process
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         fail(f"another process is writing to {out}: wait for its end, or choose another --out")
-    except OSError:  # a filesystem without locks
-        lock = None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # no such locks
+            fail(f"cannot write to {out}: {error}; choose another --out")
     return out
 
 
@@ -679,14 +671,21 @@ class Run:
 
     def __init__(self, config, world, steps=0, model=None, optimizer=None, **networks):
         """networks: what else last.pt holds, by name. Without steps: only a folder and a log."""
-        self.config, self.world, self.steps = config, world, steps
-        self.model, self.optimizer, self.networks = model, optimizer, networks
+        self.config = config
+        self.world = world
+        self.steps = steps
+        self.model = model
+        self.optimizer = optimizer
+        self.networks = networks
         self.script = Path(inspect.getfile(type(config))).stem
         out = [choose_out(config, self.script) if world.rank == 0 else None]
         if dist.is_initialized():
             dist.broadcast_object_list(out)
         self.out = out[0]
-        self.step, self.bad, self.loss = 0, 0, 0.0
+        (self.out / "log.jsonl").touch()
+        self.step = 0
+        self.bad = 0  # steps in a row that were not finite
+        self.loss = 0.0
         self.signalled = self.stopping = False
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
         if steps and config.resume and (self.out / "last.pt").exists():
@@ -696,7 +695,13 @@ class Run:
                 file.write(json.dumps(dataclasses.asdict(config), indent=2).encode())
         hidden = True if world.rank or not steps else None  # None: where there is no terminal
         self.bar = tqdm(total=steps, initial=self.step, unit="step", disable=hidden)
-        self.waited, self.window, self.since = 0.0, self.step, time.monotonic()
+        self.start_window(self.step)
+
+    def start_window(self, step):
+        """Measure speed from here on."""
+        self.window = step
+        self.since = time.monotonic()
+        self.waited = 0.0
 
     def load(self):
         """Continue from last.pt, on any number of ranks and in any precision."""
@@ -772,7 +777,7 @@ class Run:
         return [part.to(self.world.device, non_blocking=True) for part in item]
 
     def sync_gradients(self, now):
-        """Say before a forward pass whether ranks exchange gradients after it: a step's last one."""
+        """Say before a forward pass whether ranks exchange gradients after it."""
         if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2
             self.model.set_requires_gradient_sync(now)
         self.model.require_backward_grad_sync = now  # DDP
@@ -800,9 +805,8 @@ class Run:
         if clip:
             clip()
         if not self.scaler.is_enabled():
-            self.optimizer.found_inf = (
-                ~applied
-            ).float()  # fused kernels read it: torch/optim/adamw.py
+            # what fused kernels read, see torch/optim/adamw.py
+            self.optimizer.found_inf = (~applied).float()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -818,12 +822,12 @@ class Run:
         signals = torch.tensor(float(self.signalled), device=self.world.device)
         self.stopping = bool(mean_over_ranks(signals) > 0)  # of any rank
         row = {"loss": self.mean_loss, "gradient_norm": self.norm, "bad_steps": self.bad, **row}
-        row = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+        row = {name: float(value) for name, value in row.items()}
         seconds = time.monotonic() - self.since
         row["images_per_s"] = self.config.batch * (done - self.window) / seconds
         row["data_wait"] = self.waited / seconds
         row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.waited, self.window, self.since = 0.0, done, time.monotonic()
+        self.start_window(done)
         self.write(step=done, **row)
         shown = {k: f"{row[k]:.4g}" for k in ("loss", "lr", "images_per_s")}
         self.bar.set_postfix(shown)
@@ -871,7 +875,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 @dataclasses.dataclass
 class Split:
-    """N images: paths, or uint8 [N, H, W, 3]; their names; labels int64 [N], -1 without; classes."""
+    """N images: files or uint8 [H, W, 3]; their names; labels int64 [N], or -1; class names."""
 
     images: list
     names: list
@@ -888,7 +892,7 @@ class Split:
         return Split(images, [self.names[i] for i in rows], self.labels[rows], self.classes)
 
     def listed(self, path):
-        """Return the subset that a file lists, one name a line; a name that is not there: exit 2."""
+        """Return the subset that a file lists, one name a line. Exit with 2 if one is missing."""
         if not Path(path).is_file():
             fail(f"no list of names at {path}")
         wanted = [line for line in Path(path).read_text().splitlines() if line]
@@ -918,19 +922,20 @@ class Split:
         fy = image.height / height
         parts = []
         for (top, left, h, w), size in zip(boxes, sizes, strict=True):
-            right = min(image.width, (left + w) * fx)
-            bottom = min(image.height, (top + h) * fy)
-            part = image.resize((size, size), resample, (left * fx, top * fy, right, bottom))
+            corners = (left * fx, top * fy, (left + w) * fx, (top + h) * fy)
+            box = np.minimum(corners, image.size * 2)  # rounding must not leave the image
+            part = image.resize((size, size), resample, tuple(box))
             parts.append(torch.from_numpy(np.array(part)).permute(2, 0, 1))
         return parts
 
     def read_batch(self, indices, choose_boxes, sizes, resample=Image.BILINEAR):
-        """Read images: (those read [B], a uint8 [B, 3, s, s] for each s of sizes, unreadable files).
+        """Read images: (their indices [B], uint8 [B, 3, s, s] for each s of sizes, bad files).
 
         choose_boxes(i, width, height): as for `read`, of the i-th image. Where an image cannot be
         read, another of the batch stands in.
         """
-        found, bad = [], []
+        found = []
+        bad = []
         for i, index in enumerate(indices):
             try:
                 boxes = functools.partial(choose_boxes, i)
@@ -949,13 +954,12 @@ class Split:
             self.bad.add(message)
             if len(self.bad) <= 10:
                 note(f"skipped an unreadable file: {message}")
-        if len(self.bad) > max(1, 0.01 * len(self)) or len(self.bad) == len(self):
-            fail(
-                f"{len(self.bad)} of {len(self)} images could not be read, more than 1 %: see above"
-            )
+        count = len(self.bad)
+        if count > 0.01 * max(100, len(self)) or count == len(self):
+            fail(f"{count} of {len(self)} images could not be read, more than 1 %: see above")
 
 
-# by EXIF's orientation, 2 to 8
+# how to turn an image by EXIF's orientation, 2 to 8
 TURNS = (
     "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 )
@@ -963,18 +967,18 @@ SIDEWAYS = TURNS[3:]
 
 
 def exif_turn(image):
-    """Return how an opened image has to be turned, a name of TURNS; None also for broken metadata."""
+    """Return how an opened image has to be turned, or "". Broken metadata cost nothing."""
     try:
-        return dict(enumerate(TURNS, start=2)).get(image.getexif().get(0x0112))
+        return ["", "", *TURNS][image.getexif().get(0x0112, 1)]
     except UNREADABLE:
-        return None
+        return ""
 
 
-def to_rgb(image, turn=None):
+def to_rgb(image, turn=""):
     """Return any PIL image as RGB, 16 bits scaled to 8, turned upright."""
     if image.mode.startswith("I"):
-        pixels = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        pixels = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
+        image = Image.fromarray(pixels.astype(np.uint8))
     image = image.convert("RGB")
     return image.transpose(Image.Transpose[turn]) if turn else image
 
@@ -994,50 +998,55 @@ def files_below(folder, above=()):
 
 
 def open_split(data, name, toy="letters"):
-    """Return the `train` or `val` Split of --data, None where a folder has no val; exit 2 if empty."""
+    """Return the `train` or `val` Split of --data; None where a folder has no val."""
     data = toy if data == "toy" else data
     if data in TOYS:
         return TOYS[data](name)
     root = Path(data).expanduser()
     if not root.exists() and "/" not in data:
         root = Path(os.environ.get("DATA", "data"), data)
-    if data == "cifar10" and not (root / "train").is_dir():
+    folders = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    if data == "cifar10" and "train" not in folders:
         return cifar10(root.parent, name)
     if not root.is_dir():
         fail(f"no data at {root}: expected train/CLASS/*.jpg and val/CLASS/*.jpg, or any images")
-    folder = root / name
-    others = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
-    for other in root.iterdir() if not folder.is_dir() else ():
-        if other.name.lower() in others[name] and ((root / "train").is_dir() or name == "train"):
-            fail(f"{root} has no {name}/, but {other.name}/: did you mean to call it {name}?")
-    if not (root / "train").is_dir():
-        folder = root
-    if name == "val" and (folder == root or not folder.is_dir()):
+    if name not in folders and (name == "train" or "train" in folders):
+        for other in folders:
+            if other.lower() in ALIASES[name]:
+                fail(f"{root} has {other}/ and no {name}/: did you mean to call it {name}?")
+    folder = root / name if "train" in folders else root
+    if name == "val" and name not in folders or folder == root and name == "val":
         return None
     files = list(files_below(folder))
     images = [path for path in files if path.suffix.lower() in EXTENSIONS]
-    deep = [path for path in images if path.parent != folder and folder != root]
-    for kind, rest in (
-        ("no images", set(files) - set(images)),
-        ("in no class folder", set(images) - set(deep)),
-    ):
-        if rest and (deep or kind == "no images"):
-            few = ", ".join(sorted(path.name for path in rest)[:5])
-            note(f"{folder}: {len(rest)} files left out, since {kind}: {few}")
+    leave_out(folder, set(files) - set(images), "no images")
     if not images:
         fail(f"no images in {folder}: looked for {', '.join(sorted(EXTENSIONS))} in it and below")
-    images = deep or images
-    labels = [path.relative_to(folder).parts[0] if deep else "" for path in images]
-    classes = sorted(set(labels))
-    numbers = torch.tensor([classes.index(label) for label in labels])
-    names = [path.relative_to(root).as_posix() for path in images]
-    return Split(images, names, numbers, classes) if deep else Split(images, names, numbers - 1, [])
+    labelled = [path for path in images if path.parent != folder != root]
+    if labelled:
+        leave_out(folder, set(images) - set(labelled), "in no class folder")
+        images = labelled
+    labels = [path.relative_to(folder).parts[0] if labelled else "" for path in images]
+    classes = sorted({*labels} - {""})
+    numbers = {label: i for i, label in enumerate(classes)}
+    labels = torch.tensor([numbers.get(label, -1) for label in labels])
+    return Split(images, [path.relative_to(root).as_posix() for path in images], labels, classes)
+
+
+ALIASES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
+
+
+def leave_out(folder, paths, reason):
+    """Say which files of a folder are not used."""
+    if paths:
+        few = ", ".join(sorted(path.name for path in paths)[:5])
+        note(f"{folder}: {len(paths)} files left out, since they are {reason}: {few}")
 
 
 def open_data(data, wanted, toy="letters"):
     """Return the (train, val) splits of --data; wanted: what needs labels, such as "knn, linear".
 
-    val is None where that cannot be done. A class that only val has is refused here, before training.
+    val is None where that cannot be done. A class that only val has is refused before training.
     """
     train = open_split(data, "train", toy)
     val = open_split(data, "val", toy) if wanted else None
@@ -1045,9 +1054,9 @@ def open_data(data, wanted, toy="letters"):
         note(f"{wanted}: skipped, since {data} has no {'labels' if val else 'val split'}")
         return train, None
     if val and val.classes != train.classes:
-        more = sorted(set(val.classes) - set(train.classes))
+        more = set(val.classes) - set(train.classes)
         if more:
-            fail(f"val/ of {data} has classes that train/ lacks: {more[:5]}")
+            fail(f"val/ of {data} has classes that train/ lacks: {sorted(more)[:5]}")
         note(f"val/ has no images of {sorted(set(train.classes) - set(val.classes))}")
         numbers = torch.tensor([train.classes.index(name) for name in val.classes])
         val = dataclasses.replace(val, labels=numbers[val.labels], classes=train.classes)
@@ -1074,12 +1083,13 @@ def cifar10(folder, name):
         members = sorted(member for member in tar.getnames() if wanted in member)
         raw = b"".join(tar.extractfile(member).read() for member in members)
     rows = np.frombuffer(raw, dtype=np.uint8).reshape(-1, 3073)  # label, then red, green, blue
-    pixels = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return in_memory(np.ascontiguousarray(pixels), rows[:, 0], CIFAR10_CLASSES, name)
+    pixels = np.stack(np.split(rows[:, 1:], 3, axis=1), axis=2)  # [N, 1024, 3]
+    return in_memory(pixels.reshape(-1, 32, 32, 3), rows[:, 0], CIFAR10_CLASSES, name)
 
 
 def in_memory(pixels, labels, classes, name):
-    """Return a Split of decoded images: pixels uint8 [N, H, W, 3], labels [N]."""
+    """Return a Split of decoded images: pixels [N, H, W, 3], 0 to 255, and labels [N]."""
+    pixels = pixels.clip(0, 255).astype(np.uint8)
     names = [f"{name}/{classes[label]}/{i:05d}" for i, label in enumerate(labels)]
     return Split(list(pixels), names, torch.tensor(labels, dtype=torch.long), classes)
 
@@ -1095,58 +1105,56 @@ def letters(name):
     """Mosaics of letters, 48 x 48: a class is an alphabet of ten invented letters.
 
     Each of the 6 x 6 tiles holds a random letter of the class on paper of a random colour. So what
-    kind of thing an image shows can be predicted from a part of it, how each part looks cannot.
+    kind of thing an image shows can be predicted from a part of it. How each part looks cannot.
     """
     design = np.random.default_rng(0)
-    points = np.stack(np.meshgrid([1, 3.5, 6], [1, 3.5, 6]), -1).reshape(9, 2)  # in a tile of 8 x 8
-    pixels = np.stack(np.meshgrid(np.arange(8), np.arange(8)), -1)  # [8, 8, (x, y)]
+    tile = np.arange(8) + 1j * np.arange(8)[:, None]  # pixels as complex numbers x + iy
+    points = 1 + 1j + 2.5 * tile[:3, :3].ravel()  # where strokes start and end
     alphabets = np.zeros((10, 10, 8, 8))  # class, letter, ink
     for letter in alphabets.reshape(100, 8, 8):
-        for _ in range(design.integers(2, 4)):  # strokes
+        for _ in range(design.integers(2, 4)):
             start, end = points[design.choice(9, 2, replace=False)]
-            along = ((pixels - start) @ (end - start) / np.sum((end - start) ** 2)).clip(0, 1)
-            distance = np.linalg.norm(pixels - start - along[..., None] * (end - start), axis=-1)
+            along = ((tile - start) / (end - start)).real.clip(0, 1)  # nearest point of the stroke
+            distance = abs(tile - start - along * (end - start))
             np.maximum(letter, (1.2 - distance).clip(0, 1), out=letter)
     random, labels = toy_random(name)
-    n = len(labels)
-    ink = alphabets[labels[:, None], random.integers(0, 10, (n, 36))]  # [n, 36, 8, 8]
-    paper = 128 + random.uniform(-40, 40, (n, 36, 1, 1, 3))
-    depth = random.uniform(80, 110, (n, 36, 1, 1, 1))
-    depth = np.where(paper.mean(-1, keepdims=True) > 128, -depth, depth)  # light on dark paper
-    tiles = paper + depth * ink[..., None] + random.normal(0, 8, (n, 36, 8, 8, 3))
-    tiles = tiles.reshape(n, 6, 6, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(n, 48, 48, 3)
-    classes = [f"alphabet {i}" for i in range(10)]
-    return in_memory(tiles.clip(0, 255).astype(np.uint8), labels, classes, name)
+    which = random.integers(0, 10, (len(labels), 6, 6))
+    ink = alphabets[labels[:, None, None], which].transpose(0, 1, 3, 2, 4)  # [N, 6, 8, 6, 8]
+    paper = 128 + random.uniform(-40, 40, (len(labels), 6, 1, 6, 1, 3))
+    light = paper.mean(-1, keepdims=True) > 128
+    contrast = random.uniform(80, 110, light.shape) * np.where(light, -1, 1)
+    images = paper + contrast * ink[..., None]
+    images = (images + random.normal(0, 8, images.shape)).reshape(-1, 48, 48, 3)
+    return in_memory(images, labels, [f"alphabet {i}" for i in range(10)], name)
 
 
 @functools.lru_cache(maxsize=2)
-def textures(name, size=24):
+def textures(name):
     """Ten grey textures, 24 x 24, at any turn, phase and scale, in noise."""
     random, labels = toy_random(name)
-    turn, scale, *phases = random.uniform(-1, 1, (4, len(labels), 1, 1))
-    scale = 4 * np.pi / size * np.exp(0.2 * scale)  # radians a pixel
-    x = (np.arange(size) - size / 2) * scale
-    y = x.transpose(0, 2, 1)
-    u = x * np.cos(np.pi * turn) + y * np.sin(np.pi * turn) + np.pi * phases[0]
-    v = y * np.cos(np.pi * turn) - x * np.sin(np.pi * turn) + np.pi * phases[1]
-    waves, across = np.sin(u), np.sin(v)
+    draws = random.uniform(-np.pi, np.pi, (4, len(labels), 1, 1))
+    turn, scale, *phases = draws
+    pixels = np.arange(24) - 12 + 1j * (np.arange(24) - 12)[:, None]  # complex numbers x + iy
+    pixels = pixels * np.pi / 6 * np.exp(scale / 16 + 1j * turn)  # radians
+    u = pixels.real + phases[0]
+    v = pixels.imag + phases[1]
     kinds = {
-        "stripes": waves,
-        "lines": waves**8,
-        "checks": waves * across,
-        "dots": (waves * across) ** 8,
-        "grid": np.maximum(waves**8, across**8),
+        "stripes": np.sin(u),
+        "lines": np.sin(u) ** 8,
+        "checks": np.sin(u) * np.sin(v),
+        "dots": (np.sin(u) * np.sin(v)) ** 8,
+        "grid": np.maximum(np.sin(u) ** 8, np.sin(v) ** 8),
         "honeycomb": np.cos(u) + 2 * np.cos(u / 2) * np.cos(0.866 * v),
         "zigzag": np.sin(u + 4 * abs(v / np.pi % 2 - 1)),
-        "snakes": np.sin(u + 2 * across),
+        "snakes": np.sin(u + 2 * np.sin(v)),
         "rings": np.sin(np.hypot(u, v)),
-        "weave": waves * np.sign(across),
+        "weave": np.sin(u) * np.sign(np.sin(v)),
     }
     grey = np.choose(labels[:, None, None], list(kinds.values()))
-    grey = (grey - grey.mean((1, 2), keepdims=True)) / grey.std((1, 2), keepdims=True)
-    grey = 128 + 40 * grey + random.normal(0, 8, grey.shape)
-    pixels = grey.clip(0, 255).astype(np.uint8)[..., None].repeat(3, axis=3)
-    return in_memory(pixels, labels, list(kinds), name)
+    grey = grey - grey.mean((1, 2), keepdims=True)
+    grey = 128 + 40 * grey / grey.std((1, 2), keepdims=True)
+    grey = grey + random.normal(0, 8, grey.shape)
+    return in_memory(np.stack([grey] * 3, axis=3), labels, list(kinds), name)
 
 
 TOYS = {"letters": letters, "textures": textures}
@@ -1207,8 +1215,8 @@ def micro_batches(config, world, step, steps):
     """Return the numbers of this rank's micro-batches from `step` on, its share of each step's."""
     count = config.batch // config.micro
     share = count // world.size
-    first = world.rank * share
-    return [s * count + first + i for s in range(step, steps) for i in range(share)]
+    numbers = range(step * count, steps * count)
+    return [number for number in numbers if number // share % world.size == world.rank]
 
 
 def start_worker(worker):
@@ -1221,23 +1229,15 @@ def start_worker(worker):
     multiprocessing.queues.Queue._on_queue_feeder_error = failed
 
 
-class Items(Dataset):
-    """What a function of a number makes."""
-
-    def __init__(self, make):
-        self.make = make
-
-    def __getitem__(self, number):
-        return self.make(number)
-
-
 def make_loader(make, numbers, config, world):
     """Iterate over make(number), made ahead of time in --workers processes."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = min(config.workers, max(1, os.cpu_count() // ranks))
-    pin = world.device.type == "cuda"
-    options = dict(num_workers=workers, pin_memory=pin, worker_init_fn=start_worker)
-    return iter(DataLoader(Items(make), batch_size=None, sampler=numbers, **options))
+    options = {"num_workers": min(config.workers, max(1, os.cpu_count() // ranks))}
+    options["pin_memory"] = world.device.type == "cuda"
+    loader = DataLoader(
+        numbers, batch_size=None, collate_fn=make, worker_init_fn=start_worker, **options
+    )
+    return iter(loader)
 
 
 def centre_crops(split, size, indices):
@@ -1257,7 +1257,8 @@ def extract(encode, split, config, world, batch=64):
     starts = range(world.rank * batch, n + world.rank * batch, world.size * batch)
     numbers = [[min(i, n - 1) for i in range(start, start + batch)] for start in starts]
     crops = functools.partial(centre_crops, split, config.image_size)
-    features, good = None, torch.zeros(n, dtype=torch.bool)
+    features = None
+    good = torch.zeros(n, dtype=torch.bool)
     for indices, pixels, bad in make_loader(crops, numbers, config, world):
         split.count_bad(bad)
         with world.autocast():
@@ -1285,7 +1286,8 @@ def knn(bank, labels, queries, k=20, temperature=0.07):
     k = min(k, len(bank))
     norms = bank.norm(dim=1)
     scores = []
-    for rows in F.normalize(queries, dim=1).split(max(1, 2**27 // len(bank))):  # at most 0.5 GiB
+    chunk = max(1, 2**27 // len(bank))  # 0.5 GiB of similarities
+    for rows in F.normalize(queries, dim=1).split(chunk):
         similarity, nearest = (rows @ bank.T / norms).topk(k, dim=1)
         votes = (similarity / temperature).exp()
         empty = votes.new_zeros(len(rows), int(labels.max()) + 1)
@@ -1340,12 +1342,12 @@ def linear_probe(batches, val, labels, heads, epochs, make_optimizer, milestones
 
 def save_picture(path, tiles, tile=96, gap=4):
     """Write a grid of normalised images [rows, columns, 3, S, S] as PNG."""
-    tiles = tiles.cpu() * STD + MEAN
+    tiles = (tiles.cpu() * STD + MEAN).clamp(0, 1) * 255
     rows = []
     for row in tiles:
-        row = F.pad(F.interpolate(row, (tile, tile)), [gap] * 4, value=1.0)
-        rows.append(torch.cat(list(row), dim=2))
-    picture = torch.cat(rows, dim=1).clamp(0, 1) * 255  # [3, H, W]
+        scaled = F.pad(F.interpolate(row, (tile, tile)), [gap] * 4, value=255.0)
+        rows.append(torch.cat(list(scaled), dim=2))  # side by side
+    picture = torch.cat(rows, dim=1)  # [3, H, W]
     Image.fromarray(picture.byte().permute(1, 2, 0).numpy()).save(path)
 
 

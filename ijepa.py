@@ -66,8 +66,8 @@ class Config:
     hidden: int = 0  # width of the encoder's MLPs, 0 = 4 * width
     predictor_width: int = 32  # predictor width
     predictor_depth: int = 4  # predictor blocks
-    init_std: float = 0.02  # std of the initial weights
-    patch_std: float = 0.3  # std of the initial patch projection
+    init_std: float = 0.06  # std of the initial weights; narrow networks want more than 0.02
+    patch_std: float = 0.8  # std of the initial patch projection
 
     # masks
     released: bool = False  # masks as the released code: no block touches the last row or column
@@ -86,7 +86,7 @@ class Config:
     epochs: float = 0  # length of the run in passes over the data
     steps: int = 0  # length of the run in steps, wins over --epochs
     warmup: float = 0.1  # share of the run in which the learning rate rises
-    lr: float = 2e-3  # peak learning rate
+    lr: float = 3e-3  # peak learning rate
     lr_start: float = 2e-4  # learning rate of the first step
     lr_final: float = 1e-6  # learning rate at the end
     weight_decay: float = 0.04  # weight decay at the start
@@ -145,7 +145,7 @@ def block_sizes(config, step):
 
 
 def rectangles(top, left, size, grid):
-    """Return bool [..., grid * grid], true inside rectangles: top, left int64 [...], size (h, w)."""
+    """Return bool [..., grid * grid], true inside rectangles at top, left [...] of size (h, w)."""
     line = torch.arange(grid)
     rows = (line >= top[..., None]) & (line < top[..., None] + size[0])
     columns = (line >= left[..., None]) & (line < left[..., None] + size[1])
@@ -190,8 +190,8 @@ def sample_masks(config, number):
     shortest = int(context.sum(1).min())
     # adding the mask pushes hidden patches behind all others
     kept = (keys + ~context).argsort(1)[:, :shortest].sort(1).values
-    blocks = targets.transpose(0, 1).nonzero()[:, 2].view(c.targets, c.micro, -1)
-    return kept, blocks
+    patches = targets.transpose(0, 1).nonzero()[:, 2]
+    return kept, patches.view(c.targets, c.micro, -1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -220,9 +220,10 @@ class Predictor(nn.Module):
         positions = self.predictor_pos_embed[0]
         x = self.predictor_embed(tokens) + positions[context]  # [B, K, P]
         queries = self.mask_token + positions[targets]  # [M, B, Kp, P]
-        x = torch.cat([x.expand(len(targets), -1, -1, -1), queries], dim=2).flatten(0, 1)
+        x = x.expand(len(targets), -1, -1, -1)  # [M, B, K, P]
+        x = torch.cat([x, queries], dim=2).flatten(0, 1)  # [M*B, K+Kp, P]
         for block in self.predictor_blocks[:-1]:
-            x = block(x)  # [M*B, K+Kp, P]
+            x = block(x)
         # only the queries are read, so the last block computes only them
         x = self.predictor_blocks[-1](x, queries=targets.shape[-1])
         return self.predictor_proj(self.predictor_norm(x))
@@ -246,7 +247,7 @@ class IJEPA(nn.Module):
 
 
 def build(config):
-    """Return a fresh (model, target encoder). The target starts as a copy of the context encoder."""
+    """Return a fresh (model, target encoder). The target starts as a copy of the encoder."""
     torch.manual_seed(config.seed)
     model = IJEPA(config)
     return model, copy.deepcopy(model.encoder).requires_grad_(False)
@@ -317,7 +318,8 @@ def make_optimizer(model):
 
 def train(model, target, split, config, world):
     """Train (model, target encoder) on a Split. Returns the run; its last.pt holds the result."""
-    steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
+    steps_an_epoch = max(1, len(split) // config.batch)
+    steps = config.steps or max(1, int(config.epochs * steps_an_epoch))
     model.to(world.device)
     target.to(world.device)
     if config.compile:
@@ -363,15 +365,15 @@ def spread(tokens):
 
 
 def encode(encoder, images):
-    """Return features of images [B, 3, S, S]: patch tokens pooled after each of the last four blocks.
+    """Return features of images [B, 3, S, S]: patch tokens pooled after the last four blocks.
 
-    [B, 4, D], the last block last. Its pooled tokens and all four are the paper's two readouts.
+    [B, 4, D], the last block last. The last alone and all four are the paper's two readouts.
     """
     return torch.stack([tokens.mean(1) for tokens in encoder(images, layers=4)], dim=1)
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD whose step is scaled by |p| / |gradient|, for batches of thousands (the paper's probe)."""
+    """SGD whose steps are scaled by |p| / |gradient|, for batches of thousands."""
 
     def __init__(self, params, momentum=0.9, trust=0.001):
         super().__init__(params, {"momentum": momentum, "trust": trust})
@@ -426,7 +428,10 @@ SGD = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)
 
 
 def make_probe_crops(split, config, number):
-    """Make a loader's item, (indices [B], pixels uint8 [B, 3, S, S], bad files), number (epoch, indices)."""
+    """Make a loader's item: (indices [B], random crops uint8 [B, 3, S, S], bad files).
+
+    number: (epoch, indices).
+    """
     epoch, indices = number
     random = common.generator(config.seed, "probe", epoch, indices[0])
     flips = torch.rand(len(indices), generator=random) < 0.5
@@ -481,7 +486,8 @@ def evaluate(encoder, train, val, few, config, world, run):
     """Run --eval on the encoder, and beside it on a random encoder and, for kNN, on raw pixels."""
     wanted = config.eval.split(",")
     results = {}
-    for name, network in {"trained": encoder, "random": build(config)[1].to(world.device)}.items():
+    networks = {"trained": encoder, "random": build(config)[1].to(world.device)}
+    for name, network in networks.items():
         network.eval()
         read = functools.partial(encode, network)
         test, labels, _ = common.extract(read, val, config, world)
@@ -515,7 +521,7 @@ def evaluate(encoder, train, val, few, config, world, run):
 
 
 def write_features(encoder, split, config, world, run):
-    """Write features.npz: features [N, D], labels [N], names, and with --tokens tokens [N, T, D]."""
+    """Write features.npz: features [N, D], labels [N], paths; with --tokens tokens [N, T, D]."""
 
     def read(images):
         tokens = encoder(images)
@@ -533,7 +539,10 @@ def write_features(encoder, split, config, world, run):
 
 @torch.no_grad()
 def content_ratio(model, target, patches, context, targets):
-    """Return (loss, its ratio to the loss with another image's context): 1 if only position counts."""
+    """Return (loss, how many times larger it is with another image's context).
+
+    1 means that the predictor uses positions only.
+    """
     tokens = target(patches)
     right = jepa_loss(model(patches, context, targets), tokens, targets)
     wrong = jepa_loss(model(patches.roll(1, 0), context, targets), tokens, targets)
@@ -546,41 +555,34 @@ def content_ratio(model, target, patches, context, targets):
 
 
 @torch.no_grad()
-def draw_picture(path, model, target, images, context, targets, rows=6, nearest=3):
-    """Show what the predictor expects in hidden blocks.
+def draw_picture(path, model, images, context, targets, rows=6, nearest=5):
+    """Show what the predictor expects of hidden blocks.
 
-    Columns: an image, its context, then for each of three target blocks the block itself and the
-    three most similar ones: those blocks of other images whose target representation is nearest
-    to the prediction.
+    Columns: an image; its context; its target blocks; then the five images of whose target blocks
+    the predictor expects the most similar representations. It has seen only their contexts.
     """
     n = len(images)
     patch = model.encoder.patch
-    patches = common.patchify(images, patch)
-    predictions = model(patches, context, targets).view(len(targets), n, -1, model.encoder.width)
-    tokens = target(patches)
+    side = images.shape[3] // patch
+    predictions = model(common.patchify(images, patch), context, targets)
+    expected = predictions.unflatten(0, (len(targets), n)).mean((0, 2))  # [n, D]
+    expected = F.normalize(expected - expected.mean(0), dim=1)
+    similarity = expected @ expected.T - 2 * torch.eye(n, device=images.device)  # not itself
 
     def show(kept, i):
         """Return image i in which only the patches `kept` are seen."""
-        seen = torch.zeros(tokens.shape[1], device=images.device)
-        seen[kept] = 1.0
-        side = images.shape[3] // patch
-        mask = F.interpolate(seen.view(1, 1, side, side), scale_factor=patch, mode="nearest")[0]
+        seen = torch.zeros(side * side, device=images.device)
+        seen[kept.flatten()] = 1.0
+        mask = F.interpolate(seen.view(1, 1, side, side), scale_factor=patch)[0]
         return images[i] * mask + 2.0 * (1 - mask)  # the rest is nearly white
 
     grid = []
     for i in range(min(rows, n)):
-        tiles = [images[i], show(context[i], i)]
-        for block in range(min(3, len(targets))):
-            kept = targets[block, i]
-            found = F.normalize(tokens[:, kept].mean(1), dim=1)  # the same place in all images
-            wanted = F.normalize(predictions[block, i].mean(0), dim=0)
-            similarity = found @ wanted
-            similarity[i] = -2.0
-            order = similarity.topk(min(nearest, n)).indices.tolist()
-            tiles += [show(kept, j) for j in (i, *order)]
-        grid.append(torch.stack(tiles))
+        found = similarity[i].topk(min(nearest, n)).indices.tolist()
+        tiles = [images[i], show(context[i], i), show(targets[:, i], i)]
+        grid.append(torch.stack(tiles + [images[j] for j in found]))
     common.save_picture(path, torch.stack(grid))
-    common.note(f"{path}: context, targets, and the blocks nearest to what was predicted")
+    common.note(f"{path}: image, context, targets, and images of which the same is predicted")
 
 
 def report(model, target, split, config, world, run):
@@ -596,7 +598,7 @@ def report(model, target, split, config, world, run):
         f"loss on unseen images {loss:.4f}; with another image's context {ratio:.2f} times that"
     )
     run.write(val_loss=loss, content_ratio=ratio)
-    draw_picture(run.out / "picture.png", model, target, images, *masks)
+    draw_picture(run.out / "picture.png", model, images, *masks)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -666,12 +668,13 @@ def load_weights(model, target, weights, path):
 def load_encoder(path, image_size=0, encoder="target", heads=0):
     """Return a frozen ViT from any checkpoint: images [B, 3, S, S] -> tokens [B, N, D].
 
-    image_size: pixels, 0 = as trained; encoder: "target" (the paper's) or "encoder" (the context's).
+    image_size: pixels, 0 = as trained; encoder: "target" (the paper's choice) or "encoder".
     """
     weights = read_weights(path, heads)
     f = weights["fields"]
     size = image_size or f["image_size"]
-    vit = ViT(size, f["patch"], f["width"], f["depth"], f["heads"], f["hidden"])
+    shape = [f[name] for name in ("patch", "width", "depth", "heads", "hidden")]
+    vit = ViT(size, *shape)
     common.load_state(vit, weights[encoder], path)
     return vit.requires_grad_(False).eval()
 
@@ -686,6 +689,7 @@ IMAGENET = {
     "patch": 16,
     "predictor_width": 384,
     "predictor_depth": 12,
+    "init_std": 0.02,
     "patch_std": 0.02,
     "released": True,
     "min_context": 11,
@@ -725,13 +729,12 @@ CIFAR10 = {
 }
 
 PRESETS = {
-    "toy": {"steps": 700, "probe_epochs": 6, "precision": "fp32", "workers": 1},
+    "toy": {"steps": 1000, "probe_epochs": 6, "precision": "fp32", "workers": 1},
     "cifar10-cpu": {
         **CIFAR10,
         "width": 128,
         "predictor_width": 64,
         "predictor_depth": 3,
-        "init_std": 0.06,
         "steps": 3200,
         "lr": 1.5e-3,
         "weight_decay_final": 0.1,

@@ -1,7 +1,7 @@
 """Break every script in eleven ways and say what survives: real processes, real signals, files that are really broken.
 
 python tests/faults.py                                                  # all of it: a quarter of an hour on a core
-python tests/faults.py --scripts ijepa msn --faults kill disk --out DIR   # a part; writes DIR/faults.md and faults.json
+python tests/faults.py --scripts iwm msn --faults kill disk --out DIR   # a part; writes DIR/faults.md and faults.json
 
 Prints a Markdown table; exits with 1 if anything failed, after saying what. Runs are forked from this process, since
 importing torch takes seconds, and end, die and are killed as if started from a shell; ranks by torchrun's agent.
@@ -43,7 +43,7 @@ from helpers import free_port, kill_at_random, log_rows
 from PIL import Image
 from test_dinov2 import SMALL as SMALL_DINOV2
 from test_llip import SMALL as SMALL_LLIP
-from test_runs import SCRIPTS, Script, photographs, poison
+from test_runs_old import SCRIPTS, Script, photographs, poison
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import common
@@ -100,7 +100,7 @@ SMALL_DINOV2 = [*SMALL_DINOV2, "--koleo-group", "8"]  # of one rank of two
 CASES["dinov2"] = Case(dinov2, SMALL_DINOV2, [*SMALL_DINOV2, "--preset", "toy"], "total_loss")
 ASK = "--scenes 2 --baseline none --concurrency 2 --fn slow:solve".split()
 CASES["mvp_eval"] = Case(mvp_eval, ASK, [*ASK, "--frames", "2"], "", whole=())
-ORDER = "ijepa vjepa iwm flexpredict msn pmsn llip dinov2 pixel_vit mvp_eval".split()
+ORDER = "vjepa iwm flexpredict msn pmsn llip dinov2 pixel_vit mvp_eval".split()
 
 
 def answers(out):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
-from ijepa import random_crop
+from common import random_crop
 
 
 def uniform(low, high):
@@ -46,7 +46,7 @@ OPERATIONS = [
 
 def view_pil(image, size, scale, blur_probability, second=False):
     """One crop in the released order of operations and draws -> PIL image."""
-    image = crop_resize_pil(image, random_crop(*image.size, scale), size)
+    image = crop_resize_pil(image, random_crop(*image.size, scale, None), size)
     if torch.rand(1) < 0.5:
         image = ImageOps.mirror(image)
     if not 0.8 < torch.rand(1):

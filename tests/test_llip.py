@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import free_port, log_rows, on_ranks, run_several
 from PIL import Image
-from test_runs import (  # noqa: F401  run here with this file's `script`
+from test_runs_old import (  # noqa: F401  run here with this file's `script`
     test_disk_full_keeps_the_previous_checkpoint,
     test_every_preset_can_be_built,
     test_kill_and_resume_is_bitwise,
@@ -496,7 +496,8 @@ def test_transforms_are_the_reference_transforms():
 
 SMALL = (
     "--preset toy --width 16 --depth 2 --heads 2 --batch 16 --text-width 16 --text-depth 1 --text-heads 2 --merges 30 "
-    "--embedding 16 --mix-heads 2 --mixture-tokens 3 --eval none --log-every 1 --device cpu --no-compile"
+    "--embedding 16 --mix-heads 2 --mixture-tokens 3 --eval none --log-every 1 --device cpu --no-compile "
+    "--precision fp32"
 ).split()
 
 

@@ -345,7 +345,8 @@ def test_embeddings_of_time_and_label():
     g = golden("dit")
     for width in (8, 7, 256):
         found = pixel_vit.timestep_embedding(tensor(g["timestep_embedding_t"]), width)
-        close(found, g[f"timestep_embedding_{width}"], atol=2e-5)
+        # t up to 1000 times a frequency whose last bit differs among machines
+        close(found, g[f"timestep_embedding_{width}"], atol=1e-4)
     labels = tensor(g["label_drop_labels"])
     uniform = torch.rand(200, generator=torch.Generator().manual_seed(int(g["label_drop_seed"])))
     np.testing.assert_array_equal(pixel_vit.drop_labels(labels, uniform, 0.1, 10), g["label_drop_out"])

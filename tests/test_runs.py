@@ -1,6 +1,5 @@
 """What every training script promises: resuming, ranks, users' data, and all that goes wrong."""
 
-import functools
 import inspect
 import io
 import json
@@ -68,7 +67,9 @@ def here(script, *flags, code=None):
     words = [word for flag in flags for word in str(flag).split("\0")[0].split()]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the processes that tests start: the order of sums depends on it
+    torch.set_num_threads(
+        1
+    )  # as in the processes that tests start: the order of sums depends on it
     try:
         if code is None:
             return script.module.main(words)
@@ -151,7 +152,10 @@ def test_a_signal_stops_after_the_step(number):
 
 
 def test_a_signal_ends_an_evaluation_at_once():
-    flags = [SCRIPTS["ijepa"].small, "--steps 1 --eval linear --probe-epochs 100000 --out evaluated"]
+    flags = [
+        SCRIPTS["ijepa"].small,
+        "--steps 1 --eval linear --probe-epochs 100000 --out evaluated",
+    ]
     process = start("ijepa.py", *flags)
     wait_for(lambda: Path("evaluated/picture.png").exists(), process)
     time.sleep(1)
@@ -162,6 +166,9 @@ def test_a_signal_ends_an_evaluation_at_once():
 
 # AdamW's first steps turn rounding into signs where a gradient is near 0: a small lr hides that
 FOUR_STEPS = "--steps 4 --lr 1e-5 --lr-start 1e-5"
+
+
+ranks = pytest.mark.xdist_group("ranks")  # in one process, since they share the runs below
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +183,7 @@ def on_two_ranks(tmp_path_factory):
     return folder
 
 
+@ranks
 def test_two_ranks_are_one_process(script, on_two_ranks):
     """Same losses, gradients and weights on two ranks, with DDP and FSDP2; a sharded run resumes."""
     here(script, script.small, FOUR_STEPS, "--out one --eval knn")
@@ -190,6 +198,7 @@ def test_two_ranks_are_one_process(script, on_two_ranks):
     assert all(type(value) is torch.Tensor for value in state["model"].values())
 
 
+@ranks
 def test_sharded_steps_are_those_of_one_process(script, on_two_ranks):
     """Resuming with another number of steps changes the schedule, so only two steps are compared."""
     here(script, script.small, "--steps 2 --lr 1e-5 --lr-start 1e-5 --out one")
@@ -241,7 +250,9 @@ def read(path, size=(24, 32)):
 
 def test_every_kind_of_image_becomes_rgb(tmp_path):
     """Modes and formats, also under a wrong ending; 16 bits are scaled, not clipped."""
-    base = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3).astype(np.uint8))
+    base = Image.fromarray(
+        np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3).astype(np.uint8)
+    )
     grey16 = Image.fromarray((np.arange(32 * 32, dtype=np.uint16) * 60).reshape(32, 32))
     modes = {"b.png": "L", "c.png": "P", "d.jpg": "CMYK", "h.png": "RGBA", "i.png": "1"}
     files = {name: base.convert(mode) for name, mode in modes.items()}
@@ -411,7 +422,11 @@ def test_cifar10_archive_is_checked(tmp_path, capsys, monkeypatch):
 
 def test_missing_or_empty_data(script, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    expected = {"nowhere": "data/nowhere", tmp_path / "empty": ".jpg", tmp_path / "x": "train/CLASS"}
+    expected = {
+        "nowhere": "data/nowhere",
+        tmp_path / "empty": ".jpg",
+        tmp_path / "x": "train/CLASS",
+    }
     for data, words in expected.items():
         assert words in refused(capsys, script, f"--data {data} --out out --resume")
         assert not Path("out").exists()
@@ -510,7 +525,9 @@ def test_a_folder_has_one_process_at_a_time(capsys):
     end = time.monotonic() + 60
     while not Path("held/ready").exists() and time.monotonic() < end:
         time.sleep(0.01)
-    output = refused(capsys, SCRIPTS["ijepa"], SCRIPTS["ijepa"].small, "--steps 1 --out held --resume")
+    output = refused(
+        capsys, SCRIPTS["ijepa"], SCRIPTS["ijepa"].small, "--steps 1 --out held --resume"
+    )
     assert "another process" in output
     holder.kill()
     holder.join()
@@ -698,7 +715,10 @@ def test_help_lists_every_flag_with_meaning_and_default(script, capsys):
 def test_every_preset_fits_its_check(script):
     for name in script.module.PRESETS:
         config, _ = common.parse_config(
-            script.module.Config, script.module.PRESETS, script.module.DATA_PRESETS, ["--preset", name]
+            script.module.Config,
+            script.module.PRESETS,
+            script.module.DATA_PRESETS,
+            ["--preset", name],
         )
         assert config.steps or config.epochs
         script.module.check(config, common.World(0, 8 if name.startswith("vit_") else 1))
@@ -764,7 +784,7 @@ def test_all_evaluations_of_ijepa(tmp_path, capsys):
         for network in ("trained", "random"):
             assert {"knn", "linear", "lowshot"} == set(results[network])
         assert set(results["pixels"]) == {"knn"}
-        assert Image.open(f"{name}/picture.png").size[0] > 1000
+        assert Image.open(f"{name}/picture.png").size[0] > 700
         assert np.load(f"{name}/features.npz")["features"].shape == (25, 16)
     line = " ".join(["ijepa", *flags, "--probe-augment --lars --out two"])
     run_several(line, ranks=2)

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +17,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from helpers import Forked, kill_at_random, log_rows, run, run_several, start
+from helpers import kill_when, log_rows, run_several
 from PIL import Image
 
 import common
@@ -132,11 +131,10 @@ def photographs(folder, count=12, size=(48, 40), classes=("cat", "dog"), splits=
 
 def test_kill_and_resume_is_bitwise(script):
     flags = [*script.small, "--steps", "40", "--save-every", "1"]  # nearly always caught while it writes
-    began = time.monotonic()
     here(script, *flags, "--out", "whole")
-    options = dict(times=script.kills, seed=0, longest=0.7 * (time.monotonic() - began), start=Forked)
-    killed = kill_at_random(f"{script.name}.py", *flags, "--out", "killed", **options)
-    assert 2 * killed >= script.kills
+    for rows in (3, 20):
+        kill_when(f"{script.name}.py", *flags, "--out killed", rows=rows)
+        assert len(log_rows("killed")) < 40, "it was killed too late"
     here(script, *flags, "--out", "killed", "--resume")
     assert_same("whole", "killed")
     steps = [row["step"] for row in log_rows("killed") if "step" in row]

@@ -1,0 +1,105 @@
+"""How large the files may be, in code tokens: whoever adds a thing takes one away.
+
+python tests/test_size.py prints the sizes. Comments, docstrings and blank lines do not count.
+"""
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIP = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+SKIP.add(tokenize.ENDMARKER)
+FORMER = "# Until the other scripts follow"
+
+# (tokens, tokens a line on average) of files in their final form
+FINAL = {"common.py": 10600, "ijepa.py": 6300}
+# tokens of files that have not followed yet: today's figures
+FORMER_SIZES = {
+    "msn.py": 16928,
+    "pmsn.py": 18812,
+    "dinov2.py": 26442,
+    "vjepa.py": 24134,
+    "iwm.py": 18611,
+    "flexpredict.py": 18844,
+    "pixel_vit.py": 27981,
+    "llip.py": 22701,
+    "mvp_eval.py": 20851,
+}
+
+
+def source_of(name):
+    """Return a file's source, without what stands in common.py for scripts that are to follow."""
+    return (ROOT / name).read_text().split(FORMER)[0]
+
+
+def tokens_by_line(source):
+    """Return {line: code tokens that start there}."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    documentation = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            documentation.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    counts = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        line = token.start[0]
+        if token.type not in SKIP and line not in documentation:
+            counts[line] = counts.get(line, 0) + 1
+    return counts
+
+
+def nested_conditionals(tree):
+    """Return the lines of conditional expressions inside others."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.IfExp):
+            found += [
+                n.lineno for n in ast.walk(node) if isinstance(n, ast.IfExp) and n is not node
+            ]
+    return found
+
+
+def parallel_assignments(tree):
+    """Return the lines that assign a tuple of values to a tuple of names, swaps excepted."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            target = node.targets[0]
+            if isinstance(target, ast.Tuple):
+                names = {ast.unparse(part) for part in target.elts}
+                if names != {ast.unparse(part) for part in node.value.elts}:
+                    found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("name", FINAL)
+def test_final_files_are_small_and_airy(name):
+    source = source_of(name)
+    counts = tokens_by_line(source)
+    tree = ast.parse(source)
+    assert sum(counts.values()) <= FINAL[name]
+    assert sum(counts.values()) / len(counts) <= 12
+    assert [line for line, count in counts.items() if count > 30] == []
+    long = [i for i, line in enumerate(source.splitlines(), 1) if len(line) > 100]
+    assert long == []
+    assert nested_conditionals(tree) == []
+    assert parallel_assignments(tree) == []
+
+
+@pytest.mark.parametrize("name", FORMER_SIZES)
+def test_other_files_do_not_grow(name):
+    assert sum(tokens_by_line(source_of(name)).values()) <= FORMER_SIZES[name]
+
+
+def test_every_file_has_a_figure():
+    assert set(FINAL) | set(FORMER_SIZES) == {path.name for path in ROOT.glob("*.py")}
+
+
+if __name__ == "__main__":
+    for file in sorted(path.name for path in ROOT.glob("*.py")):
+        counts = tokens_by_line(source_of(file))
+        total = sum(counts.values())
+        print(f"{file:<16}{total:>7} tokens{total / len(counts):>7.1f} a line")
