@@ -57,9 +57,9 @@ def sincos_1d(width, positions):
 
     positions: real numbers [N]; width: even. Returns float64 [N, width].
     """
-    frequencies = 10000.0 ** (-np.arange(width // 2) / (width / 2))
-    angles = np.outer(np.asarray(positions, dtype=np.float64), frequencies)
-    return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
+    exponents = torch.arange(width // 2, dtype=torch.float64) / (width / 2)
+    angles = torch.as_tensor(positions).double()[:, None] * 10000.0**-exponents
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def sincos_2d(width, height, breadth):
@@ -691,8 +691,8 @@ class Run:
         if steps and config.resume and (self.out / "last.pt").exists():
             self.load()
         if steps and world.rank == 0:
-            with replacing(self.out / "config.json") as file:
-                file.write(json.dumps(dataclasses.asdict(config), indent=2).encode())
+            text = json.dumps(dataclasses.asdict(config), indent=2)
+            (self.out / "config.json").write_text(text)
         hidden = True if world.rank or not steps else None  # None: where there is no terminal
         self.bar = tqdm(total=steps, initial=self.step, unit="step", disable=hidden)
         self.start_window(self.step)
@@ -847,11 +847,10 @@ class Run:
                 file.write(json.dumps(row) + "\n")
 
     def report(self, results):
-        """Print and log a table of percents: {column: {row: number}}."""
-        note(f"{'top-1, %':<20}" + "".join(f"{name:>10}" for name in results))
-        for key in dict.fromkeys(key for column in results.values() for key in column):
-            cells = [f"{column[key]:.1f}" if key in column else "" for column in results.values()]
-            note(f"{key:<20}" + "".join(f"{cell:>10}" for cell in cells))
+        """Print and log {network: {evaluation: top-1 in percent}}."""
+        for network, scores in results.items():
+            cells = [f"{name} {score:.1f}" for name, score in scores.items()]
+            note(f"{network:<8} top-1, %: {', '.join(cells)}")
         self.write(eval=results)
 
 
