@@ -813,15 +813,24 @@ class Run:
         self.loss = 0.0
         return applied
 
-    def log(self, **row):
-        """Every --log-every steps, write a row and show it. Only then tensors are read."""
+    def log(self, measure=dict, **row):
+        """Every --log-every steps, write a row and show it. Only then tensors are read.
+
+        measure: a function that is only called then, and returns more of the row.
+        """
         done = self.step + 1
         alone = self.signalled and self.world.size == 1
         if done % self.config.log_every and done < self.steps and not alone:
             return
         signals = torch.tensor(float(self.signalled), device=self.world.device)
         self.stopping = bool(mean_over_ranks(signals) > 0)  # of any rank
-        row = {"loss": self.mean_loss, "gradient_norm": self.norm, "bad_steps": self.bad, **row}
+        row = {
+            "loss": self.mean_loss,
+            "gradient_norm": self.norm,
+            "bad_steps": self.bad,
+            **row,
+            **measure(),
+        }
         row = {name: float(value) for name, value in row.items()}
         seconds = time.monotonic() - self.since
         row["images_per_s"] = self.config.batch * (done - self.window) / seconds

@@ -349,7 +349,8 @@ def train(model, target, split, config, world):
             run.backward(loss / parts)
         applied = run.update()
         ema.update(momentum, applied)
-        run.log(lr=lr, momentum=momentum, context=context.shape[1], **spread(tokens))
+        measure = functools.partial(spread, tokens)
+        run.log(measure, lr=lr, momentum=momentum, context=context.shape[1])
     return run
 
 
@@ -370,6 +371,11 @@ def encode(encoder, images):
     [B, 4, D], the last block last. The last alone and all four are the paper's two readouts.
     """
     return torch.stack([tokens.mean(1) for tokens in encoder(images, layers=4)], dim=1)
+
+
+def encode_last(encoder, images):
+    """Return the last block's features only: [B, 1, D]."""
+    return encoder(images).mean(1, keepdim=True)
 
 
 class LARS(torch.optim.Optimizer):
@@ -492,8 +498,11 @@ def evaluate(encoder, train, val, few, config, world, run):
         read = functools.partial(encode, network)
         test, labels, _ = common.extract(read, val, config, world)
         result = results[name] = {}
-        if "knn" in wanted or not config.probe_augment:
-            bank, bank_labels, _ = common.extract(read, train, config, world)
+        if "knn" in wanted or ("linear" in wanted and not config.probe_augment):
+            # the augmented probe encodes its own crops: then kNN alone reads the bank
+            last = functools.partial(encode_last, network)
+            readout = last if config.probe_augment else read
+            bank, bank_labels, _ = common.extract(readout, train, config, world)
             batches = common.shuffled_batches(bank, bank_labels, config.probe_batch, config.seed)
         if "knn" in wanted and world.rank == 0:
             scores = common.knn(bank[:, -1], bank_labels, test[:, -1])
@@ -806,8 +815,8 @@ def check(config, world):
     if not c.train and not c.init:
         fail("--no-train needs weights to evaluate: add --init")
     if c.train and c.batch % (c.micro * world.size):
-        ranks = f"{world.size} ranks with micro-batches of {c.micro}"
-        fail(f"--batch {c.batch} does not divide over {ranks}: change --batch or --micro")
+        ranks = f"{world.size} ranks in micro-batches of {c.micro}"
+        fail(f"--batch {c.batch} does not divide over {ranks}: lower --micro, or change --batch")
     if c.shard and world.dtype == torch.float16:
         fail("--shard works with bf16 and fp32, not with --precision fp16")
     if c.train:
