@@ -449,6 +449,14 @@ def test_corrupt_images_are_skipped_counted_and_limited(script, tmp_path, capsys
     assert "more than 1 %" in capsys.readouterr().err
 
 
+def test_a_folder_without_one_readable_image(script, tmp_path, capsys):
+    data = photographs(tmp_path / "photos", count=40)
+    for path in data.rglob("*.jpg"):
+        path.write_bytes(b"not an image")
+    flags = [script.folder.replace("--workers 0", "--workers 1"), f"--data {data} --steps 5"]
+    assert "could not be read" in refused(capsys, script, *flags)
+
+
 def poison(monkeypatch, script, when, value):
     """Make the loss `value` in those calls 0, 1, ... where when(call)."""
     loss = getattr(script.module, script.loss)
