@@ -21,6 +21,7 @@ from helpers import kill_when, log_rows, run, run_several, start, wait_for
 from PIL import Image, PngImagePlugin
 
 import common
+import flexpredict
 import ijepa
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -54,6 +55,7 @@ PREDICTOR = "--micro 8 --predictor-width 16 --predictor-depth 2 "
 BLOCKS = "--image-size 32 --patch 8 --min-context 2 --target-scale 0.1 0.15 "
 SCRIPTS = {
     "ijepa": Script(ijepa, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
+    "flexpredict": Script(flexpredict, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
 }
 
 
@@ -623,6 +625,7 @@ SETTINGS = [
 ]
 MORE_SETTINGS = {
     "ijepa": [("--micro 48", "--batch 64"), ("--targets 30", "context"), ("--batch 10", "--micro")],
+    "flexpredict": [("--mode paper", "stop_paper"), ("--sigma -1", "--sigma"), ("--davis x", "val.txt")],
 }
 
 

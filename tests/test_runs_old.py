@@ -22,7 +22,6 @@ from helpers import Forked, kill_at_random, log_rows, run, run_several, start
 from PIL import Image
 
 import common
-import flexpredict
 import iwm
 import msn
 import pixel_vit
@@ -61,7 +60,6 @@ PIXELS = "--image-size 8".split()
 PAINTED = "--task mae --image-size 32 --patch 8 --decoder-width 16 --decoder-heads 2".split()
 NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")  # BatchNorm and softmax cancel them
 SCRIPTS = {
-    "flexpredict": Script(flexpredict, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *BLOCKS], "jepa_loss"),
     "iwm": Script(iwm, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *HIDDEN], "iwm_loss"),
     "msn": Script(msn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS], "msn_loss", noise=NORMED),
     "pixel_vit": Script(pixel_vit, [*TINY, *PIXELS], [*TINY, *PAINTED], "classification_loss"),
@@ -451,8 +449,6 @@ SETTINGS = [
 ]
 MORE_SETTINGS = {
     "ijepa": [("--group 48", "--batch 64"), ("--masks funny", "official"), ("--min-keep 30", "--min-keep")],
-    "flexpredict": [("--mode paper", "stop_paper"), ("--sigma -1", "--sigma"), ("--freeze 0", "--freeze"),
-                    ("--davis nowhere --eval video", "ImageSets"), ("--min-keep 30", "--min-keep")],
     "iwm": [("--conditioning token", "sequence"), ("--jitter 2 0 0 0", "--jitter"), ("--loss l3", "smooth_l1"),
             ("--min-visible 15", "--min-visible"), ("--mrr-actions 999", "--mrr-bank"),
             ("--shard", "--init RUN/last.pt")],
@@ -532,17 +528,6 @@ def learn(script, steps, *switches, **changes):
     return log_rows("learnt")
 
 
-
-
-def test_flexpredict_learns():
-    """In a minute, on the toy images: content is predicted, and features beat a random encoder's."""
-    rows = learn(SCRIPTS["flexpredict"], 300, eval="knn")
-    results, found = rows[-1]["eval"], next(row for row in rows if "content_ratio" in row)
-    assert found["content_ratio"] > 1.2
-    assert results["trained"]["knn20"] > results["random"]["knn20"] + 5
-    last = [row for row in rows if "feature_std" in row][-1]
-    assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
-    assert last["position_noise"] > 0.02, "the noise on positions was trained away"
 
 
 def test_iwm_learns():
