@@ -35,7 +35,7 @@ out a rotation that changes nothing. The blur is a Gaussian, not PIL's approxima
 import copy
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -270,7 +270,8 @@ class Predictor(nn.Module):
         positions = self.predictor_pos_embed[0]
         x = self.predictor_embed(tokens) + positions[context]  # [B, K, P]
         queries = self.masked_tokens(positions[targets], noise)  # [M, B, Kp, P]
-        x = torch.cat([x.expand(len(targets), -1, -1, -1), queries], dim=2).flatten(0, 1)
+        x = x.expand(len(targets), -1, -1, -1)  # [M, B, K, P]
+        x = torch.cat([x, queries], dim=2).flatten(0, 1)
         for block in self.predictor_blocks[:-1]:
             x = block(x)  # [M*B, K+Kp, P]
         # only the queries are read, so the last block computes only them
@@ -354,26 +355,26 @@ def augment(pixels, config, random):
         pixels[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def toy_scenes(count, size, frames=1, noise=24.0, seed=0):
-    """Draw a lighter and a darker disc of a faint texture, which drift before another texture.
+def toy_scenes(count, size, frames=1, noise=24.0):
+    """Draw four lighter and darker discs of a faint texture, which drift before another texture.
 
     size: side, pixels; noise: std in each pixel, of 255. Returns pixels and labels, both uint8
     [count, T, S, S]: label i is the i-th disc, 0 the background.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(count)
     labels = np.zeros((count, frames, size, size), np.uint8)
     pixels = random.normal(128, noise, labels.shape)
     # all lengths are shares of the side
-    start = random.uniform(0, 2 * np.pi, (2, 3, count))  # [(y, x), layers, count]
+    start = random.uniform(0, 2 * np.pi, (2, 5, count))  # [(y, x), layers, count]
     speed = random.uniform(0.1, 0.2, start.shape)
     waves = random.normal(0, 22, start.shape)  # radians a side
     grid = (np.indices((size, size)) + 0.5)[:, None] / size  # [(y, x), 1, S, S]
     for t in range(frames):
         centre = 0.5 + 0.3 * np.sin(start + t * speed)
         grey = np.zeros((count, size, size))
-        for i, lighter in enumerate((0, 40, -40)):
+        for i, lighter in enumerate((0, 40, -40, 40, -40)):
             offset = grid - centre[:, i, :, None, None]  # [(y, x), count, S, S]
-            inside = np.hypot(*offset) < (0.18 if i else np.inf)
+            inside = np.hypot(*offset) < (0.16 if i else np.inf)
             texture = 12 * np.sin((waves[:, i, :, None, None] * offset).sum(0))
             grey[inside] = lighter + texture[inside]
             labels[:, t][inside] = i
@@ -384,10 +385,11 @@ def toy_scenes(count, size, frames=1, noise=24.0, seed=0):
 @functools.lru_cache(maxsize=2)
 def scenes(name):
     """Toy scenes under strong noise, 48 x 48, without classes."""
-    count, seed = {"train": (2000, 5), "val": (500, 6)}[name]
-    pixels, _ = toy_scenes(count, 48, noise=60.0, seed=seed)
+    count = 2000 if name == "train" else 500
+    pixels, _ = toy_scenes(count, 48, noise=60.0)
     pixels = pixels[:, 0, :, :, None].repeat(3, axis=3)
-    return common.Split(list(pixels), list(map(str, range(count))), torch.full([count], -1), [])
+    names = [str(i) for i in range(count)]
+    return common.Split(list(pixels), names, torch.full([count], -1), [])
 
 
 common.TOYS["scenes"] = scenes  # so that --data scenes is found
@@ -419,7 +421,8 @@ def make_optimizer(model):
 
 def train(model, target, split, config, world):
     """Train (model, target encoder) on a Split. Returns the run; its last.pt holds the result."""
-    steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
+    per_epoch = max(1, len(split) // config.batch)
+    steps = config.steps or max(1, int(config.epochs * per_epoch))
     model.to(world.device)
     target.to(world.device)
     if config.compile:
@@ -432,8 +435,8 @@ def train(model, target, split, config, world):
     run = common.Run(config, world, steps, network, optimizer, target=target)
     common.note(f"{run.out}: {len(split)} images, steps {run.step} to {steps} of {config.batch}")
     make = functools.partial(make_micro_batch, split, config)
-    numbers = common.micro_batches(config, world, run.step, steps)
-    loader = common.make_loader(make, numbers, config, world)
+    rest = common.micro_batches(config, world, run.step, steps)
+    loader = common.make_loader(make, rest, config, world)
     for step in run:
         lr, decay, momentum = schedules(config, step, steps)
         common.set_rates(optimizer, lr, decay)
@@ -451,7 +454,9 @@ def train(model, target, split, config, world):
             run.backward(loss / len(numbers))
         applied = run.update()
         ema.update(momentum, applied)
-        noise_std = position_noise(model.predictor, config)
+        # std of a coordinate of a position (figure 4): 0 if the noise was trained away
+        norm = model.predictor.predictor_embed.weight.detach().norm()
+        noise_std = config.sigma * norm / math.sqrt(config.predictor_width)
         run.log(lr=lr, momentum=momentum, position_noise=noise_std, **spread(tokens))
     return run
 
@@ -461,16 +466,6 @@ def spread(tokens):
     """Return signs of collapse: std and effective rank of pooled features over a batch."""
     pooled = tokens.float().mean(1)
     return {"feature_std": pooled.std(0).mean(), "feature_rank": common.effective_rank(pooled)}
-
-
-def position_noise(predictor, config):
-    """Return the std that the noise gives a coordinate of a position; sine-cosines have 0.7.
-
-    sigma ||row of W||, RMS over rows (figure 4 of the paper): 0 if the noise was trained away.
-    """
-    norm = predictor.predictor_embed.weight.detach().norm()
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
-    return config.sigma * norm / math.sqrt(config.predictor_width)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -487,32 +482,13 @@ def encode(encoder, images):
     return torch.stack([tokens.mean(1) for tokens in encoder(images, layers=4)], dim=1)
 
 
-def linear(bank, labels, test, test_labels, classes, config):
-    """Return the top-1 of a linear probe on features [N, D] in percent, the best of two rates.
-
-    The recipe is the paper's for ViT-B (VISSL): SGD, after a BatchNorm.
-    """
-    torch.manual_seed(config.seed)
-    width = bank.shape[1]
-    heads = {}
-    for lr in (0.01, 0.1):
-        head = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, classes))
-        heads[lr] = (head.to(bank.device), lr, 5e-4)
-    batches = common.shuffled_batches(bank, labels, 256, config.seed)
-    sgd = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)
-    epochs = config.probe_epochs
-    drops = [epochs * share // 7 for share in (2, 4, 6)]
-    return common.linear_probe(batches, test, test_labels, heads, epochs, sgd, drops)[0]
-
-
 def logistic_regression(x, labels, classes, ridge=0.0025):
     """Return the weights [C, D] that minimise mean cross entropy + ridge / (2 n) |W|^2 on x [n, D].
 
-    Strongly convex, so any solver finds the same: here LBFGS to convergence, in float64.
+    Strongly convex, so any solver finds the same: here LBFGS to convergence.
     """
     weight = x.new_zeros(classes, x.shape[1], requires_grad=True)
-    options = {"max_iter": 1000, "tolerance_grad": 1e-9, "tolerance_change": 1e-12}
-    solver = torch.optim.LBFGS([weight], line_search_fn="strong_wolfe", **options)
+    solver = torch.optim.LBFGS([weight], max_iter=1000, line_search_fn="strong_wolfe")
 
     def objective():
         solver.zero_grad()
@@ -526,10 +502,9 @@ def logistic_regression(x, labels, classes, ridge=0.0025):
 
 
 def standardise(x):
-    """Bring each feature of x [N, D] to mean 0 and std 1 over these N, on the CPU in float64."""
-    x = x.cpu().double()
+    """Bring each feature of x [N, D] to mean 0 and std 1 over these N; a constant one to 0."""
     std, mean = torch.std_mean(x, dim=0)
-    return (x - mean) / std.where(std > 0, torch.inf)  # a constant feature becomes 0
+    return (x - mean) / std.where(std > 0, torch.inf)
 
 
 # Copied from ijepa.py
@@ -549,16 +524,28 @@ def classify(config, classes, train, val, few=None):
     test, test_labels, _ = val
     result = {}
     if "knn" in config.eval:
-        result["knn"] = common.top1(common.knn(bank[:, -1], labels, test[:, -1]), test_labels)
-    if "linear" in config.eval:  # on the last four blocks, the better of the paper's two readouts
-        views = (bank.flatten(1), labels, test.flatten(1), test_labels)
-        result["linear"] = linear(*views, classes, config)
+        scores = common.knn(bank[:, -1], labels, test[:, -1])
+        result["knn"] = common.top1(scores, test_labels)
+    if "linear" in config.eval:
+        # the paper's recipe for ViT-B (VISSL), on the better of its two readouts: four blocks
+        torch.manual_seed(config.seed)
+        width = bank[0].numel()
+        heads = {}
+        for lr in (0.01, 0.1):
+            head = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, classes))
+            heads[lr] = (head.to(bank.device), lr, 5e-4)
+        batches = common.shuffled_batches(bank.flatten(1), labels, 256, config.seed)
+        sgd = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)
+        epochs = config.probe_epochs
+        schedule = (epochs, sgd, [epochs * share // 7 for share in (2, 4, 6)])
+        views = (batches, test.flatten(1), test_labels)
+        result["linear"], _ = common.linear_probe(*views, heads, *schedule)
     if few:
         shots, labels, _ = few
-        weight = logistic_regression(standardise(shots[:, -1]), labels.cpu(), classes)
+        weight = logistic_regression(standardise(shots[:, -1]), labels, classes)
         # the released code standardises the test images by their own statistics
         scores = standardise(test[:, -1]) @ weight.T
-        result["lowshot"] = common.top1(scores, test_labels.cpu())
+        result["lowshot"] = common.top1(scores, test_labels)
     return result
 
 
@@ -568,7 +555,9 @@ def evaluate(encoder, splits, davis, config, world, run):
     splits: train, val and, for lowshot, 1 % of train; none if nothing is classified.
     """
     results = {}
-    for name, network in {"trained": encoder, "random": build(config)[1].to(world.device)}.items():
+    _, random_encoder = build(config)
+    networks = {"trained": encoder, "random": random_encoder.to(world.device)}
+    for name, network in networks.items():
         read = functools.partial(encode, network.eval())
         found = [common.extract(read, split, config, world) for split in splits]
         results[name] = {}
@@ -619,8 +608,7 @@ def propagate_labels(features, first, last=7, radius=12, topk=5, temperature=0.1
         sources = [0, *range(max(1, t - last), t)]
         weight = (features[sources] @ features[t].T / temperature).exp() * near
         weight = weight.flatten(0, 1)  # [sources * N, N]
-        least = weight.topk(topk, dim=0).values[-1]
-        weight = weight * (weight >= least)
+        weight = weight * (weight >= weight.topk(topk, dim=0).values[-1])
         votes = torch.cat([labels[source] for source in sources], dim=1)
         labels.append(votes @ (weight / weight.sum(0)))
     return torch.stack(labels[1:]).unflatten(-1, (h, w))
@@ -635,16 +623,16 @@ def label_maps(soft, patch, size):
     low = soft.amin((2, 3), keepdim=True)
     high = soft.amax((2, 3), keepdim=True)
     stretched = (soft - low) / (high - low).where(high > low, 1.0)
-    labels = torch.where(high > 0, stretched, soft).argmax(1, keepdim=True)
+    labels = stretched.argmax(1, keepdim=True)
     return F.interpolate(labels.float(), size=size, mode="nearest")[:, 0].byte()
 
 
 def boundary(mask):
     """Return where bool [n, H, W] differ from their right, lower or diagonal neighbour."""
-    padded = F.pad(mask[:, None].float(), (0, 1, 0, 1), mode="replicate")
-    highest = F.max_pool2d(padded, 2, stride=1)
-    lowest = -F.max_pool2d(-padded, 2, stride=1)
-    return (highest != lowest)[:, 0]
+    mask = mask[:, None].float()
+    mask = F.pad(mask, (0, 1, 0, 1), mode="replicate")
+    mean = F.avg_pool2d(mask, 2, stride=1)[:, 0]  # of a pixel and these neighbours
+    return (mean > 0) & (mean < 1)
 
 
 def region_and_contour(predicted, true):
@@ -676,7 +664,8 @@ def sequence_statistics(values):
     # neighbouring quarters share a frame, as in the official code
     edges = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
     decay = values[: edges[1] + 1].mean(0) - values[edges[3] :].mean(0)
-    return torch.stack([values.mean(0), (values > 0.5).double().mean(0), decay])
+    recall = (values > 0.5).double().mean(0)
+    return torch.stack([values.mean(0), recall, decay])
 
 
 def segment_video(tokens, labels, patch):
@@ -684,12 +673,13 @@ def segment_video(tokens, labels, patch):
 
     tokens [T, h, w, D]; labels uint8 [T, H, W], at whose size this is judged.
     """
-    grid = tokens.shape[1:3]
-    first = F.interpolate(labels[:1, None].float(), size=grid, mode="nearest")[0, 0].long()
-    first = F.one_hot(first, int(labels[0].max()) + 1).permute(2, 0, 1)
+    first = labels[:1, None].float()
+    classes = int(first.max()) + 1
+    first = F.interpolate(first, size=tokens.shape[1:3], mode="nearest")[0, 0]
+    first = F.one_hot(first.long(), classes).permute(2, 0, 1)
     found = label_maps(propagate_labels(tokens, first), patch, labels.shape[1:])
     objects = []
-    for i in range(1, len(first)):
+    for i in range(1, classes):
         scores = region_and_contour(found[:-1] == i, labels[1:-1] == i)  # first, last: not scored
         objects.append(sequence_statistics(scores))
     return torch.stack(objects)
@@ -716,8 +706,8 @@ def davis_sequences(folder):
         masks = [root / "Annotations/480p" / name / f"{frame.stem}.png" for frame in frames]
         whole = len(frames) > 2 and all(mask.is_file() for mask in masks)
         if not whole or not read_mask(masks[0]).any():  # first and last are not scored
-            need = "three frames, a mask for each, and an object in the first (255 is background)"
-            fail(f"DAVIS sequence {name} is not whole: expected at least {need}")
+            need = "three frames or more, a mask for each, and an object (255 is none) in the first"
+            fail(f"DAVIS sequence {name} is not whole: expected {need}")
         sequences.append(list(zip(frames, masks, strict=True)))
     return sequences
 
@@ -738,7 +728,7 @@ def read_video(sequence):
 
 def toy_videos(image_size):
     """Return 20 videos of drifting discs, at twice the side of a training image, in noise."""
-    pixels, labels = toy_scenes(20, 2 * image_size, frames=12, seed=2)
+    pixels, labels = toy_scenes(20, 2 * image_size, frames=12)
     pixels = torch.from_numpy(pixels)[:, :, None].expand(-1, -1, 3, -1, -1)
     return zip(common.normalize(pixels), torch.from_numpy(labels), strict=True)
 
@@ -774,7 +764,6 @@ def report(model, target, split, config, world, run):
     Its columns: an image, its context, a target block, and how similar (cosine) the target
     representation of each patch is to what the predictor expects in that block.
     """
-    config = replace(config, micro=min(256, len(split)), batch=min(256, len(split)))
     *item, _ = make_micro_batch(split, config, 0)
     pixels, context, targets = (part.to(world.device) for part in item)
     images = common.normalize(pixels)
@@ -787,14 +776,15 @@ def report(model, target, split, config, world, run):
     common.note(f"unseen images: loss {loss:.4f}, with another image's context {ratio:.2f} times")
     run.write(val_loss=loss, content_ratio=ratio)
 
-    masks = tokens.new_zeros(len(images), 4, tokens.shape[1])
-    masks[:, 0] = 1.0
-    masks[:, 1].scatter_(1, context, 1.0)
-    masks[:, 2].scatter_(1, targets[0], 1.0)
+    hidden = torch.zeros_like(tokens[:, :, 0])  # [B, N]
     expected = predictions[: len(images)].mean(1, keepdim=True)  # of the first block, [B, 1, D]
-    masks[:, 3] = F.cosine_similarity(expected, tokens, dim=2).clamp(min=0)
-    side = math.isqrt(tokens.shape[1])
-    masks = F.interpolate(masks.unflatten(2, (side, side)), images.shape[2:])[:, :, None]
+    similarity = F.cosine_similarity(expected, tokens, dim=2).clamp(min=0)
+    seen = hidden.scatter(1, context, 1.0)
+    block = hidden.scatter(1, targets[0], 1.0)
+    masks = torch.stack([hidden + 1, seen, block, similarity], dim=1)
+    grid = [config.image_size // config.patch] * 2
+    masks = F.interpolate(masks.unflatten(2, grid), images.shape[2:])
+    masks = masks[:, :, None]  # [B, 4, 1, S, S]
     tiles = images[:, None] * masks + 2.0 * (1 - masks)  # what is hidden is nearly white
     common.save_picture(run.out / "picture.png", tiles[:6])
 
@@ -867,12 +857,11 @@ IMAGENET = {
     "blur": 0.5,
     "batch": 2048,
     "epochs": 600,
-    "warmup": 15 / 600,
+    "warmup": 0.025,
     "lr": 8e-4,
     "lr_final": 1e-4,
     "weight_decay_final": 0.4,
     "momentum": 0.996,
-    "log_every": 50,
     "workers": 12,
     "eval": "linear,lowshot",
 }
@@ -885,7 +874,6 @@ CIFAR10 = {
     "flip": True,
     "lr_start": 1e-4,
     "patch_std": 0.15,
-    "log_every": 50,
     "workers": 1,
 }
 TOY = {"steps": 700, "probe_epochs": 6, "precision": "fp32", "workers": 1}
@@ -945,7 +933,6 @@ PRESETS = {
         "micro": 256,
         "epochs": 100,
         "warmup": 0.1,
-        "lr_start": 1e-4,
         "weight_decay_final": 0.2,
         "eval": "knn,linear",
     },
@@ -962,7 +949,6 @@ PRESETS = {
         "lr": 1e-3,
         "lr_final": 1e-6,
         "freeze": 250 / 300,
-        "probe_epochs": 50,
     },
 }
 DATA_PRESETS = {"toy": "toy", "letters": "toy", "textures": "toy", "scenes": "toy-scenes"}

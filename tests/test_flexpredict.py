@@ -343,11 +343,11 @@ def test_grey_blurred_and_mirrored_views():
 def test_toy_scenes_are_what_their_labels_say():
     pixels, labels = flexpredict.toy_scenes(20, 48, frames=8)
     assert pixels.shape == labels.shape == (20, 8, 48, 48)
-    for label, lighter in ((1, 40), (2, -40)):
+    for label, lighter in ((1, 40), (2, -40), (3, 40), (4, -40)):
         inside = pixels[labels == label].mean() - pixels[labels == 0].mean()
         assert abs(inside - lighter) < 10
-    area = (labels == 2).mean((2, 3))
-    assert np.allclose(area, np.pi * 0.18**2, atol=0.01), "the last disc is always whole"
+    area = (labels == 4).mean((2, 3))
+    assert np.allclose(area, np.pi * 0.16**2, atol=0.01), "the last disc is always whole"
     assert (labels[:, 1:] != labels[:, :-1]).any((2, 3)).all(), "everything moves"
     assert np.array_equal(pixels, flexpredict.toy_scenes(20, 48, frames=8)[0])
     val = common.open_split("scenes", "val")
@@ -358,10 +358,10 @@ def test_video_evaluation_of_a_perfect_and_of_a_blind_encoder():
     """Tokens that say which object covers how much of a patch score high; equal ones cannot."""
     frames, labels = next(flexpredict.toy_videos(24))
     assert frames.shape == (12, 3, 48, 48) and labels.shape == (12, 48, 48)
-    shares = F.one_hot(labels.long(), 3).permute(0, 3, 1, 2).float()
+    shares = F.one_hot(labels.long(), 5).permute(0, 3, 1, 2).float()
     seen = flexpredict.segment_video(F.avg_pool2d(shares, 4).permute(0, 2, 3, 1), labels, 4)
     blind = flexpredict.segment_video(torch.ones(12, 12, 12, 2), labels, 4)
-    assert seen.shape == (2, 3, 2)
+    assert seen.shape == (4, 3, 2)
     assert seen[:, 0, 0].mean() > 0.6 > blind[:, 0, 0].mean() + 0.2
 
 
