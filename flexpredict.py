@@ -356,7 +356,7 @@ def augment(pixels, config, random):
 
 
 def toy_scenes(count, size, frames=1, noise=24.0):
-    """Draw four lighter and darker discs of a faint texture, which drift before another texture.
+    """Draw a lighter and a darker disc of a faint texture, which drift before another texture.
 
     size: side, pixels; noise: std in each pixel, of 255. Returns pixels and labels, both uint8
     [count, T, S, S]: label i is the i-th disc, 0 the background.
@@ -365,16 +365,16 @@ def toy_scenes(count, size, frames=1, noise=24.0):
     labels = np.zeros((count, frames, size, size), np.uint8)
     pixels = random.normal(128, noise, labels.shape)
     # all lengths are shares of the side
-    start = random.uniform(0, 2 * np.pi, (2, 5, count))  # [(y, x), layers, count]
+    start = random.uniform(0, 2 * np.pi, (2, 3, count))  # [(y, x), layers, count]
     speed = random.uniform(0.1, 0.2, start.shape)
     waves = random.normal(0, 22, start.shape)  # radians a side
     grid = (np.indices((size, size)) + 0.5)[:, None] / size  # [(y, x), 1, S, S]
     for t in range(frames):
         centre = 0.5 + 0.3 * np.sin(start + t * speed)
         grey = np.zeros((count, size, size))
-        for i, lighter in enumerate((0, 40, -40, 40, -40)):
+        for i, lighter in enumerate((0, 40, -40)):
             offset = grid - centre[:, i, :, None, None]  # [(y, x), count, S, S]
-            inside = np.hypot(*offset) < (0.16 if i else np.inf)
+            inside = np.hypot(*offset) < (0.18 if i else np.inf)
             texture = 12 * np.sin((waves[:, i, :, None, None] * offset).sum(0))
             grey[inside] = lighter + texture[inside]
             labels[:, t][inside] = i
@@ -384,12 +384,13 @@ def toy_scenes(count, size, frames=1, noise=24.0):
 
 @functools.lru_cache(maxsize=2)
 def scenes(name):
-    """Toy scenes under strong noise, 48 x 48, without classes."""
+    """Quarters of toy scenes under strong noise, 24 x 24, without classes."""
     count = 2000 if name == "train" else 500
     pixels, _ = toy_scenes(count, 48, noise=60.0)
-    pixels = pixels[:, 0, :, :, None].repeat(3, axis=3)
-    names = [str(i) for i in range(count)]
-    return common.Split(list(pixels), names, torch.full([count], -1), [])
+    pixels = pixels.reshape(count, 2, 24, 2, 24).swapaxes(2, 3).reshape(-1, 24, 24)
+    names = [str(i) for i in range(len(pixels))]
+    images = list(pixels[..., None].repeat(3, axis=3))
+    return common.Split(images, names, torch.full([len(images)], -1), [])
 
 
 common.TOYS["scenes"] = scenes  # so that --data scenes is found
@@ -885,7 +886,6 @@ PRESETS = {
         "data": "scenes",
         "image_size": 24,
         "patch": 4,
-        "crop_scale": (0.25, 0.25),  # windows at the scale of the videos
         "steps": 1000,
         # what no prediction uses, such as noise, is forgotten only as fast as weights decay
         "weight_decay": 0.5,
