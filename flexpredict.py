@@ -223,13 +223,12 @@ def stochastic_positions(positions, noise, weight):
 
 def draw_noise(config, number, length, device):
     """Return the noise n of micro-batch `number`: [M, B, length, D]; None for exact positions."""
-    c = config
-    if c.mode == "ijepa":
+    if config.mode == "ijepa":
         return None
-    seed = common.generator(c.seed, "noise", number).initial_seed()
+    seed = common.generator(config.seed, "noise", number).initial_seed()
     random = torch.Generator(device).manual_seed(seed)
-    shape = (c.targets, c.micro, length, c.width)
-    return c.sigma * torch.randn(shape, generator=random, device=device)
+    shape = (config.targets, config.micro, length, config.width)
+    return config.sigma * torch.randn(shape, generator=random, device=device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,13 +245,12 @@ class Predictor(nn.Module):
         width = config.predictor_width
         self.predictor_embed = nn.Linear(config.width, width)
         # `stop` never uses the mask token, but the released files hold it
-        token = torch.zeros(1, 1, width)
-        self.mask_token = nn.Parameter(token, requires_grad=config.mode != "stop")
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width), config.mode != "stop")
         grid = config.image_size // config.patch
         table = common.sincos_2d(width, grid, grid).float()[None]
         self.predictor_pos_embed = nn.Parameter(table, requires_grad=False)
-        blocks = [Block(width, config.heads) for _ in range(config.predictor_depth)]
-        self.predictor_blocks = nn.ModuleList(blocks)
+        depth = config.predictor_depth
+        self.predictor_blocks = nn.ModuleList(Block(width, config.heads) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, config.width)
 
@@ -328,23 +326,22 @@ def make_micro_batch(split, config, number):
 
     All of it depends on the seed and the number only.
     """
-    c = config
-    random = common.generator(c.seed, "images", number)
-    indices = common.micro_batch_indices(number, c.micro, len(split), c.seed)
+    random = common.generator(config.seed, "images", number)
+    indices = common.micro_batch_indices(number, config.micro, len(split), config.seed)
 
     def box(i, width, height):
-        return [common.random_crop(width, height, c.crop_scale, random)]
+        return [common.random_crop(width, height, config.crop_scale, random)]
 
-    _, pixels, bad = split.read_batch(indices, box, [c.image_size])
-    augment(pixels, c, random)
-    context, targets = sample_masks(c, number)
+    _, pixels, bad = split.read_batch(indices, box, [config.image_size])
+    augment(pixels, config, random)
+    context, targets = sample_masks(config, number)
     return pixels, context, targets, bad
 
 
 def augment(pixels, config, random):
     """Mirror, turn grey and blur some of the images, in place: uint8 [B, 3, S, S]. As released."""
-    draws = torch.rand(len(pixels), 4, generator=random).tolist()
-    for i, (flip, grey, blur, radius) in enumerate(draws):
+    draws = torch.rand(len(pixels), 4, generator=random)
+    for i, (flip, grey, blur, radius) in enumerate(draws.tolist()):
         image = Image.fromarray(pixels[i].permute(1, 2, 0).numpy())
         if config.flip and flip < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -382,15 +379,13 @@ def toy_scenes(count, size, frames=1, noise=24.0):
     return pixels.clip(0, 255).astype(np.uint8), labels
 
 
-@functools.lru_cache(maxsize=2)
 def scenes(name):
-    """Quarters of toy scenes under strong noise, 24 x 24, without classes."""
+    """Quarters of toy scenes under strong noise, 24 x 24, all of one class."""
     count = 2000 if name == "train" else 500
     pixels, _ = toy_scenes(count, 48, noise=60.0)
-    pixels = pixels.reshape(count, 2, 24, 2, 24).swapaxes(2, 3).reshape(-1, 24, 24)
-    names = [str(i) for i in range(len(pixels))]
-    images = list(pixels[..., None].repeat(3, axis=3))
-    return common.Split(images, names, torch.full([len(images)], -1), [])
+    quarters = pixels.reshape(count, 2, 24, 2, 24).swapaxes(2, 3)
+    labels = [0] * (4 * count)
+    return common.in_memory(quarters.reshape(-1, 24, 24), labels, ["scene"], name)
 
 
 common.TOYS["scenes"] = scenes  # so that --data scenes is found
@@ -405,12 +400,11 @@ def schedules(config, step, steps):
 
     The released code advances the first two before the step, so they are those of step + 1.
     """
-    c = config
-    warmup = round(c.warmup * steps)
-    now = min(step + 1, round(c.freeze * steps))
-    lr = common.cosine_schedule(now, steps, c.lr, c.lr_final, warmup, c.lr_start)
-    decay = common.cosine_schedule(now, steps, c.weight_decay, c.weight_decay_final)
-    return lr, decay, common.linear_schedule(step, steps, c.momentum, 1.0)
+    warmup = round(config.warmup * steps)
+    now = min(step + 1, round(config.freeze * steps))
+    lr = common.cosine_schedule(now, steps, config.lr, config.lr_final, warmup, config.lr_start)
+    decay = common.cosine_schedule(now, steps, config.weight_decay, config.weight_decay_final)
+    return lr, decay, common.linear_schedule(step, steps, config.momentum, 1.0)
 
 
 # Copied from ijepa.py
@@ -435,30 +429,29 @@ def train(model, target, split, config, world):
     ema = common.EMA(target, model.encoder)
     run = common.Run(config, world, steps, network, optimizer, target=target)
     common.note(f"{run.out}: {len(split)} images, steps {run.step} to {steps} of {config.batch}")
+    numbers = common.micro_batches(config, world, run.step, steps)
     make = functools.partial(make_micro_batch, split, config)
-    rest = common.micro_batches(config, world, run.step, steps)
-    loader = common.make_loader(make, rest, config, world)
+    loader = common.make_loader(make, numbers, config, world)
     for step in run:
         lr, decay, momentum = schedules(config, step, steps)
         common.set_rates(optimizer, lr, decay)
-        numbers = common.micro_batches(config, world, step, step + 1)
-        for number in numbers:
+        mine = common.micro_batches(config, world, step, step + 1)
+        for number in mine:
             pixels, context, targets = run.next(loader, split)
             patches = common.patchify(common.normalize(pixels), config.patch)
             noise = draw_noise(config, number, targets.shape[-1], world.device)
-            run.sync_gradients(number == numbers[-1])
+            run.sync_gradients(number == mine[-1])
             with world.autocast():
                 with torch.no_grad():
                     tokens = target(patches)
-                predictions = network(patches, context, targets, noise)
-                loss = jepa_loss(predictions, tokens, targets)
-            run.backward(loss / len(numbers))
+                loss = jepa_loss(network(patches, context, targets, noise), tokens, targets)
+            run.backward(loss / len(mine))
         applied = run.update()
         ema.update(momentum, applied)
         # std of a coordinate of a position (figure 4): 0 if the noise was trained away
-        norm = model.predictor.predictor_embed.weight.detach().norm()
+        norm = model.predictor.predictor_embed.weight.norm()
         noise_std = config.sigma * norm / math.sqrt(config.predictor_width)
-        run.log(lr=lr, momentum=momentum, position_noise=noise_std, **spread(tokens))
+        run.log(lr=lr, position_noise=noise_std, **spread(tokens))
     return run
 
 
@@ -525,8 +518,8 @@ def classify(config, classes, train, val, few=None):
     test, test_labels, _ = val
     result = {}
     if "knn" in config.eval:
-        scores = common.knn(bank[:, -1], labels, test[:, -1])
-        result["knn"] = common.top1(scores, test_labels)
+        votes = common.knn(bank[:, -1], labels, test[:, -1])
+        result["knn"] = common.top1(votes, test_labels)
     if "linear" in config.eval:
         # the paper's recipe for ViT-B (VISSL), on the better of its two readouts: four blocks
         torch.manual_seed(config.seed)
@@ -538,9 +531,9 @@ def classify(config, classes, train, val, few=None):
         batches = common.shuffled_batches(bank.flatten(1), labels, 256, config.seed)
         sgd = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)
         epochs = config.probe_epochs
-        schedule = (epochs, sgd, [epochs * share // 7 for share in (2, 4, 6)])
-        views = (batches, test.flatten(1), test_labels)
-        result["linear"], _ = common.linear_probe(*views, heads, *schedule)
+        drops = [epochs * share // 7 for share in (2, 4, 6)]
+        views = (test.flatten(1), test_labels)
+        result["linear"], _ = common.linear_probe(batches, *views, heads, epochs, sgd, drops)
     if few:
         shots, labels, _ = few
         weight = logistic_regression(standardise(shots[:, -1]), labels, classes)
@@ -550,14 +543,13 @@ def classify(config, classes, train, val, few=None):
     return result
 
 
-def evaluate(encoder, splits, davis, config, world, run):
+def evaluate(encoder, splits, config, world, run):
     """Run --eval on the encoder, and beside it on a random encoder.
 
     splits: train, val and, for lowshot, 1 % of train; none if nothing is classified.
     """
     results = {}
-    _, random_encoder = build(config)
-    networks = {"trained": encoder, "random": random_encoder.to(world.device)}
+    networks = {"trained": encoder, "random": build(config)[1].to(world.device)}
     for name, network in networks.items():
         read = functools.partial(encode, network.eval())
         found = [common.extract(read, split, config, world) for split in splits]
@@ -565,7 +557,7 @@ def evaluate(encoder, splits, davis, config, world, run):
         if world.rank == 0 and splits:
             results[name].update(classify(config, len(splits[0].classes), *found))
         if world.rank == 0 and "video" in config.eval:
-            results[name].update(evaluate_video(network, davis, config, world))
+            results[name].update(evaluate_video(network, config, world))
     run.report(results)
 
 
@@ -601,9 +593,8 @@ def propagate_labels(features, first, last=7, radius=12, topk=5, temperature=0.1
     """
     frames, h, w, _ = features.shape
     features = F.normalize(features.flatten(1, 2), dim=-1)  # [T, N, D]
-    places = torch.cartesian_prod(torch.arange(h), torch.arange(w))  # [N, 2]
-    apart = (places[:, None] - places).abs().amax(2)
-    near = (apart <= radius).to(features.device)  # [N, N]
+    places = torch.cartesian_prod(torch.arange(h), torch.arange(w)).to(features.device)  # [N, 2]
+    near = (places[:, None] - places).abs().amax(2) <= radius  # [N, N]
     labels = [first.flatten(1).to(features)]
     for t in range(1, frames):
         sources = [0, *range(max(1, t - last), t)]
@@ -630,8 +621,7 @@ def label_maps(soft, patch, size):
 
 def boundary(mask):
     """Return where bool [n, H, W] differ from their right, lower or diagonal neighbour."""
-    mask = mask[:, None].float()
-    mask = F.pad(mask, (0, 1, 0, 1), mode="replicate")
+    mask = F.pad(mask[:, None].float(), (0, 1, 0, 1), "replicate")
     mean = F.avg_pool2d(mask, 2, stride=1)[:, 0]  # of a pixel and these neighbours
     return (mean > 0) & (mean < 1)
 
@@ -664,9 +654,10 @@ def sequence_statistics(values):
     """Return (mean, recall, decay) of J and F of an object over frames, [n, 2] -> [3, 2], as DAVIS."""
     # neighbouring quarters share a frame, as in the official code
     edges = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
-    decay = values[: edges[1] + 1].mean(0) - values[edges[3] :].mean(0)
+    first = values[: edges[1] + 1].mean(0)
+    last = values[edges[3] :].mean(0)
     recall = (values > 0.5).double().mean(0)
-    return torch.stack([values.mean(0), recall, decay])
+    return torch.stack([values.mean(0), recall, first - last])
 
 
 def segment_video(tokens, labels, patch):
@@ -679,19 +670,18 @@ def segment_video(tokens, labels, patch):
     first = F.interpolate(first, size=tokens.shape[1:3], mode="nearest")[0, 0]
     first = F.one_hot(first.long(), classes).permute(2, 0, 1)
     found = label_maps(propagate_labels(tokens, first), patch, labels.shape[1:])
-    objects = []
-    for i in range(1, classes):
-        scores = region_and_contour(found[:-1] == i, labels[1:-1] == i)  # first, last: not scored
-        objects.append(sequence_statistics(scores))
-    return torch.stack(objects)
+    found = found[:-1]  # first and last frame are not scored
+    true = labels[1:-1]
+    scores = [region_and_contour(found == i, true == i) for i in range(1, classes)]
+    return torch.stack([sequence_statistics(score) for score in scores])
 
 
 def read_mask(path):
     """Read a DAVIS mask, uint8 [H, W]: 0 background, i the i-th object."""
-    with Image.open(path) as mask:
-        if mask.mode not in ("P", "L", "1"):
-            fail(f"{path} has colours ({mask.mode}): expected numbers of objects, as in DAVIS-2017")
-        labels = torch.from_numpy(np.array(mask).astype(np.uint8))
+    mask = Image.open(path)
+    if mask.mode not in ("P", "L", "1"):
+        fail(f"{path} has colours ({mask.mode}): expected numbers of objects, as in DAVIS-2017")
+    labels = torch.from_numpy(np.array(mask).astype(np.uint8))
     return labels.masked_fill(labels == 255, 0)  # the official code counts 255 as background
 
 
@@ -707,8 +697,8 @@ def davis_sequences(folder):
         masks = [root / "Annotations/480p" / name / f"{frame.stem}.png" for frame in frames]
         whole = len(frames) > 2 and all(mask.is_file() for mask in masks)
         if not whole or not read_mask(masks[0]).any():  # first and last are not scored
-            need = "three frames or more, a mask for each, and an object (255 is none) in the first"
-            fail(f"DAVIS sequence {name} is not whole: expected {need}")
+            need = "three frames or more, a mask for each, an object (255 is none) in the first"
+            fail(f"DAVIS sequence {name}: expected {need}")
         sequences.append(list(zip(frames, masks, strict=True)))
     return sequences
 
@@ -721,27 +711,27 @@ def read_video(sequence):
     frames = [np.array(common.to_rgb(Image.open(path))) for path, _ in sequence]
     frames = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255
     height, width = frames.shape[2:]
-    size = (480, 480 * width // height // 64 * 64)
-    frames = F.interpolate(frames, size=size, mode="bilinear")
-    std = torch.tensor([0.228, 0.224, 0.225]).view(3, 1, 1)  # sic, not ImageNet's
+    frames = F.interpolate(frames, (480, 480 * width // height // 64 * 64), mode="bilinear")
+    std = common.STD.clone()
+    std[0] = 0.228  # sic
     return (frames - common.MEAN) / std, torch.stack([read_mask(path) for _, path in sequence])
 
 
 def toy_videos(image_size):
     """Return 20 videos of drifting discs, at twice the side of a training image, in noise."""
-    pixels, labels = toy_scenes(20, 2 * image_size, frames=12)
-    pixels = torch.from_numpy(pixels)[:, :, None].expand(-1, -1, 3, -1, -1)
-    return zip(common.normalize(pixels), torch.from_numpy(labels), strict=True)
+    pixels, labels = toy_scenes(20, 2 * image_size, 12)
+    frames = common.normalize(torch.from_numpy(pixels)[:, :, None])  # [20, 12, 3, S, S]
+    return zip(frames, torch.from_numpy(labels), strict=True)
 
 
 @torch.no_grad()
-def evaluate_video(encoder, davis, config, world):
-    """Return J&F, and mean, recall and decay of J and F in percent.
-
-    davis: sequences of `davis_sequences`, or None for toy videos.
-    """
+def evaluate_video(encoder, config, world):
+    """Return J&F, and mean, recall and decay of J and F in percent, on --davis or toy videos."""
     objects = []
-    for frames, labels in map(read_video, davis) if davis else toy_videos(config.image_size):
+    videos = toy_videos(config.image_size)
+    if config.davis:
+        videos = map(read_video, davis_sequences(config.davis))
+    for frames, labels in videos:
         with world.autocast():
             parts = [encoder(part.to(world.device)) for part in frames.split(8)]
         grid = [side // config.patch for side in frames.shape[2:]]
@@ -771,8 +761,8 @@ def report(model, target, split, config, world, run):
     patches = common.patchify(images, config.patch)
     tokens = target(patches)
     predictions = model(patches, context, targets)  # without noise: at the mean positions
-    loss = jepa_loss(predictions, tokens, targets).item()
-    other = jepa_loss(model(patches.roll(1, 0), context, targets), tokens, targets).item()
+    others = model(patches.roll(1, 0), context, targets)  # from another image's context
+    loss, other = (jepa_loss(p, tokens, targets).item() for p in (predictions, others))
     ratio = other / loss  # 1 if only position counts
     common.note(f"unseen images: loss {loss:.4f}, with another image's context {ratio:.2f} times")
     run.write(val_loss=loss, content_ratio=ratio)
@@ -811,8 +801,8 @@ def read_weights(path, heads=0):
         return {"model": state["model"], "target": state["target"], "fields": fields}
     target = state.get("target_encoder", {})
     if "pos_embed" not in target or "predictor" not in state:
-        found = ", ".join(list(state)[:8])
-        fail(f"{path} is no StoP checkpoint: expected target_encoder and predictor, found {found}")
+        found = f"found {', '.join(list(state)[:8])}"
+        fail(f"{path} is no StoP checkpoint: expected target_encoder and predictor, {found}")
     width, _, patch, _ = target["patch_embed.proj.weight"].shape
     heads = heads or HEADS.get(width)
     if not heads:
@@ -910,7 +900,6 @@ PRESETS = {
         "predictor_width": 96,
         "predictor_depth": 6,
         "init_std": 0.05,
-        "grey": 0.2,
         "batch": 512,
         "micro": 512,
         "epochs": 250,
@@ -933,7 +922,6 @@ PRESETS = {
         "micro": 256,
         "epochs": 100,
         "warmup": 0.1,
-        "weight_decay_final": 0.2,
         "eval": "knn,linear",
     },
     "vit_b16_in1k": {**IMAGENET, "width": 768, "depth": 12, "heads": 12, "predictor_depth": 6},
@@ -951,31 +939,36 @@ PRESETS = {
         "freeze": 250 / 300,
     },
 }
-DATA_PRESETS = {"toy": "toy", "letters": "toy", "textures": "toy", "scenes": "toy-scenes"}
-DATA_PRESETS.update({"cifar10": "cifar10", "imagenet": "vit_b16_in1k", "*": "folder"})
+DATA_PRESETS = {
+    "toy": "toy",
+    "letters": "toy",
+    "scenes": "toy-scenes",
+    "cifar10": "cifar10",
+    "imagenet": "vit_b16_in1k",
+    "*": "folder",
+}
 
 
 def check(config, world):
     """Refuse what would fail late or silently (exit 2)."""
-    c = config
-    if c.image_size % c.patch:
-        fail(f"--image-size {c.image_size} is no multiple of --patch {c.patch}")
-    for name, width in (("width", c.width), ("predictor-width", c.predictor_width)):
-        if width % c.heads or width % 4:
-            fail(f"--{name} {width} must be a multiple of --heads {c.heads}, and of 4")
+    if config.image_size % config.patch:
+        fail(f"--image-size {config.image_size} is no multiple of --patch {config.patch}")
+    for name, width in (("width", config.width), ("predictor-width", config.predictor_width)):
+        if width % config.heads or width % 4:
+            fail(f"--{name} {width} must be a multiple of --heads {config.heads}, and of 4")
     known = {"knn", "linear", "lowshot", "video", "features", "none"}
-    if set(c.eval.split(",")) - known:
-        fail(f"--eval {c.eval} must name some of {', '.join(sorted(known))}")
-    if not c.train and not c.init:
+    if set(config.eval.split(",")) - known:
+        fail(f"--eval {config.eval} must name some of {', '.join(sorted(known))}")
+    if not config.train and not config.init:
         fail("--no-train needs weights to evaluate: add --init")
-    if c.train and c.batch % (c.micro * world.size):
-        ranks = f"{world.size} ranks with micro-batches of {c.micro}"
-        fail(f"--batch {c.batch} does not divide over {ranks}: change --batch or --micro")
-    if c.shard and world.dtype == torch.float16:
+    if config.train and config.batch % (config.micro * world.size):
+        ranks = f"{world.size} ranks with micro-batches of {config.micro}"
+        fail(f"--batch {config.batch} does not divide over {ranks}: change --batch or --micro")
+    if config.shard and world.dtype == torch.float16:
         fail("--shard works with bf16 and fp32, not with --precision fp16")
-    if c.train:
+    if config.train:
         for number in range(4):
-            sample_masks(c, number)  # ends where targets leave too little context
+            sample_masks(config, number)  # ends where targets leave too little context
 
 
 @common.command_line
@@ -988,9 +981,10 @@ def main(argv=None):
     world = common.start_world(config.device, config.precision)
     check(config, world)
     wanted = set(config.eval.split(","))
-    davis = davis_sequences(config.davis) if config.davis else None
-    labelled = wanted - {"features", "video", "none"}
-    train_split, val = common.open_data(config.data, ", ".join(sorted(labelled)))
+    if config.davis:
+        davis_sequences(config.davis)  # refuses what cannot be scored
+    labelled = sorted(wanted - {"features", "video", "none"})
+    train_split, val = common.open_data(config.data, ", ".join(labelled))
     splits = [train_split, val] if val else []
     if val and "lowshot" in wanted:
         listed = config.label_list
@@ -1014,7 +1008,7 @@ def main(argv=None):
         split = common.open_split(config.data, "val") or train_split
         write_features(target, split, config, world, run)
     if val or "video" in wanted:
-        evaluate(target, splits, davis, config, world, run)
+        evaluate(target, splits, config, world, run)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,8 @@ def turn_hue(images, turns):
     scale = 1 / span.clamp(min=1e-12)
     # the circle has six colours: red is at 0, green at 2, blue at 4
     hue = torch.where(value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale)
-    hue = torch.where(value == red, (green - blue) * scale, hue) + 6 * turns[:, None, None]
+    hue = torch.where(value == red, (green - blue) * scale, hue)
+    hue = hue + 6 * turns[:, None, None]
     channels = []
     for colour in (0, 2, 4):
         distance = ((hue - colour + 3) % 6 - 3).abs()  # on the circle, 0 to 3
@@ -187,11 +188,12 @@ def draw_views(count, config, random, always=False):
     c = config
     neutral = torch.tensor(NEUTRAL)
     uniform = torch.rand(count, 14, generator=random)
-    change = torch.tensor(c.jitter) * (2 * uniform[:, :8] - 1).view(-1, 2, 4)
-    theta = neutral + change
+    change = (2 * uniform[:, :8] - 1).view(-1, 2, 4)  # in -1..1
+    theta = neutral + torch.tensor(c.jitter) * change
     applied = (uniform[:, 8:10, None] < c.jitter_share) | always
     source, target = theta.where(applied, neutral).unbind(1)
-    flags = (uniform[:, 10:13] < torch.tensor([c.grey, c.blur, c.solarize])).float()
+    shares = torch.tensor([c.grey, c.blur, c.solarize])
+    flags = (uniform[:, 10:13] < shares).float()
     rows = flags[:, 1].nonzero()[:, 0]
     low, high = c.blur_sigma
     return source, target, flags, rows, low + (high - low) * uniform[rows, 13]
@@ -205,7 +207,8 @@ def make_action(source, target, flags):
 def make_pair(images, views, config):
     """Make source and target, normalised [B, 3, S, S], and the action [B, 7], of images in 0..1."""
     source, target, flags, rows, sigma = views
-    x, y = jitter(images.repeat(2, 1, 1, 1), torch.cat([source, target])).chunk(2)
+    both = jitter(images.repeat(2, 1, 1, 1), torch.cat([source, target]))
+    x, y = both.chunk(2)
     flags_of = flags[:, :, None, None, None] > 0  # [B, 3, 1, 1, 1]
     x = torch.where(flags_of[:, 0], luma(x), x)
     if len(rows):
@@ -277,8 +280,9 @@ def sample_masks(config, number):
     masks = []
     for kind in (~hidden, hidden):
         # adding the mask pushes patches of the other kind behind all others
-        kept = (keys + ~kind).argsort(1)[:, : int(kind.sum(1).min())]
-        masks.append(kept.sort(1).values)
+        order = (keys + ~kind).argsort(1)
+        length = int(kind.sum(1).min())
+        masks.append(order[:, :length].sort(1).values)
     return masks
 
 
@@ -341,8 +345,8 @@ class Predictor(nn.Module):
         for block in self.predictor_blocks[:-1]:
             x = block(x)
         # context tokens are not read, so the last block does not compute them
-        x = self.predictor_blocks[-1](x, queries=x.shape[1] - visible.shape[1])[:, :asked]
-        return self.predictor_proj(self.predictor_norm(x))
+        x = self.predictor_blocks[-1](x, queries=x.shape[1] - visible.shape[1])
+        return self.predictor_proj(self.predictor_norm(x[:, :asked]))
 
     def everywhere(self, tokens, action, task=None):
         """Predict all places from all places: tokens [B, N, D], action [B, 7] -> [B, N, D]."""
@@ -573,7 +577,8 @@ class AttentiveHead(nn.Module):
 def mosaic(images, patch):
     """Put the left half of each image [B, 3, S, S] beside the right half of the one before."""
     half = images.shape[3] // patch // 2 * patch
-    return torch.cat([images[..., :half], images.roll(1, 0)[..., half:]], dim=3)
+    before = images.roll(1, 0)
+    return torch.cat([images[..., :half], before[..., half:]], dim=3)
 
 
 def left_half(grid, device):
@@ -688,7 +693,8 @@ def judge(model, task, val, config, world):
     pairs = labels[:, None] * classes + found.long()
     table = pairs.flatten().bincount(minlength=classes**2).view(classes, classes)
     both = table.diag()
-    return 100 * (both / (table.sum(0) + table.sum(1) - both)).nanmean().item()
+    either = table.sum(0) + table.sum(1) - both
+    return 100 * (both / either).nanmean().item()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -870,10 +876,10 @@ def load_weights(model, target, weights, path):
     What tells the predictor the action stays as it is where the file has none, or another kind.
     """
     own = model.state_dict()
-    state = {k: v for k, v in weights["model"].items() if k in own or not k.startswith(TOLD)}
-    for name, value in own.items():
-        if name.startswith(TOLD):
-            state.setdefault(name, value)
+    state = {name: value for name, value in own.items() if name.startswith(TOLD)}
+    for name, value in weights["model"].items():
+        if name in own or not name.startswith(TOLD):
+            state[name] = value
     common.load_state(target, weights["target"], f"{path}, target encoder")
     common.load_state(model, state, path)
 
