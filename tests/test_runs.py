@@ -20,7 +20,9 @@ from helpers import kill_when, log_rows, run, run_several, start, wait_for
 from PIL import Image, PngImagePlugin
 
 import common
+import flexpredict
 import ijepa
+import iwm
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -51,8 +53,11 @@ TINY = "--width 16 --depth 2 --heads 2 --batch 16 --eval none --log-every 1 --de
 TINY += "--no-compile --precision fp32 --workers 0 "
 PREDICTOR = "--micro 8 --predictor-width 16 --predictor-depth 2 "
 BLOCKS = "--image-size 32 --patch 8 --min-context 2 --target-scale 0.1 0.15 "
+HIDDEN = "--image-size 32 --patch 8 --min-visible 2 "
 SCRIPTS = {
     "ijepa": Script(ijepa, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
+    "iwm": Script(iwm, TINY + PREDICTOR, TINY + PREDICTOR + HIDDEN, "iwm_loss"),
+    "flexpredict": Script(flexpredict, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
 }
 
 
@@ -648,6 +653,8 @@ SETTINGS = [
 ]
 MORE_SETTINGS = {
     "ijepa": [("--micro 48", "--batch 64"), ("--targets 30", "context"), ("--batch 10", "--micro")],
+    "iwm": [("--conditioning token", "sequence"), ("--jitter 2 0 0 0", "--jitter"), ("--min-visible 35", "visible")],
+    "flexpredict": [("--mode paper", "stop_paper"), ("--sigma -1", "--sigma"), ("--davis x", "val.txt")],
 }
 
 

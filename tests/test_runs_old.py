@@ -21,8 +21,6 @@ from helpers import kill_when, log_rows, run_several
 from PIL import Image
 
 import common
-import flexpredict
-import iwm
 import msn
 import pixel_vit
 import pmsn
@@ -53,15 +51,12 @@ TINY = "--width 16 --depth 2 --heads 2 --batch 16 --eval none --log-every 1 --de
 PREDICTOR = "--predictor-width 16 --predictor-depth 2".split()
 BLOCKS = "--image-size 32 --patch 8 --min-keep 0 --min-context 2 --target-scale 0.1 0.15".split()
 HEAD = "--head-hidden 16 --embedding 8 --prototypes 8".split()
-HIDDEN = "--image-size 32 --patch 8 --min-visible 4".split()
 CLIPS = [*PREDICTOR, "--frames", "4", "--physics-count", "1", "--group", "0"]
 VIEWS = "--image-size 32 --patch 8 --focal-size 16".split()
 PIXELS = "--image-size 8".split()
 PAINTED = "--task mae --image-size 32 --patch 8 --decoder-width 16 --decoder-heads 2".split()
 NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")  # BatchNorm and softmax cancel them
 SCRIPTS = {
-    "flexpredict": Script(flexpredict, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *BLOCKS], "jepa_loss"),
-    "iwm": Script(iwm, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *HIDDEN], "iwm_loss"),
     "msn": Script(msn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS], "msn_loss", noise=NORMED),
     "pixel_vit": Script(pixel_vit, [*TINY, *PIXELS], [*TINY, *PAINTED], "classification_loss"),
     "pmsn": Script(pmsn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS, "--imbalance", "0"], "pmsn_loss", noise=NORMED),
@@ -449,11 +444,6 @@ SETTINGS = [
 ]
 MORE_SETTINGS = {
     "ijepa": [("--group 48", "--batch 64"), ("--masks funny", "official"), ("--min-keep 30", "--min-keep")],
-    "flexpredict": [("--mode paper", "stop_paper"), ("--sigma -1", "--sigma"), ("--freeze 0", "--freeze"),
-                    ("--davis nowhere --eval video", "ImageSets"), ("--min-keep 30", "--min-keep")],
-    "iwm": [("--conditioning token", "sequence"), ("--jitter 2 0 0 0", "--jitter"), ("--loss l3", "smooth_l1"),
-            ("--min-visible 15", "--min-visible"), ("--mrr-actions 999", "--mrr-bank"),
-            ("--shard", "--init RUN/last.pt")],
     "msn": [("--drop 1.0", "--drop"), ("--mask-per pixel", "image"), ("--focal-size 2", "--focal-size"),
             ("--labelled none.txt", "none.txt")],
     "pixel_vit": [("--task mae --positions none", "which pixel"), ("--permute 73", "72 pairs"),
@@ -530,28 +520,6 @@ def learn(script, steps, *switches, **changes):
     return log_rows("learnt")
 
 
-
-
-def test_flexpredict_learns():
-    """In a minute, on the toy images: content is predicted, and features beat a random encoder's."""
-    rows = learn(SCRIPTS["flexpredict"], 300, eval="knn")
-    results, found = rows[-1]["eval"], next(row for row in rows if "content_ratio" in row)
-    assert found["content_ratio"] > 1.2
-    assert results["trained"]["knn20"] > results["random"]["knn20"] + 5
-    last = [row for row in rows if "feature_std" in row][-1]
-    assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
-    assert last["position_noise"] > 0.02, "the noise on positions was trained away"
-
-
-def test_iwm_learns():
-    """In a minute, on the toy images: the predictor uses the action, and finds the transformed view among others."""
-    rows = learn(SCRIPTS["iwm"], 300, "--no-baselines", eval="mrr")
-    results, found = rows[-1]["eval"]["trained"], next(row for row in rows if "action_ratio" in row)
-    assert found["action_ratio"] > 1.5 and found["content_ratio"] > 1.3
-    assert results["mrr"] > 2 * results["mrr chance"] and results["mrr"] > 1.5 * results["mrr rolled"]
-    assert results["mrr rolled"] < 1.5 * results["mrr chance"]
-    last = [row for row in rows if "feature_std" in row][-1]
-    assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
 
 
 def test_msn_learns():
