@@ -22,6 +22,7 @@ from PIL import Image, PngImagePlugin
 
 import common
 import ijepa
+import msn
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -52,8 +53,13 @@ TINY = "--width 16 --depth 2 --heads 2 --batch 16 --eval none --log-every 1 --de
 TINY += "--no-compile --precision fp32 --workers 0 "
 PREDICTOR = "--micro 8 --predictor-width 16 --predictor-depth 2 "
 BLOCKS = "--image-size 32 --patch 8 --min-context 2 --target-scale 0.1 0.15 "
+HEAD = "--head-hidden 16 --embedding 8 --prototypes 8 "
+VIEWS = "--image-size 32 --patch 8 --focal-size 16 "
+# BatchNorm and softmax cancel them
+NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")
 SCRIPTS = {
     "ijepa": Script(ijepa, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
+    "msn": Script(msn, TINY + HEAD, TINY + HEAD + VIEWS, "msn_loss", noise=NORMED),
 }
 
 
@@ -623,6 +629,12 @@ SETTINGS = [
 ]
 MORE_SETTINGS = {
     "ijepa": [("--micro 48", "--batch 64"), ("--targets 30", "context"), ("--batch 10", "--micro")],
+    "msn": [
+        ("--drop 1.0", "--drop"),
+        ("--mask-per pixel", "image"),
+        ("--focal-size 2", "--focal-size"),
+        ("--schedule-scale 0.5", "--schedule-scale"),
+    ],
 }
 
 
@@ -771,6 +783,55 @@ def test_all_evaluations_of_ijepa(tmp_path, capsys):
     one, two = (log_rows(name)[-1]["eval"] for name in ("augmented", "two"))
     for network in ("trained", "random"):
         assert two[network] == pytest.approx(one[network], abs=9)  # two of 25 images
+
+
+# ------------------------------------------------------------------------------------------ MSN's
+
+
+def test_official_msn_checkpoint_in_features_out(tmp_path):
+    """Features of the official layout, on one rank and on two, and training from it."""
+    data = photographs(tmp_path / "data", count=6, size=(16, 16), classes=("a", "b"))
+    tiny = GOLDEN / "msn" / "tiny_msn.pth.tar"
+    flags = f"--init {tiny} --heads 2 --data {data} --device cpu --precision fp32"
+    here(SCRIPTS["msn"], flags, "--no-train --eval features --out one")
+    run_several(f"msn {flags} --no-train --eval features --out two", ranks=2)
+    vit = msn.load_encoder(tiny, heads=2)
+    for out in ("one", "two"):
+        found = np.load(f"{out}/features.npz")
+        assert list(found["labels"]) == [0, 0, 0, 1, 1, 1]
+        pixels = np.stack([np.asarray(Image.open(data / path)) for path in found["paths"]])
+        images = common.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        np.testing.assert_allclose(found["features"], msn.encode(vit, images), atol=1e-5)
+    still = "--steps 1 --lr 0 --lr-start 0 --lr-final 0 --batch 4 --focal-size 8 --workers 0"
+    here(SCRIPTS["msn"], flags, still, "--eval none --no-compile --out tuned")
+    tuned = weights("tuned")[1]
+    torch.testing.assert_close(tuned["model.prototypes"], msn.read_weights(tiny, 2)["prototypes"])
+
+
+def test_all_evaluations_of_msn(tmp_path):
+    """Also from the Hub's file, and on two ranks: the same table."""
+    data = photographs(tmp_path / "photos", count=25)
+    hub = GOLDEN / "hub" / "msn" / "model.safetensors"
+    flags = f"--init {hub} --heads 2 --no-train --data {data} --device cpu --precision fp32 "
+    flags += "--workers 0 --probe-epochs 2 --probe-batch 7 --eval knn,linear,lowshot,features"
+    for name, more in (("cached", ""), ("augmented", "--probe-augment")):
+        here(SCRIPTS["msn"], flags, more, f"--out {name}")
+        results = log_rows(name)[-1]["eval"]
+        for column in ("trained", "random", "pixels"):
+            assert set(results[column]) == {"knn", "linear", "1-shot", "2-shot", "5-shot", "1 %"}
+        assert np.load(f"{name}/features.npz")["features"].shape == (25, 24)
+    run_several(f"msn {flags} --probe-augment --out two", ranks=2)
+    two = log_rows("two")[-1]["eval"]
+    for column in ("trained", "random", "pixels"):
+        assert two[column] == pytest.approx(results[column], abs=9)  # two of 25 images
+
+
+def test_a_label_list_of_msn_is_read_before_training(tmp_path, capsys):
+    data = photographs(tmp_path / "photos")
+    (tmp_path / "list.txt").write_text("0.jpg\nnobody knows.jpg\n")
+    flags = [SCRIPTS["msn"].folder, f"--data {data} --eval lowshot --steps 1"]
+    printed = refused(capsys, SCRIPTS["msn"], *flags, f"--label-list {tmp_path / 'list.txt'}")
+    assert "1 of 2" in printed and not Path("runs").exists()
 
 
 # --------------------------------------------------------------------------------------- learning
