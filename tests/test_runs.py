@@ -23,6 +23,7 @@ from PIL import Image, PngImagePlugin
 import common
 import ijepa
 import msn
+import pmsn
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -60,6 +61,7 @@ NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")
 SCRIPTS = {
     "ijepa": Script(ijepa, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
     "msn": Script(msn, TINY + HEAD, TINY + HEAD + VIEWS, "msn_loss", noise=NORMED),
+    "pmsn": Script(pmsn, TINY + HEAD, TINY + HEAD + VIEWS, "pmsn_loss", noise=NORMED),
 }
 
 
@@ -635,6 +637,14 @@ MORE_SETTINGS = {
         ("--focal-size 2", "--focal-size"),
         ("--schedule-scale 0.5", "--schedule-scale"),
     ],
+    "pmsn": [
+        ("--prior cubic", "power-law"),
+        ("--imbalance 0.5", "--imbalance"),
+        ("--prior-kl up", "reverse"),
+        ("--train-list absent.txt", "absent.txt"),
+        ("--classes-per-batch 3", "--classes-per-batch"),
+        ("--classes-per-batch 16", "10 classes"),
+    ],
 }
 
 
@@ -834,6 +844,27 @@ def test_a_label_list_of_msn_is_read_before_training(tmp_path, capsys):
     assert "1 of 2" in printed and not Path("runs").exists()
 
 
+def test_all_evaluations_of_pmsn(tmp_path):
+    """The probe on the tail's labels too, and by how frequent a class is; from MSN's weights."""
+    data = photographs(tmp_path / "photos", count=40)
+    flags = SCRIPTS["pmsn"].folder + f"--data {data} --steps 1 --imbalance 4 --classes-per-batch 2 "
+    flags += "--probe-epochs 2 --probe-batch 8 --eval knn,linear,features --prior counts --out"
+    here(SCRIPTS["pmsn"], flags, "one")
+    run_several(f"pmsn {flags} two", ranks=2)
+    for out in ("one", "two"):
+        results = log_rows(out)[-1]["eval"]
+        for column in ("trained", "random", "pixels"):
+            for name in ("knn", "linear", "tail labels"):
+                assert {f"{name} balanced", f"{name} head", f"{name} few"} <= set(results[column])
+        assert any("kl_prior" in row and len(row["shares"]) == 8 for row in log_rows(out))
+        assert np.load(f"{out}/features.npz")["features"].shape == (40, 16)
+    flags = f"--init {GOLDEN}/msn/tiny_msn.pth.tar --heads 2 --no-train --eval features"
+    here(SCRIPTS["pmsn"], flags, f"--data {data} --device cpu --precision fp32 --out msn")
+    here(SCRIPTS["msn"], flags, f"--data {data} --device cpu --precision fp32 --out same")
+    ours, theirs = (np.load(f"{out}/features.npz")["features"] for out in ("msn", "same"))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------- learning
 
 
@@ -846,6 +877,32 @@ def learn(script, flags):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return log_rows("learnt")
+
+
+def test_msn_learns():
+    """On the toy: anchors find their image's cluster, and features beat a random encoder's."""
+    flags = "--steps 250 --batch 64 --warmup 0.1 --width 48 --depth 3 --eval knn,lowshot --workers 0"
+    rows = learn(SCRIPTS["msn"], flags)
+    found = next(row for row in rows if "match_ratio" in row)
+    assert found["match_ratio"] > 1.05
+    results = rows[-1]["eval"]
+    assert results["trained"]["knn"] > results["random"]["knn"]
+    assert results["trained"]["5-shot"] > results["random"]["5-shot"]
+    last = [row for row in rows if "me_max" in row][-1]
+    assert last["prototypes_used"] > 8 and last["me_max"] < 0.1, "collapsed"
+
+
+def test_pmsn_moves_cluster_sizes_to_the_prior_it_is_given():
+    """The mechanics, not a gain in accuracy: the same run with two priors ends nearer to its own."""
+    found = {}
+    for prior in ("uniform", "power-law"):
+        flags = "--steps 60 --batch 32 --tau 1 --imbalance 5 --eval none --device cpu --no-compile"
+        here(SCRIPTS["pmsn"], flags, f"--workers 0 --prior {prior} --out {prior}")
+        found[prior] = next(row for row in log_rows(prior) if "kl_uniform" in row)
+    uniform, power = found["uniform"], found["power-law"]
+    assert uniform["kl_uniform"] < 0.5 * uniform["kl_power_law"]
+    assert power["kl_power_law"] < 0.5 * power["kl_uniform"]
+    assert power["effective_clusters"] < uniform["effective_clusters"] - 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
