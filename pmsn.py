@@ -78,11 +78,9 @@ class Config:
     blur: float = 0.5  # share of the views that are blurred
 
     # loss
-    prior: str = (
-        "power-law"  # cluster sizes: uniform (MSN), power-law, counts (of classes), or .npy
-    )
+    prior: str = "power-law"  # uniform (MSN), power-law, counts (of classes), or a .npy file
     tau: float = 0.25  # exponent of the power law
-    prior_kl: Literal["forward", "reverse"] = "forward"  # KL(mean || prior), or KL(prior || mean)
+    prior_kl: Literal["forward", "reverse"] = "forward"  # reverse: KL(prior || mean)
     weight: float = 5.0  # lambda, of the divergence
 
     # long tail
