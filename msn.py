@@ -446,7 +446,8 @@ def make_optimizer(model):
 def train(model, target, split, config, world):
     """Train (model, target network) on a Split. Returns the run; its last.pt holds the result."""
     c = config
-    steps = c.steps or max(1, int(c.epochs * (len(split) // c.batch)))
+    per_epoch = max(1, len(split) // c.batch)
+    steps = c.steps or max(1, int(c.epochs * per_epoch))
     model.to(world.device)
     target.to(world.device)  # it stays in training mode: its BatchNorm, too, sees the batch
     if c.recompute:

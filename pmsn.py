@@ -557,7 +557,8 @@ def train(model, target, split, log_prior, config, world):
     log_prior [K], on the device.
     """
     c = config
-    steps = c.steps or max(1, int(c.epochs * (len(split) // c.batch)))
+    per_epoch = max(1, len(split) // c.batch)
+    steps = c.steps or max(1, int(c.epochs * per_epoch))
     model.to(world.device)
     target.to(world.device)  # it stays in training mode: its BatchNorm, too, sees the batch
     if c.recompute:

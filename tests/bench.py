@@ -92,14 +92,17 @@ def on_one_thread(function):
 @on_one_thread
 def views_alone(module, config):
     """Images/s whose views are made, nothing else, on one thread: batched as `module` does, and one by one with PIL."""
-    alone, random = common.OldWorld(0, 1, torch.device("cpu")), np.random.default_rng(0)
-    pixels = plain.random_pixels(config)
-    split = module.in_memory(pixels, torch.zeros(len(pixels)).long(), [""] * len(pixels), ["any"])
-    groups = module.view_groups(config)
-    views = module.Views(split, config, alone, config.batch, groups)
+    random = np.random.default_rng(0)
+    pixels = plain.random_pixels(config).permute(0, 2, 3, 1).numpy()
+    split = common.in_memory(pixels, [0] * len(pixels), ["any"], "train")
     images = plain.pil_images(config, config.batch)[: config.batch]
+
+    def ours(step):
+        views, focal, *_ = module.make_views(split, config, 0, 1, step)
+        return [module.augment_views(x, config, str(len(x)), step) for x in (views, focal)]
+
     speeds = compare({
-        "ours": lambda step: module.make_views(views[step], pixels, groups, alone.device),
+        "ours": ours,
         "PIL": lambda _: plain.msn_views(config, images, random),
     })  # fmt: skip
     ours, pil = (config.batch * v for v in speeds.values())

@@ -5,6 +5,8 @@ Explicit softmax attention, one optimizer kernel a tensor, an EMA in a loop over
 large as what they gather, masks drawn image by image in Python, views made image by image with PIL.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -230,15 +232,16 @@ def msn_work(config):
         head = c.width * c.head_hidden + c.head_hidden**2 + c.head_hidden * c.embedding
         return tokens * pixels * c.width + c.depth * block_work(tokens + 1, c.width) + head
 
-    anchors = c.random_views * view(msn.kept_patches(patches, c.drop)) + c.focal_views * view(focal)
+    anchors = view(msn.kept_patches(patches, c.drop)) + c.focal_views * view(focal)
     return 2 * (3 * anchors + view(patches))
 
 
 def msn_views(config, images, random):
     """All views of some PIL images, one by one: a list of normalised [B, 3, s, s], the target view first."""
-    c, jitter = config, 0.8 * config.jitter * np.array([1, 1, 1, 0.25])
-    kinds = [(c.image_size, c.random_scale)] * (1 + c.random_views) + [(c.focal_size, c.focal_scale)] * c.focal_views
-    return [to_tensor([pil_view(x, c, *kind, jitter, random) for x in images]) for kind in kinds]
+    c, jitter = config, (0.4, 0.4, 0.4, 0.1)
+    shares = SimpleNamespace(flip=True, jitter_share=0.8, grey=0.2, blur=c.blur, blur_sigma=(0.1, 2.0))
+    kinds = [(c.image_size, (0.3, 1.0))] * 2 + [(c.focal_size, c.focal_scale)] * c.focal_views
+    return [to_tensor([pil_view(x, shares, *kind, jitter, random) for x in images]) for kind in kinds]
 
 
 def plain_msn(config):
@@ -252,11 +255,11 @@ def plain_msn(config):
             h = plain.target(views[0])
         patches = (c.image_size // c.patch) ** 2
         keep = torch.randperm(patches)[: msn.kept_patches(patches, c.drop)].expand(c.batch, -1)
-        z = [model.network(x, keep if i < c.random_views else None) for i, x in enumerate(views[1:])]
+        z = [model.network(x, None if i else keep) for i, x in enumerate(views[1:])]
         q = F.normalize(model.prototypes, dim=1)
-        p = torch.cat([(F.normalize(x, dim=1) @ q.T / c.temperature).softmax(1) for x in z])
+        p = torch.cat([(F.normalize(x, dim=1) @ q.T / 0.1).softmax(1) for x in z])
         with torch.no_grad():
-            t = (F.normalize(h, dim=1) @ q.T / c.temperature).softmax(1) ** (1 / c.sharpen)
+            t = (F.normalize(h, dim=1) @ q.T / 0.1).softmax(1) ** 4
             t = (t / t.sum(1, keepdim=True)).repeat(len(z), 1)
         mean = p.mean(0)
         loss = torch.mean(-(t * p.log()).sum(1)) + c.weight * (mean * mean.log()).sum()

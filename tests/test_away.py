@@ -1,6 +1,5 @@
 """Every training script on a device that is not the CPU, as far as that can be tested without one; see away.py."""
 
-import functools
 import importlib
 import sys
 from unittest import mock
@@ -11,7 +10,6 @@ import torch
 from helpers import on_ranks
 
 import common
-import pmsn
 
 SMALL = "--width 16 --depth 2 --heads 2 --batch 16 --log-every 100 --workers 0 --no-compile --eval-limit 100"
 PREDICTOR = "--predictor-width 16 --predictor-depth 2"
@@ -35,8 +33,7 @@ def train_on_it(_, script, flags, evaluations):
     module, device = importlib.import_module(script), away.register()
     torch.set_num_threads(1)
     waits = []
-    brief = mock.patch.object(pmsn, "epoch_assignments", functools.partial(pmsn.epoch_assignments, steps=2))
-    with mock.patch.object(common, "start_world", lambda *_: common.OldWorld(0, 1, device)), brief, away.Everywhere():
+    with mock.patch.object(common, "start_world", lambda *_: common.OldWorld(0, 1, device)), away.Everywhere():
         for steps, then in ((3, "none"), (6, evaluations)):
             away.WAITS.clear()
             sys.argv = [f"{script}.py", *flags, "--steps", str(steps), "--out", f"for {steps}", "--eval", then]
