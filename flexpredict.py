@@ -156,7 +156,7 @@ def block_sizes(config, step):
 
 # Copied from ijepa.py
 def rectangles(top, left, size, grid):
-    """Return bool [..., grid * grid], true inside rectangles: top, left int64 [...], size (h, w)."""
+    """Return bool [..., grid * grid], true inside rectangles at top, left [...] of size (h, w)."""
     line = torch.arange(grid)
     rows = (line >= top[..., None]) & (line < top[..., None] + size[0])
     columns = (line >= left[..., None]) & (line < left[..., None] + size[1])
@@ -202,8 +202,8 @@ def sample_masks(config, number):
     shortest = int(context.sum(1).min())
     # adding the mask pushes hidden patches behind all others
     kept = (keys + ~context).argsort(1)[:, :shortest].sort(1).values
-    blocks = targets.transpose(0, 1).nonzero()[:, 2].view(c.targets, c.micro, -1)
-    return kept, blocks
+    patches = targets.transpose(0, 1).nonzero()[:, 2]
+    return kept, patches.view(c.targets, c.micro, -1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,7 +451,7 @@ def train(model, target, split, config, world):
         # std of a coordinate of a position (figure 4): 0 if the noise was trained away
         norm = model.predictor.predictor_embed.weight.norm()
         noise_std = config.sigma * norm / math.sqrt(config.predictor_width)
-        run.log(lr=lr, position_noise=noise_std, **spread(tokens))
+        run.log(functools.partial(spread, tokens), lr=lr, position_noise=noise_std)
     return run
 
 
@@ -469,9 +469,9 @@ def spread(tokens):
 
 # Copied from ijepa.py
 def encode(encoder, images):
-    """Return features of images [B, 3, S, S]: patch tokens pooled after each of the last four blocks.
+    """Return features of images [B, 3, S, S]: patch tokens pooled after the last four blocks.
 
-    [B, 4, D], the last block last. Its pooled tokens and all four are the paper's two readouts.
+    [B, 4, D], the last block last. The last alone and all four are the paper's two readouts.
     """
     return torch.stack([tokens.mean(1) for tokens in encoder(images, layers=4)], dim=1)
 
@@ -563,7 +563,7 @@ def evaluate(encoder, splits, config, world, run):
 
 # Copied from ijepa.py
 def write_features(encoder, split, config, world, run):
-    """Write features.npz: features [N, D], labels [N], names, and with --tokens tokens [N, T, D]."""
+    """Write features.npz: features [N, D], labels [N], paths; with --tokens tokens [N, T, D]."""
 
     def read(images):
         tokens = encoder(images)

@@ -239,7 +239,7 @@ def block_size(u, grid, scale, aspect, longest):
 
 # Copied from ijepa.py
 def rectangles(top, left, size, grid):
-    """Return bool [..., grid * grid], true inside rectangles: top, left int64 [...], size (h, w)."""
+    """Return bool [..., grid * grid], true inside rectangles at top, left [...] of size (h, w)."""
     line = torch.arange(grid)
     rows = (line >= top[..., None]) & (line < top[..., None] + size[0])
     columns = (line >= left[..., None]) & (line < left[..., None] + size[1])
@@ -485,7 +485,8 @@ def train(model, target, split, config, world):
             run.backward(loss / parts)
         applied = run.update()
         ema.update(momentum, applied)
-        run.log(lr=lr, momentum=momentum, hidden=hidden.shape[1], **spread(tokens))
+        measure = functools.partial(spread, tokens)
+        run.log(measure, lr=lr, momentum=momentum, hidden=hidden.shape[1])
     return run
 
 
@@ -768,7 +769,7 @@ def evaluate(model, target, train, val, config, world, run):
 
 # Copied from ijepa.py
 def write_features(encoder, split, config, world, run):
-    """Write features.npz: features [N, D], labels [N], names, and with --tokens tokens [N, T, D]."""
+    """Write features.npz: features [N, D], labels [N], paths; with --tokens tokens [N, T, D]."""
 
     def read(images):
         tokens = encoder(images)

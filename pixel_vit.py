@@ -407,9 +407,9 @@ def micro_batch_masks(config, step, first, last, world):
 
 # Copied from msn.py
 def grey_levels(images):
-    """PIL's grey: [B, 3, H, W] in 0..255 -> [B, 1, H, W], rounded to integers."""
+    """Return PIL's grey of images [B, 3, H, W], rounded: [B, 1, H, W]."""
     red, green, blue = images.split(1, dim=1)
-    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114).add_(0.5).floor_()
+    return (0.299 * red + 0.587 * green + 0.114 * blue + 0.5).floor()
 
 
 # Copied from msn.py

@@ -23,6 +23,8 @@ import common
 import flexpredict
 import ijepa
 import iwm
+import msn
+import pmsn
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -54,10 +56,16 @@ TINY += "--no-compile --precision fp32 --workers 0 "
 PREDICTOR = "--micro 8 --predictor-width 16 --predictor-depth 2 "
 BLOCKS = "--image-size 32 --patch 8 --min-context 2 --target-scale 0.1 0.15 "
 HIDDEN = "--image-size 32 --patch 8 --min-visible 2 "
+HEAD = "--head-hidden 16 --embedding 8 --prototypes 8 "
+VIEWS = "--image-size 32 --patch 8 --focal-size 16 "
+# BatchNorm and softmax cancel them
+NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")
 SCRIPTS = {
     "ijepa": Script(ijepa, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
     "iwm": Script(iwm, TINY + PREDICTOR, TINY + PREDICTOR + HIDDEN, "iwm_loss"),
     "flexpredict": Script(flexpredict, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
+    "msn": Script(msn, TINY + HEAD, TINY + HEAD + VIEWS, "msn_loss", noise=NORMED),
+    "pmsn": Script(pmsn, TINY + HEAD, TINY + HEAD + VIEWS, "pmsn_loss", noise=NORMED),
 }
 
 
@@ -655,6 +663,20 @@ MORE_SETTINGS = {
     "ijepa": [("--micro 48", "--batch 64"), ("--targets 30", "context"), ("--batch 10", "--micro")],
     "iwm": [("--conditioning token", "sequence"), ("--jitter 2 0 0 0", "--jitter"), ("--min-visible 35", "visible")],
     "flexpredict": [("--mode paper", "stop_paper"), ("--sigma -1", "--sigma"), ("--davis x", "val.txt")],
+    "msn": [
+        ("--drop 1.0", "--drop"),
+        ("--mask-per pixel", "image"),
+        ("--focal-size 2", "--focal-size"),
+        ("--schedule-scale 0.5", "--schedule-scale"),
+    ],
+    "pmsn": [
+        ("--prior cubic", "power-law"),
+        ("--imbalance 0.5", "--imbalance"),
+        ("--prior-kl up", "reverse"),
+        ("--train-list absent.txt", "absent.txt"),
+        ("--classes-per-batch 3", "--classes-per-batch"),
+        ("--classes-per-batch 16", "10 classes"),
+    ],
 }
 
 
@@ -808,6 +830,76 @@ def test_all_evaluations_of_ijepa(tmp_path, capsys):
         assert two[network] == pytest.approx(one[network], abs=9)  # two of 25 images
 
 
+# ------------------------------------------------------------------------------------------ MSN's
+
+
+def test_official_msn_checkpoint_in_features_out(tmp_path):
+    """Features of the official layout, on one rank and on two, and training from it."""
+    data = photographs(tmp_path / "data", count=6, size=(16, 16), classes=("a", "b"))
+    tiny = GOLDEN / "msn" / "tiny_msn.pth.tar"
+    flags = f"--init {tiny} --heads 2 --data {data} --device cpu --precision fp32"
+    here(SCRIPTS["msn"], flags, "--no-train --eval features --out one")
+    run_several(f"msn {flags} --no-train --eval features --out two", ranks=2)
+    vit = msn.load_encoder(tiny, heads=2)
+    for out in ("one", "two"):
+        found = np.load(f"{out}/features.npz")
+        assert list(found["labels"]) == [0, 0, 0, 1, 1, 1]
+        pixels = np.stack([np.asarray(Image.open(data / path)) for path in found["paths"]])
+        images = common.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        np.testing.assert_allclose(found["features"], msn.encode(vit, images), atol=1e-5)
+    still = "--steps 1 --lr 0 --lr-start 0 --lr-final 0 --batch 4 --focal-size 8 --workers 0"
+    here(SCRIPTS["msn"], flags, still, "--eval none --no-compile --out tuned")
+    tuned = weights("tuned")[1]
+    torch.testing.assert_close(tuned["model.prototypes"], msn.read_weights(tiny, 2)["prototypes"])
+
+
+def test_all_evaluations_of_msn(tmp_path):
+    """Also from the Hub's file, and on two ranks: the same table."""
+    data = photographs(tmp_path / "photos", count=25)
+    hub = GOLDEN / "hub" / "msn" / "model.safetensors"
+    flags = f"--init {hub} --heads 2 --no-train --data {data} --device cpu --precision fp32 "
+    flags += "--workers 0 --probe-epochs 2 --probe-batch 7 --eval knn,linear,lowshot,features"
+    for name, more in (("cached", ""), ("augmented", "--probe-augment")):
+        here(SCRIPTS["msn"], flags, more, f"--out {name}")
+        results = log_rows(name)[-1]["eval"]
+        for column in ("trained", "random", "pixels"):
+            assert set(results[column]) == {"knn", "linear", "1-shot", "2-shot", "5-shot", "1 %"}
+        assert np.load(f"{name}/features.npz")["features"].shape == (25, 24)
+    run_several(f"msn {flags} --probe-augment --out two", ranks=2)
+    two = log_rows("two")[-1]["eval"]
+    for column in ("trained", "random", "pixels"):
+        assert two[column] == pytest.approx(results[column], abs=9)  # two of 25 images
+
+
+def test_a_label_list_of_msn_is_read_before_training(tmp_path, capsys):
+    data = photographs(tmp_path / "photos")
+    (tmp_path / "list.txt").write_text("0.jpg\nnobody knows.jpg\n")
+    flags = [SCRIPTS["msn"].folder, f"--data {data} --eval lowshot --steps 1"]
+    printed = refused(capsys, SCRIPTS["msn"], *flags, f"--label-list {tmp_path / 'list.txt'}")
+    assert "1 of 2" in printed and not Path("runs").exists()
+
+
+def test_all_evaluations_of_pmsn(tmp_path):
+    """The probe on the tail's labels too, and by how frequent a class is; from MSN's weights."""
+    data = photographs(tmp_path / "photos", count=40)
+    flags = SCRIPTS["pmsn"].folder + f"--data {data} --steps 1 --imbalance 4 --classes-per-batch 2 "
+    flags += "--probe-epochs 2 --probe-batch 8 --eval knn,linear,features --prior counts --out"
+    here(SCRIPTS["pmsn"], flags, "one")
+    run_several(f"pmsn {flags} two", ranks=2)
+    for out in ("one", "two"):
+        results = log_rows(out)[-1]["eval"]
+        for column in ("trained", "random", "pixels"):
+            for name in ("knn", "linear", "tail labels"):
+                assert {f"{name} balanced", f"{name} head", f"{name} few"} <= set(results[column])
+        assert any("kl_prior" in row and len(row["shares"]) == 8 for row in log_rows(out))
+        assert np.load(f"{out}/features.npz")["features"].shape == (40, 16)
+    flags = f"--init {GOLDEN}/msn/tiny_msn.pth.tar --heads 2 --no-train --eval features"
+    here(SCRIPTS["pmsn"], flags, f"--data {data} --device cpu --precision fp32 --out msn")
+    here(SCRIPTS["msn"], flags, f"--data {data} --device cpu --precision fp32 --out same")
+    ours, theirs = (np.load(f"{out}/features.npz")["features"] for out in ("msn", "same"))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------- learning
 
 
@@ -829,6 +921,30 @@ def test_ijepa_learns():
     assert results["trained"]["linear"] > results["random"]["linear"] + 8
     last = [row for row in rows if "feature_std" in row][-1]
     assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
+def test_msn_learns():
+    """On the toy: anchors find their image's cluster, and features beat a random encoder's."""
+    flags = "--steps 250 --batch 64 --warmup 0.1 --width 48 --depth 3 --eval knn,lowshot --workers 0"
+    rows = learn(SCRIPTS["msn"], flags)
+    found = next(row for row in rows if "match_ratio" in row)
+    assert found["match_ratio"] > 1.05
+    results = rows[-1]["eval"]
+    assert results["trained"]["knn"] > results["random"]["knn"]
+    assert results["trained"]["5-shot"] > results["random"]["5-shot"]
+    last = [row for row in rows if "me_max" in row][-1]
+    assert last["prototypes_used"] > 8 and last["me_max"] < 0.1, "collapsed"
+
+
+def test_pmsn_moves_cluster_sizes_to_the_prior_it_is_given():
+    """The mechanics, not a gain in accuracy: the same run with two priors ends nearer to its own."""
+    found = {}
+    for prior in ("uniform", "power-law"):
+        flags = "--steps 60 --batch 32 --tau 1 --imbalance 5 --eval none --device cpu --no-compile"
+        here(SCRIPTS["pmsn"], flags, f"--workers 0 --prior {prior} --out {prior}")
+        found[prior] = next(row for row in log_rows(prior) if "kl_uniform" in row)
+    uniform, power = found["uniform"], found["power-law"]
+    assert uniform["kl_uniform"] < 0.5 * uniform["kl_power_law"]
+    assert power["kl_power_law"] < 0.5 * power["kl_uniform"]
+    assert power["effective_clusters"] < uniform["effective_clusters"] - 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -4,7 +4,6 @@ What design and error table promise of every script is tested for each of SCRIPT
 (data reading, which the others copy) once.
 """
 
-import functools
 import inspect
 import json
 import os
@@ -22,8 +21,13 @@ from PIL import Image
 
 import common
 import msn
+from helpers import Forked, kill_at_random, log_rows, run_several
+from PIL import Image
+
+import common
+import flexpredict
+import iwm
 import pixel_vit
-import pmsn
 import vjepa
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -51,15 +55,13 @@ TINY = "--width 16 --depth 2 --heads 2 --batch 16 --eval none --log-every 1 --de
 PREDICTOR = "--predictor-width 16 --predictor-depth 2".split()
 BLOCKS = "--image-size 32 --patch 8 --min-keep 0 --min-context 2 --target-scale 0.1 0.15".split()
 HEAD = "--head-hidden 16 --embedding 8 --prototypes 8".split()
+HIDDEN = "--image-size 32 --patch 8 --min-visible 4".split()
 CLIPS = [*PREDICTOR, "--frames", "4", "--physics-count", "1", "--group", "0"]
 VIEWS = "--image-size 32 --patch 8 --focal-size 16".split()
 PIXELS = "--image-size 8".split()
 PAINTED = "--task mae --image-size 32 --patch 8 --decoder-width 16 --decoder-heads 2".split()
-NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")  # BatchNorm and softmax cancel them
 SCRIPTS = {
-    "msn": Script(msn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS], "msn_loss", noise=NORMED),
     "pixel_vit": Script(pixel_vit, [*TINY, *PIXELS], [*TINY, *PAINTED], "classification_loss"),
-    "pmsn": Script(pmsn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS, "--imbalance", "0"], "pmsn_loss", noise=NORMED),
     "vjepa": Script(vjepa, [*TINY, *CLIPS], [*TINY, *CLIPS, *VIEWS[:4]], "vjepa_loss", stream=(), probes="knn,probe"),
 }
 
@@ -67,7 +69,6 @@ SCRIPTS = {
 @pytest.fixture(params=SCRIPTS)
 def script(request, monkeypatch):
     """Each script in turn, without those parts of two reports that take a second, which other tests run whole."""
-    monkeypatch.setattr(pmsn, "epoch_assignments", functools.partial(pmsn.epoch_assignments, steps=4))
     monkeypatch.setattr(vjepa, "picture_surprise", lambda *_: None)
     return SCRIPTS[request.param]
 
@@ -195,63 +196,6 @@ def test_number_of_workers_changes_nothing(script, tmp_path):
 
 
 
-
-
-@pytest.mark.parametrize("name", ["msn", "pmsn"])
-def test_all_evaluations_of_prototype_methods(name, tmp_path):
-    script, data = SCRIPTS[name], photographs(tmp_path / "photos", count=24)
-    flags = ["--probe-epochs", 2, "--probe-batch", 8, "--finetune-epochs", 1, "--finetune-batch", 8, "--shots", 1, 2]
-    wanted = {"knn", "linear", "lowshot", "percent", "finetune", "features"}
-    for out, more in (("cached", []), ("augmented", ["--probe-augment", "--cache", 0, "--workers", 1])):
-        flags = [*flags, *more, "--eval", ",".join(sorted(wanted))]
-        here(script, *script.folder, "--data", data, "--steps", 1, "--out", out, *flags)
-        results = log_rows(out)[-1]["eval"]
-        expected = {"knn10", "knn20", "linear", "1-shot", "1-shot std", "2-shot", "1 percent", "finetune"}
-        for network in ("trained", "random"):
-            assert expected <= results[network].keys()
-        assert results["pixels"].keys() == {"knn10", "knn20", "knn100"}
-        assert np.load(f"{out}/features.npz")["features"].shape == (24, 16)
-        assert Image.open(f"{out}/picture.png").size[0] > 1000
-    if name == "pmsn":
-        assert {"linear head", "linear tail", "linear few", "knn20 tail"} <= results["trained"].keys()
-        assert any("kl_prior" in row and len(row["shares"]) == 8 for row in log_rows("cached"))
-    else:
-        names = tmp_path / "names.txt"
-        names.write_text("0.jpg\n1.jpg\n")
-        init = ["--init", "cached/last.pt", "--data", data, "--eval", "percent", "--no-baselines"]
-        here(script, *init, "--labelled", names, "--out", "listed")
-        assert log_rows("listed")[-1]["eval"]["trained"].keys() == {"1 percent"}
-
-
-def test_official_msn_checkpoint_in_features_out(tmp_path, capsys):
-    """The released layout through --init: features are the class token before the final norm, on one rank and two."""
-    tiny, data = GOLDEN / "msn" / "tiny_msn.pth.tar", tmp_path / "data"
-    random = np.random.default_rng(0)
-    for i in range(5):
-        path = data / "val" / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(path)
-    (data / "train" / "a").mkdir(parents=True)
-    Image.new("RGB", (16, 16)).save(data / "train" / "a" / "x.png")
-    flags = ["--init", tiny, "--heads", 2, "--eval", "features", "--data", data, "--tokens", "--device", "cpu"]
-    here(SCRIPTS["msn"], *flags, "--features-out", "1.npz", "--out", "one")
-    here(SCRIPTS["pmsn"], *flags, "--features-out", "p.npz", "--out", "pmsn")
-    run_several(["msn", *flags, "--features-out", "2.npz", "--out", "two"], ranks=2)
-    vit = msn.load_encoder(tiny, heads=2)
-    for name in ("1", "2", "p"):
-        found = np.load(f"{name}.npz")
-        pixels = np.stack([np.asarray(Image.open(data / p)) for p in found["paths"]])
-        pooled, _, tokens = msn.encode(vit, msn.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
-        np.testing.assert_allclose(found["features"], pooled, atol=1e-5)
-        np.testing.assert_allclose(found["tokens"], tokens, atol=1e-5)
-        assert found["features"].dtype == np.float32 and list(found["labels"]) == [0, 0, 0, 1, 1]
-    capsys.readouterr()
-    larger = msn.load_encoder(tiny, image_size=32, heads=2)
-    assert "interpolated from 4x4 to 8x8" in capsys.readouterr().out
-    assert msn.encode(larger, torch.zeros(1, 3, 32, 32))[2].shape == (1, 64, 16)
-    more = "--data toy --image-size 24 --focal-size 12 --steps 2 --eval none --lr 0 --lr-start 0 --lr-final 0".split()
-    here(SCRIPTS["msn"], "--init", tiny, "--heads", 2, *more, "--out", "tuned", "--device", "cpu")
-    torch.testing.assert_close(weights("tuned")[1]["prototypes"], msn.read_checkpoint(tiny, 2)["prototypes"])
 
 
 def test_own_checkpoint_is_evaluated_with_its_own_architecture(script):
@@ -446,12 +390,15 @@ MORE_SETTINGS = {
     "ijepa": [("--group 48", "--batch 64"), ("--masks funny", "official"), ("--min-keep 30", "--min-keep")],
     "msn": [("--drop 1.0", "--drop"), ("--mask-per pixel", "image"), ("--focal-size 2", "--focal-size"),
             ("--labelled none.txt", "none.txt")],
+    "flexpredict": [("--mode paper", "stop_paper"), ("--sigma -1", "--sigma"), ("--freeze 0", "--freeze"),
+                    ("--davis nowhere --eval video", "ImageSets"), ("--min-keep 30", "--min-keep")],
+    "iwm": [("--conditioning token", "sequence"), ("--jitter 2 0 0 0", "--jitter"), ("--loss l3", "smooth_l1"),
+            ("--min-visible 15", "--min-visible"), ("--mrr-actions 999", "--mrr-bank"),
+            ("--shard", "--init RUN/last.pt")],
     "pixel_vit": [("--task mae --positions none", "which pixel"), ("--permute 73", "72 pairs"),
                   ("--task diffusion --sampler-steps 2000", "--sampler-steps"), ("--sweep depth", "permute"),
                   ("--task diffusion --eval knn", "generate"), ("--mixup 0.8 --batch 1", "even"),
                   ("--task diffusion --permute 3", "--permute"), ("--task mae --mask-ratio 1", "--mask-ratio")],
-    "pmsn": [("--prior cubic", "power-law"), ("--imbalance 0.5", "--imbalance"), ("--prior-kl up", "reverse"),
-             ("--classes-per-batch 3", "--classes-per-batch"), ("--train-list none.txt", "none.txt")],
     "vjepa": [("--group 48", "--batch 32"), ("--masks funny", "multiblock"), ("--frames 15", "--tubelet"),
               ("--mask-scales 0.01", "nothing"), ("--mask-scales 0.99", "all"), ("--rope --heads 16", "--rope"),
               ("--masks random --mask-ratio 1", "--mask-ratio"), ("--time-context 0.5 1", "--time-context"),
@@ -546,3 +493,23 @@ def test_pmsn_moves_cluster_sizes_to_the_prior_it_is_given():
 
 
 
+def test_flexpredict_learns():
+    """In a minute, on the toy images: content is predicted, and features beat a random encoder's."""
+    rows = learn(SCRIPTS["flexpredict"], 300, eval="knn")
+    results, found = rows[-1]["eval"], next(row for row in rows if "content_ratio" in row)
+    assert found["content_ratio"] > 1.2
+    assert results["trained"]["knn20"] > results["random"]["knn20"] + 5
+    last = [row for row in rows if "feature_std" in row][-1]
+    assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
+    assert last["position_noise"] > 0.02, "the noise on positions was trained away"
+
+
+def test_iwm_learns():
+    """In a minute, on the toy images: the predictor uses the action, and finds the transformed view among others."""
+    rows = learn(SCRIPTS["iwm"], 300, "--no-baselines", eval="mrr")
+    results, found = rows[-1]["eval"]["trained"], next(row for row in rows if "action_ratio" in row)
+    assert found["action_ratio"] > 1.5 and found["content_ratio"] > 1.3
+    assert results["mrr"] > 2 * results["mrr chance"] and results["mrr"] > 1.5 * results["mrr rolled"]
+    assert results["mrr rolled"] < 1.5 * results["mrr chance"]
+    last = [row for row in rows if "feature_std" in row][-1]
+    assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
