@@ -219,7 +219,8 @@ def evaluate(found):
     bank, test = ((x - mean) / (std + 1e-6) for x in (bank, test))
     shots = []
     for seed in range(3):
-        chosen = msn.draw_labelled(labels, [SHOTS] * classes, classes, seed)
+        order = torch.randperm(len(labels), generator=common.generator("labelled", seed))
+        chosen = torch.cat([order[labels[order] == k][:SHOTS] for k in range(classes)])
         weight = msn.logistic_regression(bank[chosen], labels[chosen], classes, ridge=1.0)
         shots.append(ijepa.accuracy(test.to(weight.dtype) @ weight.T, test_labels).item())
     return result | {"lowshot": statistics.mean(shots)}

@@ -855,7 +855,7 @@ def test_all_evaluations_of_pmsn(tmp_path):
         results = log_rows(out)[-1]["eval"]
         for column in ("trained", "random", "pixels"):
             for name in ("knn", "linear", "tail labels"):
-                assert {f"{name} balanced", f"{name} head", f"{name} few"} <= set(results[column])
+                assert {name, f"{name} head", f"{name} few"} <= set(results[column])
         assert any("kl_prior" in row and len(row["shares"]) == 8 for row in log_rows(out))
         assert np.load(f"{out}/features.npz")["features"].shape == (40, 16)
     flags = f"--init {GOLDEN}/msn/tiny_msn.pth.tar --heads 2 --no-train --eval features"
