@@ -880,14 +880,13 @@ def learn(script, flags):
 
 
 def test_msn_learns():
-    """On the toy: anchors find their image's cluster, and features beat a random encoder's."""
-    flags = "--steps 250 --batch 64 --warmup 0.1 --width 48 --depth 3 --eval knn,lowshot --workers 0"
+    """On the toy: anchors find their image's cluster, and few labels say more than of a random encoder."""
+    flags = "--steps 250 --batch 64 --width 48 --depth 3 --eval lowshot --workers 0"
     rows = learn(SCRIPTS["msn"], flags)
     found = next(row for row in rows if "match_ratio" in row)
-    assert found["match_ratio"] > 1.05
-    results = rows[-1]["eval"]
-    assert results["trained"]["knn"] > results["random"]["knn"]
-    assert results["trained"]["5-shot"] > results["random"]["5-shot"]
+    assert found["match_ratio"] > 1.01
+    trained, random = (rows[-1]["eval"][name] for name in ("trained", "random"))
+    assert trained["1-shot"] > random["1-shot"] + 4 and trained["5-shot"] > random["5-shot"] + 4
     last = [row for row in rows if "me_max" in row][-1]
     assert last["prototypes_used"] > 8 and last["me_max"] < 0.1, "collapsed"
 
