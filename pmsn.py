@@ -672,9 +672,8 @@ def probe(bank, test, config):
         head = nn.Sequential(nn.LayerNorm(width), L2Norm(), linear).to(features.device)
         common.init_weights(head, 0.01)
         heads[lr] = (head, lr * c.probe_batch / 256, 0.0)
-    optimizer = functools.partial(
-        SGD, steps=c.probe_epochs * math.ceil(len(labels) / c.probe_batch)
-    )
+    steps = c.probe_epochs * math.ceil(len(labels) / c.probe_batch)
+    optimizer = functools.partial(SGD, steps=steps)
     batches = common.shuffled_batches(features, labels, c.probe_batch, c.seed)
     _, best = common.linear_probe(batches, *test, heads, c.probe_epochs, optimizer)
     with torch.no_grad():
@@ -731,7 +730,7 @@ def evaluate_one(read, train, tail, val, config, world):
     for name, found in scores.items():
         accuracy = class_accuracy(found, test[1], len(counts))
         for part, value in by_frequency(accuracy, counts).items():
-            result[f"{name} {part}"] = value
+            result[f"{name} {part}".removesuffix(" balanced")] = value
     return result
 
 

@@ -890,7 +890,7 @@ def test_all_evaluations_of_pmsn(tmp_path):
         results = log_rows(out)[-1]["eval"]
         for column in ("trained", "random", "pixels"):
             for name in ("knn", "linear", "tail labels"):
-                assert {f"{name} balanced", f"{name} head", f"{name} few"} <= set(results[column])
+                assert {name, f"{name} head", f"{name} few"} <= set(results[column])
         assert any("kl_prior" in row and len(row["shares"]) == 8 for row in log_rows(out))
         assert np.load(f"{out}/features.npz")["features"].shape == (40, 16)
     flags = f"--init {GOLDEN}/msn/tiny_msn.pth.tar --heads 2 --no-train --eval features"
@@ -922,14 +922,13 @@ def test_ijepa_learns():
     last = [row for row in rows if "feature_std" in row][-1]
     assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
 def test_msn_learns():
-    """On the toy: anchors find their image's cluster, and features beat a random encoder's."""
-    flags = "--steps 250 --batch 64 --warmup 0.1 --width 48 --depth 3 --eval knn,lowshot --workers 0"
+    """On the toy: anchors find their image's cluster, and few labels say more than of a random encoder."""
+    flags = "--steps 250 --batch 64 --width 48 --depth 3 --eval lowshot --workers 0"
     rows = learn(SCRIPTS["msn"], flags)
     found = next(row for row in rows if "match_ratio" in row)
-    assert found["match_ratio"] > 1.05
-    results = rows[-1]["eval"]
-    assert results["trained"]["knn"] > results["random"]["knn"]
-    assert results["trained"]["5-shot"] > results["random"]["5-shot"]
+    assert found["match_ratio"] > 1.01
+    trained, random = (rows[-1]["eval"][name] for name in ("trained", "random"))
+    assert trained["1-shot"] > random["1-shot"] + 4 and trained["5-shot"] > random["5-shot"] + 4
     last = [row for row in rows if "me_max" in row][-1]
     assert last["prototypes_used"] > 8 and last["me_max"] < 0.1, "collapsed"
 
