@@ -352,7 +352,7 @@ def augment(pixels, config, random):
         pixels[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def toy_scenes(count, size, frames=1, noise=24.0):
+def toy_scenes(count, size, frames=1, noise=40.0):
     """Draw a lighter and a darker disc of a faint texture, which drift before another texture.
 
     size: side, pixels; noise: std in each pixel, of 255. Returns pixels and labels, both uint8
