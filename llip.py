@@ -125,7 +125,6 @@ class Config:
 
     # evaluation
     eval: str = "kinds,retrieval"  # comma-separated: kinds (toy), zeroshot, retrieval, features
-    templates: str = ""  # file of zero-shot prompts with {} for the class, default by data set
     class_names: str = ""  # json list of names, or of lists of synonyms, in the classes' order
     tokens: bool = False  # --eval features also writes the class tokens
 
@@ -141,12 +140,12 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = PRINTABLE + sorted(
     set(range(256)) - set(PRINTABLE)
 )  # byte values in the order of their ids
-CHARACTERS = {b: chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(BYTES)}
+CHARACTERS = dict(zip(BYTES, map(chr, [*PRINTABLE, *range(256, 324)]), strict=True))
 MERGES = 49152 - 256 - 2  # lines of OpenAI's file that its tokenizer uses
 QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 WIDE = re.compile("[\u3000\ufb00-\ufb06\uff00-\uffef]+")  # ligatures and full-width letters
-# what Unicode calls numbers, such as fractions, but Python's \d does not
-NUMBERS = [chr(c) for c in range(0x20000) if unicodedata.category(chr(c)) in ("No", "Nl")]
+# numbers such as fractions, which Python's \d leaves out
+NUMBERS = filter(lambda c: unicodedata.category(c) in ("No", "Nl"), map(chr, range(0x20000)))
 NUMBERS = "".join(NUMBERS)
 # pieces: special tokens, contractions, letters, single digits, other signs
 PIECES = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d"
@@ -155,7 +154,7 @@ PIECES = re.compile(PIECES, re.IGNORECASE)
 
 
 def clean(text):
-    """Return a caption as CLIP reads it: entities resolved, plain quotes, single spaces, lower case.
+    """Return a caption as CLIP reads it: entities resolved, plain quotes, one space, lower case.
 
     Of the repairs of the package ftfy, these are the ones that captions need.
     """
@@ -166,8 +165,8 @@ def clean(text):
 
 def to_symbols(piece):
     """Return a piece's bytes as characters, the last one marked: 'at' -> ('a', 't</w>')."""
-    characters = [CHARACTERS[b] for b in piece.encode()]
-    return (*characters[:-1], characters[-1] + "</w>")
+    *characters, last = [CHARACTERS[b] for b in piece.encode()]
+    return (*characters, last + "</w>")
 
 
 def merge(symbols, pair):
@@ -182,15 +181,12 @@ def merge(symbols, pair):
 
 
 def learn_merges(captions, count):
-    """Return up to `count` merges "left right": each time, the most frequent pair of neighbours.
-
-    Among equals the first in order; no pair that occurs once.
-    """
+    """Return up to `count` merges: each time the most frequent pair, of equals the first in order."""
     pieces = Counter(piece for caption in captions for piece in PIECES.findall(clean(caption)))
     words = [to_symbols(piece) for piece in pieces]
     occurrences = list(pieces.values())
     pairs = Counter()
-    words_of = defaultdict(set)  # words that hold a pair, or did
+    words_of = defaultdict(set)  # the words that hold a pair, or did
 
     def tally(word, sign):
         for pair in itertools.pairwise(words[word]):
@@ -203,7 +199,7 @@ def learn_merges(captions, count):
     while len(merges) < count and max(pairs.values(), default=0) > 1:
         most = max(pairs.values())
         best = min(pair for pair, n in pairs.items() if n == most)
-        merges.append(" ".join(best))
+        merges.append(best)
         for word in words_of.pop(best):
             tally(word, -1)
             words[word] = merge(words[word], best)
@@ -214,22 +210,21 @@ def learn_merges(captions, count):
 class Tokenizer(nn.Module):
     """Turn captions into token ids. A module, so that last.pt holds the vocabulary.
 
-    merges: ["left right", ...] in order of rank; without any, ids are bytes. The end has the
+    merges: [(left, right), ...] in order of rank; without any, ids are bytes. The end has the
     largest id of all, the start the one before. Captions are padded with 0.
     """
 
     def __init__(self, merges, context):
         super().__init__()
-        text = "\n".join(merges).encode()
+        text = "\n".join(map(" ".join, merges)).encode()
         self.register_buffer("text", torch.tensor(list(text), dtype=torch.uint8))
         self.context = context
-        pairs = [tuple(line.split(" ")) for line in merges]
-        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         characters = [CHARACTERS[b] for b in BYTES]
-        self.names = [*characters, *(c + "</w>" for c in characters), *map("".join, pairs)]
-        self.ids = {name: i for i, name in enumerate(self.names)}
-        self.size = len(self.names) + 2
-        self.pieces = {START: [self.size - 2], END: [self.size - 1]}  # ids of pieces seen so far
+        names = [*characters, *(c + "</w>" for c in characters), *map("".join, merges)]
+        self.ids = {name: i for i, name in enumerate(names)}
+        self.start = len(names)
+        self.pieces = {START: [self.start], END: [self.start + 1]}  # ids of pieces seen so far
 
     def encode(self, text):
         """Return the ids of a caption, without start and end."""
@@ -237,10 +232,8 @@ class Tokenizer(nn.Module):
         for piece in PIECES.findall(clean(text)):
             if piece not in self.pieces:
                 symbols = to_symbols(piece)
-                while True:
+                while self.ranks.keys() & set(itertools.pairwise(symbols)):
                     known = self.ranks.keys() & set(itertools.pairwise(symbols))
-                    if not known:
-                        break
                     symbols = merge(symbols, min(known, key=self.ranks.get))
                 self.pieces[piece] = [self.ids[symbol] for symbol in symbols]
             ids += self.pieces[piece]
@@ -250,8 +243,8 @@ class Tokenizer(nn.Module):
         """Return int64 [T, L]. Of a caption that is too long, the end stays."""
         rows = torch.zeros(len(captions), self.context, dtype=torch.long)
         for row, caption in zip(rows, captions, strict=True):
-            ids = [self.size - 2, *self.encode(caption)][: self.context - 1]
-            row[: len(ids) + 1] = torch.tensor([*ids, self.size - 1])
+            ids = [self.start, *self.encode(caption)][: self.context - 1]
+            row[: len(ids) + 1] = torch.tensor([*ids, self.start + 1])
         return rows
 
 
@@ -260,14 +253,13 @@ def read_merges(path):
     places = [Path(path).expanduser(), Path(os.environ.get("DATA", "data"), path)]
     found = [place for place in places if place.is_file()]
     if not found:
-        where = " or ".join(map(str, places))
-        advice = "it is in the repositories of CLIP, OpenCLIP and Llip; --merges 4000 learns one"
-        fail(f"no vocabulary at {where}: {advice}")
+        advice = "CLIP's repository has it; or learn one by --vocabulary '' --merges 4000"
+        fail(f"no vocabulary at {places[0]} or {places[1]}: {advice}")
     try:
-        lines = gzip.decompress(found[0].read_bytes()).decode().strip("\n").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        lines = gzip.decompress(found[0].read_bytes()).decode().split("\n")
+    except (OSError, EOFError, ValueError) as error:
         fail(f"{found[0]} is no vocabulary file: {error}")
-    return lines[1 : 1 + MERGES]
+    return [tuple(line.split(" ")) for line in lines[1 : 1 + MERGES] if line]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -396,10 +388,6 @@ class CLIP(nn.Module):
         """Images [B, 3, S, S] -> [B, D]."""
         return self.visual(images)[:, 0] @ self.visual.proj
 
-    def describe(self, images):
-        """Images [B, 3, S, S] -> one vector an image, whatever the caption, [B, D]."""
-        return self.image(images)
-
     def text(self, tokens):
         """Captions int64 [T, L] -> z' [T, 1, D]."""
         return (self.encode_tokens(tokens) @ self.text_projection)[:, None]
@@ -435,10 +423,6 @@ class Llip(CLIP):
         k = self.K_norm(torch.einsum("bkw,kwd->bkd", h, self.k_proj))
         v = self.V_norm(torch.einsum("bkw,kwd->bkd", h, self.v_proj))
         return torch.stack([k, v], dim=1).unflatten(3, (self.heads, -1)).transpose(2, 3)
-
-    def describe(self, images):
-        """Images [B, 3, S, S] -> the mean of all values, projected, [B, D]."""
-        return self.image(images)[:, 1].mean(2).flatten(1) @ self.out_proj
 
     def text(self, tokens):
         """Captions int64 [T, L] -> queries and z', [T, 2, D]."""
@@ -573,96 +557,75 @@ def contrastive_loss(image, text, head, config, side=0):
 # --------------------------------------------------------------------------------------------------
 
 SHAPES = "circle square triangle cross ring bar".split()
-COLOURS = "red green blue yellow pink white".split()
-PAINT = [[220, 50, 40], [50, 180, 60], [50, 80, 220], [230, 210, 50], [230, 110, 190], [235] * 3]
+GLYPHS = """
+....####....  ############  .....##.....  ....####....  ....####....  ............
+..########..  ############  .....##.....  ....####....  ..########..  ............
+.##########.  ############  ....####....  ....####....  .##########.  ............
+.##########.  ############  ....####....  ....####....  .####..####.  ............
+############  ############  ...######...  ############  ####....####  ############
+############  ############  ...######...  ############  ###......###  ############
+############  ############  ..########..  ############  ###......###  ############
+############  ############  ..########..  ############  ####....####  ############
+.##########.  ############  .##########.  ....####....  .####..####.  ............
+.##########.  ############  .##########.  ....####....  .##########.  ............
+..########..  ############  ############  ....####....  ..########..  ............
+....####....  ############  ############  ....####....  ....####....  ............
+"""
+COLOURS = {
+    "red": (220, 50, 40),
+    "green": (50, 180, 60),
+    "blue": (50, 80, 220),
+    "yellow": (230, 210, 50),
+    "pink": (230, 110, 190),
+    "white": (235, 235, 235),
+}
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-KINDS = {
-    "colour": ("something {}", "a {} shape"),
-    "shape": ("a {}", "one shape is a {}"),
-    "object": ("a {}", "there is a {}"),
-    "place": ("{}", "in the {}"),
-    "relation": ("{}", "we see {}"),
-    "count": ("{} shapes", "there are {} shapes"),
-    "scene": ("{}", "we see {}"),
-}  # kind of caption: its sentences
+KINDS = ("object", "place", "relation", "count", "scene")
 
 
-def draw_scenes(count, random):
-    """Draw scenes of two to four objects, at most one in each quarter.
-
-    Returns pixels uint8 [N, 32, 32, 3], and the objects' shapes and colours [N, 4], -1 for nothing.
-    """
-    objects = random.integers(2, 5, (count, 1))
-    there = random.permuted(np.tile(np.arange(4), (count, 1)), axis=1) < objects
-    shape, colour = random.integers(0, 6, (2, count, 4))
-    line = (np.arange(16) + 0.5) / 8 - 1  # a quarter spans -1..1
-    dx, dy = random.uniform(-0.15, 0.15, (2, count, 4, 1, 1))
-    radius = random.uniform(0.65, 0.8, (count, 4, 1, 1))
-    x = (line - dx) / radius  # [N, 4, 1, 16]
-    y = (line[:, None] - dy) / radius  # [N, 4, 16, 1]
-    r = np.hypot(x, y)
-    longer = np.maximum(abs(x), abs(y))
-    inside = [
-        r < 1,
-        longer < 0.85,
-        (y < 0.8) & (abs(x) < (y + 1) / 1.8),
-        (np.minimum(abs(x), abs(y)) < 0.3) & (longer < 1),
-        (r < 1) & (r > 0.55),
-        (abs(y) < 0.4) & (abs(x) < 1),
-    ]  # in the order of SHAPES
-    mask = np.choose(shape[..., None, None], inside) & there[..., None, None]
-    paint = np.array(PAINT)[colour] * random.uniform(0.8, 1.1, (count, 4, 1))
-    ground = random.uniform(20, 70, (count, 1, 1, 1, 1))
-    quarters = np.where(mask[..., None], paint[:, :, None, None], ground)  # [N, 4, 16, 16, 3]
-    quarters = quarters.reshape(count, 2, 2, 16, 16, 3).transpose(0, 1, 3, 2, 4, 5)
-    pixels = quarters.reshape(count, 32, 32, 3) + random.normal(0, 6, (count, 32, 32, 3))
-    pixels = pixels.clip(0, 255).astype(np.uint8)
-    return pixels, np.where(there, shape, -1), np.where(there, colour, -1)
-
-
-def facts_of(shapes, colours):
-    """Return what is true of a scene: {kind: phrases for its sentences}. Arguments: four each."""
-    names = {}
-    for place, (shape, colour) in enumerate(zip(shapes, colours, strict=True)):
-        if shape >= 0:
-            names[place] = f"{COLOURS[colour]} {SHAPES[shape]}"
+def facts_of(names):
+    """Return what is true of a scene, {kind of caption: captions}. names: {place: "red circle"}."""
     relations = []
-    for a, b, forth, back in (
-        (0, 1, "left of", "right of"),
-        (2, 3, "left of", "right of"),
-        (0, 2, "above", "below"),
-        (1, 3, "above", "below"),
-    ):
-        if a in names and b in names:
-            relations.append(f"{names[a]} {forth} {names[b]}")
-            relations.append(f"{names[b]} {back} {names[a]}")
-    facts = {
-        "colour": [name.split()[0] for name in names.values()],
-        "shape": [name.split()[1] for name in names.values()],
-        "object": list(names.values()),
+    for a, b in itertools.combinations(sorted(names), 2):
+        if a // 2 == b // 2:
+            relations.append(f"{names[a]} left of {names[b]}")
+        elif a % 2 == b % 2:
+            relations.append(f"{names[a]} above {names[b]}")
+    return {
+        "object": [f"a {name}" for name in names.values()],
         "place": [f"{PLACES[place]} {name}" for place, name in names.items()],
         "relation": relations,
-        "count": [["two", "three", "four"][len(names) - 2]],
-        "scene": [", ".join(names.values())],
+        "count": [f"{len(names)} shapes"],
+        "scene": [", ".join(names[place] for place in sorted(names))],
     }
-    return {kind: sorted(set(phrases)) for kind, phrases in facts.items()}
 
 
 @functools.lru_cache(maxsize=2)
 def toy_world(name):
     """Return 8,000 scenes (train) or 1,000 others (val) as Pairs, and the facts of each.
 
-    A scene's captions are all its facts in all sentences of KINDS, about forty.
+    A scene has two to four objects, at most one in each quarter. All its facts are captions.
     """
     count = 8000 if name == "train" else 1000
-    pixels, shapes, colours = draw_scenes(count, np.random.default_rng(count))
-    facts = [facts_of(*scene) for scene in zip(shapes.tolist(), colours.tolist(), strict=True)]
-    captions = []
-    for scene in facts:
-        phrases = [(kind, phrase) for kind in KINDS for phrase in scene[kind]]
-        captions.append([text.format(p) for kind, p in phrases for text in KINDS[kind]])
-    names = [f"{name}/{i:05d}" for i in range(count)]
-    return Pairs(list(pixels), names, torch.full((count,), -1), [], captions=captions), facts
+    random = np.random.default_rng(count)
+    rows = [line.split() for line in GLYPHS.strip().split("\n")]
+    glyphs = np.array([[list(part) for part in row] for row in rows]) == "#"  # [12, 6, 12]
+    ground = random.uniform(20, 70, (count, 1, 1, 1))
+    pixels = ground + random.normal(0, 6, (count, 32, 32, 3))
+    facts = []
+    for image in pixels:
+        names = {}
+        for place in random.permutation(4)[: random.integers(2, 5)].tolist():
+            shape, colour = random.integers(0, 6, 2)
+            top, left = random.integers(0, 5, 2) + 16 * np.array(divmod(place, 2))
+            word, paint = list(COLOURS.items())[colour]
+            area = image[top : top + 12, left : left + 12]
+            area[glyphs[:, shape]] += np.array(paint) * random.uniform(0.6, 0.9)
+            names[place] = f"{word} {SHAPES[shape]}"
+        facts.append(facts_of(names))
+    captions = [sum(scene.values(), []) for scene in facts]
+    images = list(pixels.clip(0, 255).astype(np.uint8))
+    return unlabelled(images, range(count), captions, name), facts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -675,10 +638,11 @@ WINDOW = 5000  # samples of tar shards that are shuffled together
 FORMATS = "a captions file (.json, .csv, .tsv), tar shards, or a folder with train/CLASS/*.jpg"
 
 
-def normalize(pixels):
-    """Bring uint8 images [B, 3, H, W] to the networks' range."""
-    mean, std = (x.to(pixels.device, non_blocking=True) for x in (MEAN, STD))
-    return (pixels / 255 - mean) / std
+def clip_range(images):
+    """Bring images [B, 3, H, W] from ImageNet's normalisation, common's, to CLIP's."""
+    scale = (common.STD / STD).to(images.device, non_blocking=True)
+    shift = ((common.MEAN - MEAN) / STD).to(images.device, non_blocking=True)
+    return images * scale + shift
 
 
 class Member(io.BytesIO):
@@ -705,7 +669,7 @@ class Ranges:
 
 
 class Texts(Ranges):
-    """Captions in tar shards: a list of one caption for each image."""
+    """Captions in tar shards, one an image."""
 
     def __getitem__(self, index):
         return [super().__getitem__(index).read().decode(errors="replace")]
@@ -713,59 +677,46 @@ class Texts(Ranges):
 
 @dataclass
 class Pairs(common.Split):
-    """A split whose images (arrays, paths or byte ranges) have captions, a list for each image."""
+    """A split whose images have captions, a list each. Images: arrays, paths or byte ranges."""
 
     captions: list = ()
+    centred: bool = False  # read by CLIP's transform for evaluation, whatever part is asked for
     shards: tuple = ()  # samples in each tar shard
 
-    def read(self, index, choose, sizes, resample):
-        """Decode an image and resize a part of it: [uint8 [3, S, S]].
-
-        choose(width, height) returns the part, (top, left, height, width), and whether to cut it
-        out before it is resized, as the reference does in training. Else pixels near its border
-        are mixed with what lies beyond, as where an image is resized and then cropped.
-        """
-        image = self.images[index]
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
-        with image:
-            turn = common.exif_turn(image)
-            width, height = image.size[::-1] if turn in common.SIDEWAYS else image.size
-            (top, left, h, w), cut = choose(width, height)
-            scale = sizes[0] / min(h, w)
-            if scale < 1:  # a JPEG decodes at 1/2, 1/4 or 1/8 in less time
-                image.draft("RGB", [math.ceil(side * scale) for side in image.size])
-            image = common.to_rgb(image, turn)
-        fx = image.width / width
-        fy = image.height / height
-        right = min(image.width, (left + w) * fx)
-        box = (left * fx, top * fy, right, min(image.height, (top + h) * fy))
-        if cut:
-            image = image.crop([round(side) for side in box])
-            box = None
-        part = image.resize((sizes[0], sizes[0]), resample, box)
-        return [torch.from_numpy(np.array(part)).permute(2, 0, 1)]
+    def read(self, index, choose_boxes, sizes, resample):
+        """See common.Split."""
+        if self.centred:
+            choose_boxes = functools.partial(centre_box, sizes[0])
+        return super().read(index, choose_boxes, sizes, resample)
 
 
-def centre_box(size, i, width, height):
-    """Return what evaluation sees, as CLIP: shorter side to `size`, then the central square."""
-    short = min(width, height)
-    resized = [size if side == short else int(size * side / short) for side in (width, height)]
-    left = round((resized[0] - size) / 2) * width / resized[0]
-    top = round((resized[1] - size) / 2) * height / resized[1]
-    return (top, left, size * height / resized[1], size * width / resized[0]), False
+def unlabelled(images, names, captions, part, shards=()):
+    """Return Pairs without classes; part: train or val."""
+    labels = torch.full((len(names),), -1)
+    return Pairs(images, names, labels, [], set(), captions, part == "val", shards)
+
+
+def centre_box(size, width, height):
+    """Return what CLIP's evaluation sees: shorter side to `size`, then the central square."""
+    box = []
+    for side in (height, width):
+        resized = int(size * side / min(width, height))
+        pixel = side / resized
+        box.append((round((resized - size) / 2) * pixel, size * pixel))
+    (top, h), (left, w) = box
+    return [(top, left, h, w)]
 
 
 @functools.lru_cache(maxsize=2)
 def shard_order(sizes, seed, epoch):
-    """Return the order of samples in an epoch: shards shuffled, then each window.
+    """Return the order of samples in an epoch: shards shuffled, then each window of samples.
 
     So what is read together lies close together. sizes: samples in each shard.
     """
     random = common.generator(seed, "shards", epoch)
-    starts = [0, *itertools.accumulate(sizes)]
-    shards = torch.randperm(len(sizes), generator=random).tolist()
-    order = torch.cat([torch.arange(starts[s], starts[s + 1]) for s in shards])
-    windows = order.split(WINDOW)
+    shards = torch.arange(sum(sizes)).split(sizes)
+    order = [shards[i] for i in torch.randperm(len(sizes), generator=random).tolist()]
+    windows = torch.cat(order).split(WINDOW)
     windows = [window[torch.randperm(len(window), generator=random)] for window in windows]
     return torch.cat(windows).tolist()
 
@@ -777,21 +728,20 @@ def make_batch(split, tokenizer, config, world, step):
     """
     c = config
     share = c.batch // world.size
-    first = step * c.batch + world.rank * share
+    first = (step * world.size + world.rank) * share
+    order = functools.partial(common.epoch_order, len(split))
+    if split.shards:
+        order = functools.partial(shard_order, split.shards)
     indices, randoms = [], []
     for place in range(first, first + share):
         epoch, position = divmod(place, len(split))
-        if split.shards:
-            order = shard_order(split.shards, c.seed, epoch)
-        else:
-            order = common.epoch_order(len(split), c.seed, epoch)
-        indices.append(order[position])
+        indices.append(order(c.seed, epoch)[position])
         randoms.append(common.generator(c.seed, "pair", place))
 
     def box(i, width, height):
-        if c.crop_scale == (1.0, 1.0):
-            return (0, 0, height, width), False
-        return common.random_crop(width, height, c.crop_scale, randoms[i]), True
+        if c.crop_scale[0] == 1.0:
+            return [(0, 0, height, width)]
+        return [common.random_crop(width, height, c.crop_scale, randoms[i])]
 
     found, pixels, bad = split.read_batch(indices, box, [c.image_size], Image.BICUBIC)
     captions = []
@@ -804,62 +754,56 @@ def make_batch(split, tokenizer, config, world, step):
 
 
 def tar_samples(path):
-    """Find the samples in a tar shard: (int64 [N, 4], what is wrong with it).
+    """Find the samples in a tar shard: (int64 [N, 4], what is wrong with it). Reads headers only.
 
-    A row: offset and length of the image, offset and length of the caption. Only headers are read.
+    A row: offset and length of the image, offset and length of the caption.
     """
-    files, samples, wrong = [], [], []
-    end = os.path.getsize(path)
+    samples = defaultdict(dict)
+    wrong = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                if member.isfile() and not name.startswith("."):
-                    key, _, suffix = name.partition(".")
+                folder, name = os.path.split(member.name)
+                key, _, suffix = name.partition(".")
+                if member.isfile() and key:  # no hidden names
                     place = (member.offset_data, member.size)
-                    files.append((f"{folder}/{key}".strip("/"), "." + suffix.lower(), place))
+                    samples[folder, key]["." + suffix.lower()] = place
     except (tarfile.TarError, OSError) as error:
-        wrong.append(f"{path}: compressed, or damaged after {len(files)} files ({error})")
-    for key, group in itertools.groupby(files, key=lambda file: file[0]):
-        parts = {suffix: place for _, suffix, place in group if place[1] and sum(place) <= end}
-        image = [place for suffix, place in parts.items() if suffix in common.EXTENSIONS]
-        if image and ".txt" in parts:
-            samples.append((*image[0], *parts[".txt"]))
+        wrong.append(f"{path}: compressed, or damaged after {len(samples)} samples ({error})")
+    rows = []
+    for (_, key), files in samples.items():
+        images = sorted(common.EXTENSIONS & files.keys())
+        if images and ".txt" in files:
+            rows.append((*files[images[0]], *files[".txt"]))
         else:
-            whole = ", ".join(parts) or "nothing whole"
-            wrong.append(f"{path}: expected {key}.jpg and then {key}.txt, found {whole}")
-    return torch.tensor(samples, dtype=torch.long).view(-1, 4), wrong
+            wrong.append(f"{path}: expected {key}.jpg and {key}.txt, found {key}{[*files]}")
+    return torch.tensor(rows, dtype=torch.long).view(-1, 4), wrong
 
 
-def open_shards(paths, config, world):
+def open_shards(paths, part, config, world):
     """Return Pairs of tar shards, whose samples are read where they are."""
-    places, sizes, wrong = [], [], []
-    for shard, (samples, problems) in enumerate(
-        common.make_loader(tar_samples, paths, config, world)
-    ):
-        places.append(F.pad(samples, (1, 0), value=shard))
-        sizes.append(len(samples))
+    places, wrong = [], []
+    for samples, problems in common.make_loader(tar_samples, paths, config, world):
+        places.append(F.pad(samples, (1, 0), value=len(places)))
         wrong += problems
-    n = sum(sizes)
-    if not n:
+    sizes = tuple(map(len, places))
+    if not sum(sizes):
         fail(f"no image with a caption in {paths[0].parent}: {'; '.join(wrong[:3])}")
     places = torch.cat(places).numpy()
+    images = Ranges(paths, places[:, :3])
     texts = Texts(paths, places[:, [0, 3, 4]])
-    split = Pairs(Ranges(paths, places[:, :3]), range(n), torch.full((n,), -1), [], captions=texts)
-    split.shards = tuple(sizes)
+    split = unlabelled(images, range(sum(sizes)), texts, part, sizes)
     split.count_bad(wrong)
     return split
 
 
 def read_json(path):
-    """Return (image's file, caption, part) of COCO's captions_*.json or Karpathy's dataset_*.json."""
+    """Read COCO's captions_*.json or Karpathy's dataset_*.json: (image's file, caption, part)."""
     content = json.loads(path.read_text(encoding="utf-8-sig"))
-    rows = []
     if "annotations" in content:
         names = {image["id"]: image["file_name"] for image in content["images"]}
-        for note_ in content["annotations"]:
-            rows.append((names[note_["image_id"]], note_["caption"], ""))
-        return rows
+        return [(names[a["image_id"]], a["caption"], "") for a in content["annotations"]]
+    rows = []
     for image in content["images"]:
         name = os.path.join(image.get("filepath", ""), image["filename"])
         part = image["split"].replace("restval", "train")
@@ -868,59 +812,40 @@ def read_json(path):
 
 
 def read_table(path, columns):
-    """Return (image's file, caption, "") of a csv or tsv with a header; columns: their two names."""
+    """Read a csv or tsv with a header: (image's file, caption, ""). columns: their two names."""
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         delimiter = "\t" if "\t" in file.readline() else ","
         file.seek(0)
         table = csv.DictReader(file, delimiter=delimiter)
-        if not set(columns) <= set(table.fieldnames or ()):
-            found = ",".join(table.fieldnames or ["nothing"])
-            example = "--columns image,caption"
-            fail(f"{path} has the columns {found[:200]}, not {columns}: name yours as in {example}")
-        image, caption = columns
-        return [(row[image], row[caption] or "", "") for row in table]
+        found = table.fieldnames or []
+        if not set(columns) <= set(found):
+            fail(f"{path} has the columns {found}, not {columns}: name yours by --columns A,B")
+        return [(row[columns[0]], row[columns[1]] or "", "") for row in table]
 
 
-def open_captions(path, name, config):
-    """Return Pairs of a captions file, its part `name` where the file has parts."""
-    columns = config.columns.split(",")
+def open_captions(path, part, config):
+    """Return Pairs of a captions file, its part train or val (test) where the file has parts."""
     try:
+        columns = config.columns.split(",")
         rows = read_json(path) if path.suffix == ".json" else read_table(path, columns)
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        fail(f"{path} is no captions file of COCO, Karpathy or csv ({error!r}): expected {FORMATS}")
-    parts = {part for _, _, part in rows}
-    if parts - {""}:
-        evaluated = "test" if "test" in parts else "val"
-        rows = [row for row in rows if row[2] == (name if name == "train" else evaluated)]
+        fail(f"{path} is no captions file as COCO's, Karpathy's or a csv ({error!r})")
+    parts = {row[2] for row in rows}
+    wanted = "train" if part == "train" else min(parts - {"train"}, default="")
     captions = defaultdict(list)
-    for image, caption, _ in rows:
-        captions[image] += [caption.strip()] if caption.strip() else []
-    empty = [f"{path}: {image} has no caption" for image in captions if not captions[image]]
-    captions = {image: texts for image, texts in captions.items() if texts}
-    if not captions:
-        fail(f"no captions for {name} in {path}")
+    for image, caption, of_part in rows:
+        if caption.strip() and of_part in ("", wanted):
+            captions[image].append(caption.strip())
     root = Path(config.images).expanduser().absolute() if config.images else path.parent
     other = root.with_name(root.name.replace("train", "val"))  # train2017 and val2017 of COCO
-    root = other if name == "val" and other.is_dir() else root
+    if part == "val" and other.is_dir():
+        root = other
     images = [root / image for image in captions]
     if not any(image.is_file() for image in images[:100]):
-        advice = "download the images; --images is the folder that their names are relative to"
-        fail(f"no images at {images[0]}, nor the next that {path} names: {advice}")
-    names = list(captions)
-    labels = torch.full((len(names),), -1)
-    split = Pairs(images, names, labels, [], captions=list(captions.values()))
-    split.count_bad(empty)
-    return split
-
-
-def prompts_of(config):
-    """Return zero-shot prompts with {} for the class."""
-    if config.templates:
-        lines = Path(config.templates).read_text().splitlines()
-        prompts = [line for line in lines if "{}" in line]
-        return prompts or fail(f"no line of {config.templates} has a {{}} for the class")
-    imagenet = "imagenet" in f"{config.data} {config.val_data}"
-    return IMAGENET_PROMPTS if imagenet else CIFAR10_PROMPTS
+        advice = "--images is the folder that the names are relative to; download what is a link"
+        fail(f"{path} has no captions for {part}, or no images at {root}: {advice}")
+    note(f"{path}: {len(images)} images, {len(rows)} rows")
+    return unlabelled(images, list(captions), list(captions.values()), part)
 
 
 def names_of(classes, config):
@@ -933,43 +858,44 @@ def names_of(classes, config):
     return [[name] if isinstance(name, str) else name for name in names]
 
 
-def open_classes(data, name, config):
-    """Return Pairs of class folders: prompts about the class are the captions of its images."""
-    split = common.open_split(data, name)
+def class_captions(classes, config):
+    """Return the captions of each class: all prompts with all its names."""
+    imagenet = "imagenet" in f"{config.data} {config.val_data}"
+    prompts = IMAGENET_PROMPTS if imagenet else CIFAR10_PROMPTS
+    names = names_of(classes, config)
+    return [[prompt.format(name) for name in words for prompt in prompts] for words in names]
+
+
+def open_pairs(config, part, world):
+    """Return the `train` or `val` Pairs of --data or --val-data; None where there is no val."""
+    own = part == "train" or config.val_data  # the data are named for this part
+    data = config.val_data if part == "val" and own else config.data
+    if data == "toy":
+        return toy_world(part)[0]
+    root = Path(data).expanduser().absolute()
+    if not root.exists() and "/" not in data:
+        root = Path(os.environ.get("DATA", "data"), data)
+    if not root.exists() and data not in ("cifar10", *common.TOYS):
+        fail(f"no data at {root}: expected {FORMATS}")
+    shards = sorted(root.glob("[!.]*.tar"))
+    if root.is_file() and tarfile.is_tarfile(root):
+        shards = [root]
+    if shards:
+        return open_shards(shards, part, config, world) if own else None
+    if root.is_file():
+        if not own and "train" in root.name:
+            root = root.with_name(root.name.replace("train", "val"))
+            own = root.is_file()
+        parts = root.suffix == ".json" and '"split"' in root.read_text()
+        return open_captions(root, part, config) if own or parts else None
+    split = common.open_split(data, part)
     if split is None:
         return None
     if not split.classes:
         fail(f"{data} has images without captions: expected {FORMATS}")
-    texts = []
-    for synonyms in names_of(split.classes, config):
-        texts.append([prompt.format(word) for word in synonyms for prompt in prompts_of(config)])
+    texts = class_captions(split.classes, config)
     captions = [texts[label] for label in split.labels.tolist()]
-    return Pairs(split.images, split.names, split.labels, split.classes, captions=captions)
-
-
-def open_pairs(config, name, world):
-    """Return the `train` or `val` Pairs of --data or --val-data; None where there is no val."""
-    separate = name == "val" and config.val_data
-    data = config.val_data if separate else config.data
-    if data == "toy":
-        return toy_world(name)[0]
-    root = Path(data).expanduser().absolute()
-    if not root.exists() and "/" not in data:
-        root = Path(os.environ.get("DATA", "data"), data)
-    below = root.glob("[!.]*.tar") if root.is_dir() else root.parent.glob(root.name)
-    shards = sorted(path for path in below if path.suffix == ".tar")
-    if shards:
-        return open_shards(shards, config, world) if name == "train" or separate else None
-    if root.is_file():
-        if tarfile.is_tarfile(root):
-            fail(f"{root} is compressed: its members are read in place, so unpack it to a .tar")
-        if name == "train" or separate or (root.suffix == ".json" and "split" in root.read_text()):
-            return open_captions(root, name, config)
-        other = root.with_name(root.name.replace("train", "val"))
-        return open_captions(other, name, config) if other != root and other.is_file() else None
-    if not root.exists() and data not in ("cifar10", *common.TOYS):
-        fail(f"no data at {root}: expected {FORMATS}")
-    return open_classes(data, name, config)
+    return Pairs(**vars(split), captions=captions, centred=part == "val")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1014,7 +940,7 @@ def train(model, tokenizer, split, config, world):
         optimizer.param_groups[-1]["lr"] = lr * config.logit_lr
         pixels, tokens = run.next(loader, split)
         with world.autocast():
-            image, text, head = network(normalize(pixels), tokens)
+            image, text, head = network(clip_range(common.normalize(pixels)), tokens)
             loss = contrastive_loss(image, text, head, config)
         run.backward(loss)
         run.update()
@@ -1028,34 +954,6 @@ def train(model, tokenizer, split, config, world):
 # --------------------------------------------------------------------------------------------------
 # Evaluate
 # --------------------------------------------------------------------------------------------------
-
-
-def make_centre_crops(split, size, rows):
-    """Make a loader's item: (indices [B], pixels uint8 [B, 3, S, S], bad files)."""
-    box = functools.partial(centre_box, size)
-    return split.read_batch(rows, box, [size], Image.BICUBIC)
-
-
-@torch.no_grad()
-def encode_images(encode, split, config, world, batch=64):
-    """Encode a split on all ranks: (indices of its readable images, encode(images) [N, ...]).
-
-    encode: a function of normalised images [B, 3, S, S].
-    """
-    n = len(split)
-    # ranks take turns; all get as many batches, so beyond the end comes the last image again
-    starts = range(world.rank * batch, n + world.rank * batch, world.size * batch)
-    numbers = [[min(i, n - 1) for i in range(start, start + batch)] for start in starts]
-    crops = functools.partial(make_centre_crops, split, config.image_size)
-    found, encoded = [], []
-    for indices, pixels, bad in common.make_loader(crops, numbers, config, world):
-        split.count_bad(bad)
-        with world.autocast():
-            rows = encode(normalize(pixels.to(world.device)))
-        encoded.append(common.gather_over_ranks(rows.float()))
-        found.append(common.gather_over_ranks(indices.to(world.device)).cpu())
-    indices, first = np.unique(torch.cat(found), return_index=True)
-    return indices.tolist(), torch.cat(encoded)[torch.from_numpy(first).to(world.device)]
 
 
 @torch.no_grad()
@@ -1074,12 +972,11 @@ def score(model, text, tau, images):
 
     tau: temperature of the mixing, the model's or another.
     """
-    image = model.image(images)
+    image = model.image(clip_range(images))
     with torch.autocast(image.device.type, enabled=False):
-        image = image.float()
         if not isinstance(model, Llip):
-            return F.normalize(image, dim=1) @ F.normalize(text[:, -1], dim=1).T
-        k, v = image.unbind(1)
+            return F.normalize(image.float(), dim=1) @ F.normalize(text[:, 0], dim=1).T
+        k, v = image.float().unbind(1)
         pairs = pairs_in(image.device, *k.shape[1:3], text.shape[2])
         scores = []
         for part in text.split(max(1, pairs // len(image))):
@@ -1089,95 +986,85 @@ def score(model, text, tau, images):
 
 
 def mean_of_prompts(text):
-    """Pool the prompts of a class: [..., P, 2 or 1, D] -> [..., 2 or 1, D].
+    """Pool the prompts of a class: [P, 2 or 1, D] -> [2 or 1, D].
 
-    As in the released evaluation queries are averaged as they are, z' normalised before.
+    As in the released evaluation, queries are averaged as they are, z' normalised before.
     """
-    z = F.normalize(F.normalize(text[..., -1:, :], dim=-1).mean(-3), dim=-1)
-    return torch.cat([text[..., :-1, :].mean(-3), z], dim=-2)
+    z = F.normalize(text[:, -1], dim=1).mean(0)
+    return torch.cat([text[:, :-1].mean(0), F.normalize(z, dim=0)[None]])
 
 
-def class_texts(model, tokenizer, names, prompts, world):
-    """Return a text for each class, [C, 2 or 1, D]. names: the synonyms of each."""
-    captions = [[prompt.format(word) for word in words for prompt in prompts] for words in names]
-    texts = encode_texts(model, tokenizer, sum(captions, []), world)
-    parts = texts.split([len(prompts) for prompts in captions])
-    return torch.stack([mean_of_prompts(part) for part in parts])
+def recall(ranks, name, numbers):
+    """Return the percentage of ranks (0 is the best) that are among the first 1, 5, ..."""
+    return {f"{name}{k}": 100 * (ranks < k).float().mean().item() for k in numbers}
 
 
 def zeroshot(scores, labels):
-    """Return top-1 and top-5 accuracy in percent of scores [N, C]."""
-    order = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    hits = (order == labels[:, None]).float()
-    return {"top1": 100 * hits[:, 0].mean().item(), "top5": 100 * hits.sum(1).mean().item()}
+    """Return top-1 and top-5 accuracy of scores [N, C]."""
+    own = scores.gather(1, labels[:, None])
+    return recall((scores > own).sum(1), "top", (1, 5))
 
 
 def retrieval(scores, owner):
-    """Return recall in percent, both ways, and the spread over an image's captions.
+    """Return recall both ways, and the spread over an image's captions, in percent.
 
-    scores [N, T]; owner [T]: the image of each caption. Image to text: an own caption is among the
-    k best. Spread: standard deviation of the scores of an image's own captions, mean over images.
+    scores [N, T]; owner [T]: the image of each caption. Image to text: the best own caption counts.
+    Spread: standard deviation of the scores of an image's own captions, mean over images.
     """
-    n = len(scores)
     own = scores[owner, torch.arange(len(owner), device=owner.device)]  # [T]
-    best = scores.new_full((n,), -math.inf).scatter_reduce(0, owner, own, "amax")
-    ranks = {"i2t": (scores > best[:, None]).sum(1), "t2i": (scores > own).sum(0)}
-    results = {}
-    for name, rank in ranks.items():
-        for k in (1, 5, 10):
-            results[f"{name} R@{k}"] = 100 * (rank < k).float().mean().item()
-    counts = torch.bincount(owner, minlength=n)
-    mean = scores.new_zeros(n).index_add(0, owner, own) / counts
-    squares = scores.new_zeros(n).index_add(0, owner, (own - mean[owner]).square())
-    results["100 x spread"] = 100 * (squares / counts).sqrt().mean().item()
+    best = torch.full_like(scores[:, 0], -math.inf).scatter_reduce(0, owner, own, "amax")
+    results = recall((scores > best[:, None]).sum(1), "i2t R@", (1, 5, 10))
+    results.update(recall((scores > own).sum(0), "t2i R@", (1, 5, 10)))
+    counts = torch.bincount(owner, minlength=len(scores)).clamp(min=1)
+    mean = torch.zeros_like(best).index_add(0, owner, own) / counts
+    squares = torch.zeros_like(best).index_add(0, owner, (own - mean[owner]).square())
+    results["spread"] = 100 * (squares / counts).sqrt().mean().item()
     return results
 
 
 def evaluate_retrieval(model, tokenizer, split, tau, config, world):
     """Measure `retrieval` among the first 5,000 images of a split."""
-    few = min(5000, len(split))
-    captions = [split.captions[i] for i in range(few)]
-    if few < len(split):
-        split = replace(split, names=split.names[:few])
+    split = replace(split, names=split.names[:5000])
+    captions = [split.captions[i] for i in range(len(split))]
+    if config.data == "toy" and not config.val_data:  # what names a scene nearly alone
+        captions = [scene["relation"] + scene["scene"] for scene in toy_world("val")[1]]
     text = encode_texts(model, tokenizer, sum(captions, []), world)
     read = functools.partial(score, model, text, tau)
-    indices, scores = encode_images(read, split, config, world)
-    owner = torch.tensor([i for i, texts in enumerate(captions) for _ in texts])
-    kept = torch.isin(owner, torch.tensor(indices))  # captions of images that could be read
-    rows = torch.searchsorted(torch.tensor(indices), owner[kept])
-    return retrieval(scores[:, kept.to(world.device)], rows.to(world.device))
+    scores, _, names = common.extract(read, split, config, world)
+    rows = {name: row for row, name in enumerate(names)}  # of images that could be read
+    names = zip(split.names, captions, strict=True)
+    owner = torch.tensor([rows.get(name, -1) for name, texts in names for _ in texts])
+    owner = owner.to(world.device)
+    return retrieval(scores[:, owner >= 0], owner[owner >= 0]) if world.rank == 0 else {}
 
 
 def evaluate_zeroshot(model, tokenizer, split, tau, config, world):
-    """Classify by the texts of the classes."""
-    names = names_of(split.classes, config)
-    text = class_texts(model, tokenizer, names, prompts_of(config), world)
-    read = functools.partial(score, model, text, tau)
-    indices, scores = encode_images(read, split, config, world)
-    return zeroshot(scores, split.labels[indices].to(world.device))
+    """Classify by one text for each class."""
+    texts = []
+    for captions in class_captions(split.classes, config):
+        texts.append(mean_of_prompts(encode_texts(model, tokenizer, captions, world)))
+    read = functools.partial(score, model, torch.stack(texts), tau)
+    scores, labels, _ = common.extract(read, split, config, world)
+    return zeroshot(scores, labels) if world.rank == 0 else {}
 
 
 def evaluate_kinds(model, tokenizer, split, tau, config, world):
     """Return zero-shot accuracy on the toy by kind of caption, in percent.
 
-    A fact of an image is found if it scores above all phrases of its kind that are false of it.
-    Of relations and scenes only 500 phrases are asked.
+    A fact of a scene is found if it scores above all facts of its kind that are false of the scene.
     """
-    facts = toy_world("val")[1]
-    texts, answers = [], []
-    for kind, sentences in KINDS.items():
-        phrases = sorted({phrase for scene in facts for phrase in scene[kind]})
-        phrases = phrases[:: math.ceil(len(phrases) / 500)]
-        texts.append(class_texts(model, tokenizer, [[p] for p in phrases], sentences, world))
-        true = [[phrase in scene[kind] for phrase in phrases] for scene in facts]
-        answers.append(torch.tensor(true, device=world.device))
-    read = functools.partial(score, model, torch.cat(texts), tau)
-    scores = encode_images(read, split, config, world)[1].split([len(t) for t in texts], dim=1)
     results = {}
-    for kind, part, true in zip(KINDS, scores, answers, strict=True):
-        highest = part.masked_fill(true, -math.inf).amax(1, keepdim=True)  # of what is false
-        results[kind] = 100 * ((part > highest) & true).sum().item() / true.sum().item()
-    results["mean of kinds"] = sum(results.values()) / len(KINDS)
+    for kind in KINDS:
+        facts = [scene[kind] for scene in toy_world("val")[1]]
+        captions = sorted({fact for scene in facts for fact in scene})[:500]
+        text = encode_texts(model, tokenizer, captions, world)
+        read = functools.partial(score, model, text, tau)
+        scores, _, _ = common.extract(read, split, config, world)
+        if world.rank == 0:
+            true = [[caption in scene for caption in captions] for scene in facts]
+            true = torch.tensor(true, device=world.device)
+            best = scores.masked_fill(true, -math.inf).amax(1, keepdim=True)  # of what is false
+            results[kind] = 100 * (scores > best)[true].float().mean().item()
     return results
 
 
@@ -1193,20 +1080,15 @@ def evaluate(model, tokenizer, val, wanted, config, world, run):
 
     "mean token" mixes all tokens alike: what the caption's choice is worth.
     """
-    columns = {"trained": (model, config.tau)}
+    random = build(config, tokenizer.start + 2).to(world.device).eval()
+    columns = {"trained": (model, config.tau), "random": (random, config.tau)}
     if config.model == "llip":
         columns["mean token"] = (model, 1e9)
-    columns["random"] = (build(config, tokenizer.size).to(world.device).eval(), config.tau)
     results = {}
     for column, (network, tau) in columns.items():
         results[column] = {}
         for name in wanted:
-            split = val
-            if name == "retrieval" and config.data == "toy" and not config.val_data:
-                # of all that is true, what names a scene nearly alone
-                captions = [scene["relation"] + scene["scene"] for scene in toy_world("val")[1]]
-                split = replace(val, captions=captions)
-            found = EVALUATIONS[name](network, tokenizer, split, tau, config, world)
+            found = EVALUATIONS[name](network, tokenizer, val, tau, config, world)
             results[column].update(found)
     if world.rank == 0:
         run.report(results)
@@ -1217,13 +1099,22 @@ def write_features(model, split, config, world, run):
 
     Features are of no caption: the first shortlist of a search, which `score` then puts in order.
     """
-    indices, features = encode_images(model.describe, split, config, world)
-    arrays = {"features": F.normalize(features, dim=1).cpu()}
+
+    def describe(images):
+        image = model.image(clip_range(images))
+        if config.model == "llip":  # the mean of the values
+            image = image[:, 1].mean(2).flatten(1) @ model.out_proj
+        return F.normalize(image, dim=1)
+
+    split = replace(split, centred=True)
+    features, labels, paths = common.extract(describe, split, config, world)
+    arrays = {"features": features, "labels": labels}
     if config.tokens:
-        arrays["tokens"] = encode_images(model.visual, split, config, world)[1].cpu()
+        read = lambda images: model.visual(clip_range(images))  # noqa: E731
+        arrays["tokens"] = common.extract(read, split, config, world)[0]
     if world.rank == 0:
-        paths = [str(split.names[i]) for i in indices]
-        np.savez(run.out / "features.npz", labels=split.labels[indices], paths=paths, **arrays)
+        arrays = {name: x.cpu() for name, x in arrays.items()}
+        np.savez(run.out / "features.npz", paths=np.array(paths, dtype=str), **arrays)
         note(f"{run.out / 'features.npz'}: {len(paths)} images")
 
 
@@ -1251,37 +1142,34 @@ def token_maps(visual, images):
 
 
 @torch.no_grad()
-def draw_picture(path, model, tokenizer, images, captions, tile=112, text=28):
+def draw_picture(path, model, tokenizer, images, captions):
     """Show what different captions of an image look at: a row an image, a column a caption.
 
     Bright is where the tokens look that the caption takes, relative to the mean over captions.
     """
-    n = max(map(len, captions))
-    page = Image.new("RGB", ((n + 1) * (tile + 8), len(images) * (tile + text)), "white")
-    draw = ImageDraw.Draw(page)
-    maps = token_maps(model.visual, images)
+    maps = token_maps(model.visual, clip_range(images))
     side = math.isqrt(maps.shape[2])
-    for row, texts in enumerate(captions):
-        text_row = model.text(tokenizer(texts).to(images.device))
+    grid = []
+    for i, texts in enumerate(captions):
+        weights = maps.new_ones(maps.shape[1], len(texts))
         if isinstance(model, Llip):
-            k = model.image(images[row : row + 1])[:, 0]
-            q = text_row[:, 0].unflatten(1, (model.heads, -1))
-            weights = mixing_weights(k, q, model.tau)[:, 0].mean(0)  # [K, T]
-        else:
-            weights = maps.new_ones(1, len(texts))
-        seen = weights.T @ maps[row]  # [T, P]
-        seen = seen / (seen.mean(0) if len(texts) > 1 else seen.mean())
-        low = seen.amin(1, keepdim=True)
-        seen = (seen - low) / (seen.amax(1, keepdim=True) - low + 1e-6)
+            q = model.text(tokenizer(texts).to(images.device))[:, 0]
+            k = model.image(clip_range(images[i : i + 1]))[:, 0]
+            weights = mixing_weights(k, q.unflatten(1, (model.heads, -1)), model.tau)
+            weights = weights[:, 0].mean(0)  # [K, T]
+        seen = weights.T @ maps[i]  # [T, P]
+        seen = seen / seen.mean(0)
+        seen = seen / seen.amax(1, keepdim=True)
         seen = F.interpolate(seen.view(-1, 1, side, side), images.shape[2:], mode="bilinear")
-        picture = (images[row].cpu() * STD + MEAN).clamp(0, 1)
-        tiles = [picture, *(picture * (0.2 + 0.8 * seen.cpu()))]
-        for column, (pixels, caption) in enumerate(zip(tiles, ["", *texts], strict=True)):
-            corner = (column * (tile + 8), row * (tile + text))
-            pixels = (255 * pixels).byte().permute(1, 2, 0).numpy()
-            page.paste(Image.fromarray(pixels).resize((tile, tile)), (corner[0], corner[1] + text))
-            lines = f"{caption[:18]}\n{caption[18:36]}".encode("latin-1", "replace")
-            draw.text(corner, lines.decode("latin-1"), fill="black")
+        dark = -2.0
+        grid.append(torch.cat([images[i : i + 1], dark + (images[i] - dark) * seen]))
+    common.save_picture(path, torch.stack(grid))
+    page = Image.open(path)
+    draw = ImageDraw.Draw(page)
+    for i, texts in enumerate(captions):
+        for j, text in enumerate(texts):
+            words = text[:64].encode("latin-1", "replace").decode("latin-1")
+            draw.text((104 * j + 110, 104 * i + 5), re.sub(r"(.{15})", r"\1\n", words), "white")
     page.save(path)
     note(f"{path}: what captions of one image look at")
 
@@ -1289,12 +1177,12 @@ def draw_picture(path, model, tokenizer, images, captions, tile=112, text=28):
 def report(model, tokenizer, split, config, world, run):
     """Draw the picture after training."""
     rows = range(min(5, len(split)))
-    captions = [split.captions[i][:5] for i in rows]
-    if config.data == "toy" and not config.val_data:
-        facts = toy_world("val")[1]
-        captions = [facts[i]["place"] + facts[i]["relation"][:1] for i in rows]
-    _, pixels, _ = make_centre_crops(split, config.image_size, rows)
-    images = normalize(pixels.to(world.device))
+    captions = [split.captions[i] for i in rows]
+    count = min(5, *map(len, captions))
+    split = replace(split, centred=True)
+    _, pixels, _ = split.read_batch(rows, None, [config.image_size], Image.BICUBIC)
+    images = common.normalize(pixels.to(world.device))
+    captions = [texts[:count] for texts in captions]
     draw_picture(run.out / "picture.png", model, tokenizer, images, captions)
 
 
@@ -1323,9 +1211,10 @@ def read_weights(path, known=()):
     state = common.load_checkpoint(path)
     if "script" in state:
         state = common.load_own_checkpoint(path, "llip")
-        text = bytes(state["tokenizer"]["text"].tolist()).decode()
+        lines = bytes(state["tokenizer"]["text"].tolist()).decode().splitlines()
+        merges = [tuple(line.split(" ")) for line in lines]
         own = {name: state["config"][name] for name in MODEL}
-        return {"model": state["model"], "fields": own, "merges": text.split("\n") if text else []}
+        return {"model": state["model"], "fields": own, "merges": merges}
     weights = state.get("state_dict", state)
     needed = {"visual.conv1.weight", "visual.class_embedding", "text_projection"}
     if not needed <= weights.keys():
@@ -1346,11 +1235,11 @@ def read_weights(path, known=()):
         "image_size": patch * math.isqrt(len(positions) - len(tokens)),
         "patch": patch,
         "width": width,
-        "depth": count_blocks(weights, "visual.transformer."),
+        "depth": count_blocks(weights, "visual.transformer.resblocks"),
         "hidden": len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
         "mixture_tokens": len(tokens),
         "text_width": text_width,
-        "text_depth": count_blocks(weights, "transformer."),
+        "text_depth": count_blocks(weights, "transformer.resblocks"),
         "context": len(weights["positional_embedding"]),
         "embedding": embedding,
         "mix_norm": "K_norm.weight" in weights,
@@ -1663,13 +1552,13 @@ def main(argv=None):
     if skipped:
         note(f"{', '.join(sorted(skipped))}: skipped, since the val data cannot answer that")
     tokenizer = make_tokenizer(config, weights, split)
-    model = build(config, tokenizer.size)
+    model = build(config, tokenizer.start + 2)
     if weights:
         load_weights(model, weights, config.init)
     if config.train:
         run = train(model, tokenizer, split, config, world)
         # what is evaluated is what was saved, in a model that is neither wrapped nor sharded
-        model = build(config, tokenizer.size)
+        model = build(config, tokenizer.start + 2)
         load_weights(model, read_weights(run.out / "last.pt"), run.out / "last.pt")
     else:
         run = common.Run(config, world)
