@@ -126,7 +126,6 @@ class Config:
     # evaluation
     eval: str = "kinds,retrieval"  # comma-separated: kinds (toy), zeroshot, retrieval, features
     class_names: str = ""  # json list of names, or of lists of synonyms, in the classes' order
-    tokens: bool = False  # --eval features also writes the class tokens
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,24 +163,22 @@ def clean(text):
 
 
 def to_symbols(piece):
-    """Return a piece's bytes as characters, the last one marked: 'at' -> ('a', 't</w>')."""
-    *characters, last = [CHARACTERS[b] for b in piece.encode()]
-    return (*characters, last + "</w>")
+    """Return a piece's bytes as spaced characters, the last one marked: 'at' -> ' a  t</w> '."""
+    return "".join(f" {CHARACTERS[b]} " for b in piece.encode())[:-1] + "</w> "
 
 
-def merge(symbols, pair):
+def pairs_of(word):
+    """Return the neighbours in a word of spaced symbols."""
+    return list(itertools.pairwise(word.split()))
+
+
+def merge(word, pair):
     """Join all occurrences of a pair of neighbours, from left to right."""
-    joined = []
-    i = 0
-    while i < len(symbols):
-        length = 2 if symbols[i : i + 2] == pair else 1
-        joined.append("".join(symbols[i : i + length]))
-        i += length
-    return tuple(joined)
+    return word.replace(" {}  {} ".format(*pair), " {}{} ".format(*pair))
 
 
 def learn_merges(captions, count):
-    """Return up to `count` merges: each time the most frequent pair, of equals the first in order."""
+    """Return up to `count` merges: each time the most frequent pair, of equals the first."""
     pieces = Counter(piece for caption in captions for piece in PIECES.findall(clean(caption)))
     words = [to_symbols(piece) for piece in pieces]
     occurrences = list(pieces.values())
@@ -189,7 +186,7 @@ def learn_merges(captions, count):
     words_of = defaultdict(set)  # the words that hold a pair, or did
 
     def tally(word, sign):
-        for pair in itertools.pairwise(words[word]):
+        for pair in pairs_of(words[word]):
             pairs[pair] += sign * occurrences[word]
             words_of[pair].add(word)
 
@@ -231,11 +228,11 @@ class Tokenizer(nn.Module):
         ids = []
         for piece in PIECES.findall(clean(text)):
             if piece not in self.pieces:
-                symbols = to_symbols(piece)
-                while self.ranks.keys() & set(itertools.pairwise(symbols)):
-                    known = self.ranks.keys() & set(itertools.pairwise(symbols))
-                    symbols = merge(symbols, min(known, key=self.ranks.get))
-                self.pieces[piece] = [self.ids[symbol] for symbol in symbols]
+                word = to_symbols(piece)
+                for _ in piece.encode():  # as many merges as there can be
+                    known = self.ranks.keys() & pairs_of(word)
+                    word = merge(word, min(known, key=self.ranks.get)) if known else word
+                self.pieces[piece] = [self.ids[symbol] for symbol in word.split()]
             ids += self.pieces[piece]
         return ids
 
@@ -487,29 +484,25 @@ class PairLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, side, first, tau, *inputs):
-        """inputs: k, v, q, z', out_proj as for `pair_scores`, scale and bias [1]; side: of a tile."""
-        k, v, q, z_text, *shared = inputs
-        # heads first in memory: then the products within a tile need no copies
-        k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
-        gradients = [torch.zeros_like(x) for x in (k, v, q, z_text, *shared)]
-        total = torch.zeros_like(shared[-1])
-        for i in range(0, len(k), side):
-            for j in range(0, len(q), side):
-                rows = slice(i, i + side)
-                columns = slice(j, j + side)
-                tile = [k[rows], v[rows], q[columns], z_text[columns], *shared]
+        """inputs: k, v, q, z', out_proj as for `pair_scores`, scale, bias [1]. side: of a tile."""
+        gradients = [torch.zeros_like(x) for x in inputs]
+        total = 0.0
+        for i in range(0, len(inputs[0]), side):
+            for j in range(0, len(inputs[2]), side):
+                images = slice(i, i + side)
+                texts = slice(j, j + side)
+                places = [images, images, texts, texts, ..., ..., ...]
                 with torch.enable_grad():
+                    tile = [x[place] for x, place in zip(inputs, places, strict=True)]
                     tile = [x.detach().requires_grad_() for x in tile]
                     scores = pair_scores(*tile[:5], tau)
                     loss = sigmoid_loss(scores, *tile[5:], first + i - j)
-                    found = torch.autograd.grad(loss, tile)
-                for gradient, place, part in zip(
-                    gradients, [rows, rows, columns, columns, ..., ..., ...], found, strict=True
-                ):
+                    parts = torch.autograd.grad(loss, tile)
+                for gradient, place, part in zip(gradients, places, parts, strict=True):
                     gradient[place] += part
                 total += loss.detach()
         ctx.save_for_backward(*gradients)
-        return total[0]
+        return total
 
     @staticmethod
     def backward(ctx, incoming):
@@ -1095,7 +1088,7 @@ def evaluate(model, tokenizer, val, wanted, config, world, run):
 
 
 def write_features(model, split, config, world, run):
-    """Write features.npz: features [N, D], labels [N], paths, and with --tokens tokens [N, K, W].
+    """Write features.npz: features [N, D], labels [N], paths.
 
     Features are of no caption: the first shortlist of a search, which `score` then puts in order.
     """
@@ -1108,12 +1101,8 @@ def write_features(model, split, config, world, run):
 
     split = replace(split, centred=True)
     features, labels, paths = common.extract(describe, split, config, world)
-    arrays = {"features": features, "labels": labels}
-    if config.tokens:
-        read = lambda images: model.visual(clip_range(images))  # noqa: E731
-        arrays["tokens"] = common.extract(read, split, config, world)[0]
     if world.rank == 0:
-        arrays = {name: x.cpu() for name, x in arrays.items()}
+        arrays = {"features": features.cpu(), "labels": labels.cpu()}
         np.savez(run.out / "features.npz", paths=np.array(paths, dtype=str), **arrays)
         note(f"{run.out / 'features.npz'}: {len(paths)} images")
 
@@ -1142,48 +1131,42 @@ def token_maps(visual, images):
 
 
 @torch.no_grad()
-def draw_picture(path, model, tokenizer, images, captions):
+def draw_picture(model, tokenizer, split, config, world, run):
     """Show what different captions of an image look at: a row an image, a column a caption.
 
     Bright is where the tokens look that the caption takes, relative to the mean over captions.
     """
-    maps = token_maps(model.visual, clip_range(images))
-    side = math.isqrt(maps.shape[2])
-    grid = []
-    for i, texts in enumerate(captions):
-        weights = maps.new_ones(maps.shape[1], len(texts))
-        if isinstance(model, Llip):
-            q = model.text(tokenizer(texts).to(images.device))[:, 0]
-            k = model.image(clip_range(images[i : i + 1]))[:, 0]
-            weights = mixing_weights(k, q.unflatten(1, (model.heads, -1)), model.tau)
-            weights = weights[:, 0].mean(0)  # [K, T]
-        seen = weights.T @ maps[i]  # [T, P]
-        seen = seen / seen.mean(0)
-        seen = seen / seen.amax(1, keepdim=True)
-        seen = F.interpolate(seen.view(-1, 1, side, side), images.shape[2:], mode="bilinear")
-        dark = -2.0
-        grid.append(torch.cat([images[i : i + 1], dark + (images[i] - dark) * seen]))
-    common.save_picture(path, torch.stack(grid))
-    page = Image.open(path)
-    draw = ImageDraw.Draw(page)
-    for i, texts in enumerate(captions):
-        for j, text in enumerate(texts):
-            words = text[:64].encode("latin-1", "replace").decode("latin-1")
-            draw.text((104 * j + 110, 104 * i + 5), re.sub(r"(.{15})", r"\1\n", words), "white")
-    page.save(path)
-    note(f"{path}: what captions of one image look at")
-
-
-def report(model, tokenizer, split, config, world, run):
-    """Draw the picture after training."""
     rows = range(min(5, len(split)))
     captions = [split.captions[i] for i in rows]
     count = min(5, *map(len, captions))
     split = replace(split, centred=True)
-    _, pixels, _ = split.read_batch(rows, None, [config.image_size], Image.BICUBIC)
+    _, pixels, _ = common.centre_crops(split, config.image_size, rows)
     images = common.normalize(pixels.to(world.device))
-    captions = [texts[:count] for texts in captions]
-    draw_picture(run.out / "picture.png", model, tokenizer, images, captions)
+    maps = token_maps(model.visual, clip_range(images))
+    side = math.isqrt(maps.shape[2])
+    weights = maps.new_ones(len(rows), maps.shape[1], count)
+    if config.model == "llip":
+        for i in rows:
+            q = model.text(tokenizer(captions[i][:count]).to(world.device))[:, 0]
+            k = model.image(clip_range(images[i : i + 1]))[:, 0]
+            mixture = mixing_weights(k, q.unflatten(1, (model.heads, -1)), config.tau)
+            weights[i] = mixture[:, 0].mean(0)  # [K, T]
+    seen = weights.mT @ maps  # [B, T, P]
+    seen = seen / seen.mean(1, keepdim=True)
+    seen = seen / seen.amax(2, keepdim=True)
+    seen = F.interpolate(seen.unflatten(2, (side, side)), images.shape[2:], mode="bilinear")
+    images = images[:, None]
+    dark = -2.0
+    path = run.out / "picture.png"
+    shown = dark + (images - dark) * seen[:, :, None]
+    common.save_picture(path, torch.cat([images, shown], dim=1))
+    page = Image.open(path)
+    draw = ImageDraw.Draw(page)
+    for i, j in itertools.product(rows, range(count)):
+        text = re.sub("(.{15})", r"\1\n", captions[i][j][:60])
+        draw.text((104 * j + 110, 104 * i + 5), text, "white")
+    page.save(path)
+    note(f"{path}: what captions of one image look at")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1496,18 +1479,15 @@ def check(config, world):
     c = config
     if c.image_size % c.patch:
         fail(f"--image-size {c.image_size} is no multiple of --patch {c.patch}")
-    pairs = [("width", "heads"), ("text_width", "text_heads"), ("embedding", "mix_heads")]
-    for names in pairs:
-        flags = [f"--{name.replace('_', '-')} {getattr(c, name)}" for name in names]
-        if getattr(c, names[0]) % getattr(c, names[1]):
-            fail(f"{flags[0]} is no multiple of its heads, {flags[1]}")
+    pairs = [(c.width, c.heads), (c.text_width, c.text_heads), (c.embedding, c.mix_heads)]
+    for width, heads in pairs:
+        if width % heads:
+            fail(f"a width of {width} is no multiple of its heads, {heads}: see --width, --heads")
     known = {*EVALUATIONS, "features", "none"}
     if set(c.eval.split(",")) - known:
         fail(f"--eval {c.eval} must name some of {', '.join(sorted(known))}")
-    if len(c.columns.split(",")) != 2:
-        fail(f"--columns {c.columns} must be two names with a comma, such as filepath,title")
-    if c.tau == 0 or c.context < 3:
-        fail("--tau must be above 0, --context at least 3")
+    if c.tau == 0 or c.context < 3 or len(c.columns.split(",")) != 2:
+        fail("--tau must be above 0, --context at least 3, --columns two names with a comma")
     if not c.train and not c.init:
         fail("--no-train needs weights to evaluate: add --init")
     if c.train and (c.batch < 2 or c.batch % world.size):
@@ -1516,14 +1496,12 @@ def check(config, world):
         fail("--shard works with bf16 and fp32, not with --precision fp16")
 
 
-def make_tokenizer(config, weights, split):
-    """Return the Tokenizer of the weights, of --vocabulary, or learned from the captions."""
-    merges = weights["merges"] if weights else None
+def make_tokenizer(config, merges, split):
+    """Return the Tokenizer of the weights' merges, of --vocabulary, or of the split's captions."""
     if merges is None and config.vocabulary:
         merges = read_merges(config.vocabulary)
-    elif weights and merges is None:
-        advice = "add --vocabulary bpe_simple_vocab_16e6.txt.gz"
-        fail(f"{config.init} does not hold its vocabulary: {advice}")
+    elif merges is None and config.init:
+        fail(f"{config.init} has no vocabulary: add --vocabulary bpe_simple_vocab_16e6.txt.gz")
     elif merges is None:
         rows = range(0, len(split), math.ceil(len(split) / 20000))
         captions = {caption for i in rows for caption in split.captions[i]}
@@ -1535,41 +1513,44 @@ def make_tokenizer(config, weights, split):
 def main(argv=None):
     """Train and evaluate; see --help."""
     config, typed = common.parse_config(Config, PRESETS, DATA_PRESETS, argv)
-    weights = None
+    merges = None
     if config.init:
         weights = read_weights(config.init, {name: getattr(config, name) for name in typed})
         config = common.adopt(config, weights["fields"], typed, config.init)
+        merges = weights["merges"]
     world = common.start_world(config.device, config.precision)
     check(config, world)
-    wanted = set(config.eval.split(",")) - {"none"}
     split = open_pairs(config, "train", world) if config.train else None
-    val = open_pairs(config, "val", world) if wanted or config.train else None
-    toy = config.data == "toy" and not config.val_data
-    possible = {"features", "kinds", "retrieval"} if toy else {"features", "retrieval"}
+    val = open_pairs(config, "val", world)
+    wanted = set(config.eval.split(","))
+    possible = {"features"}
     if val and val.classes:
-        possible = {"features", "zeroshot"}
-    skipped = wanted - (possible if val else {"features"})
+        possible.add("zeroshot")
+    elif val:
+        possible |= (
+            {"retrieval", "kinds"} if val.images is toy_world("val")[0].images else {"retrieval"}
+        )
+    skipped = wanted - possible - {"none"}
     if skipped:
         note(f"{', '.join(sorted(skipped))}: skipped, since the val data cannot answer that")
-    tokenizer = make_tokenizer(config, weights, split)
+    tokenizer = make_tokenizer(config, merges, split)
     model = build(config, tokenizer.start + 2)
-    if weights:
+    if config.init:
         load_weights(model, weights, config.init)
     if config.train:
         run = train(model, tokenizer, split, config, world)
         # what is evaluated is what was saved, in a model that is neither wrapped nor sharded
-        model = build(config, tokenizer.start + 2)
-        load_weights(model, read_weights(run.out / "last.pt"), run.out / "last.pt")
+        model = load_model(run.out / "last.pt")[0]
     else:
         run = common.Run(config, world)
     model.to(world.device).eval()
     if config.train and world.rank == 0:
-        report(model, tokenizer, val or split, config, world, run)
+        draw_picture(model, tokenizer, val or split, config, world, run)
     if "features" in wanted:
         write_features(model, val or split, config, world, run)
-    asked = [name for name in EVALUATIONS if name in wanted - skipped]
-    if asked:
-        evaluate(model, tokenizer, val, asked, config, world, run)
+    evaluations = [name for name in EVALUATIONS if name in wanted & possible]
+    if evaluations:
+        evaluate(model, tokenizer, val, evaluations, config, world, run)
 
 
 if __name__ == "__main__":
