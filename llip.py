@@ -52,7 +52,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from torch import nn
 from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
@@ -180,27 +180,26 @@ def merge(word, pair):
 def learn_merges(captions, count):
     """Return up to `count` merges: each time the most frequent pair, of equals the first."""
     pieces = Counter(piece for caption in captions for piece in PIECES.findall(clean(caption)))
-    words = [to_symbols(piece) for piece in pieces]
-    occurrences = list(pieces.values())
+    words = {to_symbols(piece): n for piece, n in pieces.items()}
     pairs = Counter()
-    words_of = defaultdict(set)  # the words that hold a pair, or did
 
-    def tally(word, sign):
-        for pair in pairs_of(words[word]):
-            pairs[pair] += sign * occurrences[word]
-            words_of[pair].add(word)
+    def tally(word, n):
+        for pair in pairs_of(word):
+            pairs[pair] += n
 
-    for word in range(len(words)):
-        tally(word, 1)
+    for word, n in words.items():
+        tally(word, n)
     merges = []
     while len(merges) < count and max(pairs.values(), default=0) > 1:
         most = max(pairs.values())
         best = min(pair for pair, n in pairs.items() if n == most)
         merges.append(best)
-        for word in words_of.pop(best):
-            tally(word, -1)
-            words[word] = merge(words[word], best)
-            tally(word, 1)
+        for word in list(words):
+            merged = merge(word, best)
+            if merged != word:
+                words[merged] = words.pop(word)
+                tally(word, -words[merged])
+                tally(merged, words[merged])
     return merges
 
 
@@ -238,25 +237,32 @@ class Tokenizer(nn.Module):
 
     def forward(self, captions):
         """Return int64 [T, L]. Of a caption that is too long, the end stays."""
-        rows = torch.zeros(len(captions), self.context, dtype=torch.long)
-        for row, caption in zip(rows, captions, strict=True):
+        rows = []
+        for caption in captions:
             ids = [self.start, *self.encode(caption)][: self.context - 1]
-            row[: len(ids) + 1] = torch.tensor([*ids, self.start + 1])
-        return rows
+            rows.append([*ids, self.start + 1] + [0] * (self.context - 1 - len(ids)))
+        return torch.tensor(rows)
 
 
-def read_merges(path):
+def locate(name):
+    """Return the path of a file or folder that may be in $DATA."""
+    path = Path(name).expanduser().absolute()
+    if not path.exists() and "/" not in name:
+        path = Path(os.environ.get("DATA", "data"), name)
+    return path
+
+
+def read_merges(name):
     """Read a vocabulary file: gzip, a header, then "left right" a line."""
-    places = [Path(path).expanduser(), Path(os.environ.get("DATA", "data"), path)]
-    found = [place for place in places if place.is_file()]
-    if not found:
+    path = locate(name)
+    if not path.is_file():
         advice = "CLIP's repository has it; or learn one by --vocabulary '' --merges 4000"
-        fail(f"no vocabulary at {places[0]} or {places[1]}: {advice}")
+        fail(f"no vocabulary at {path}: {advice}")
     try:
-        lines = gzip.decompress(found[0].read_bytes()).decode().split("\n")
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     except (OSError, EOFError, ValueError) as error:
-        fail(f"{found[0]} is no vocabulary file: {error}")
-    return [tuple(line.split(" ")) for line in lines[1 : 1 + MERGES] if line]
+        fail(f"{path} is no vocabulary file: {error}")
+    return [tuple(line.split(" ")) for line in lines[1 : 1 + MERGES]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -377,8 +383,8 @@ class CLIP(nn.Module):
         """
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         ends = tokens.argmax(1)  # the end has the largest id
-        later = torch.ones(2 * tokens.shape[1:], dtype=torch.bool, device=x.device).triu(1)
-        x = self.transformer(x, mask=later)
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], x.device)
+        x = self.transformer(x, mask=mask)
         return self.ln_final(x[torch.arange(len(x), device=x.device), ends])
 
     def image(self, images):
@@ -391,7 +397,7 @@ class CLIP(nn.Module):
 
     def forward(self, images, tokens):
         """Return all that the loss takes, as DDP and FSDP want it: image, text, and the head."""
-        names = ("out_proj", "logit_scale", "logit_bias")
+        names = ("logit_scale", "logit_bias", "out_proj")
         head = {name: getattr(self, name).clone() for name in names if hasattr(self, name)}
         return self.image(images), self.text(tokens), head
 
@@ -419,7 +425,8 @@ class Llip(CLIP):
         h = self.visual(images)  # [B, K, W]
         k = self.K_norm(torch.einsum("bkw,kwd->bkd", h, self.k_proj))
         v = self.V_norm(torch.einsum("bkw,kwd->bkd", h, self.v_proj))
-        return torch.stack([k, v], dim=1).unflatten(3, (self.heads, -1)).transpose(2, 3)
+        both = torch.stack([k, v], dim=1).unflatten(3, (self.heads, -1))
+        return both.transpose(2, 3)
 
     def text(self, tokens):
         """Captions int64 [T, L] -> queries and z', [T, 2, D]."""
@@ -443,9 +450,9 @@ def mixing_weights(k, q, tau):
 
     k: keys [B, H, K, d]; q: queries [T, H, d].
     """
-    images, heads, tokens, _ = k.shape
-    logits = k.transpose(0, 1).flatten(1, 2) @ (q / tau).permute(1, 2, 0)  # [H, B*K, T]
-    return logits.view(heads, images, tokens, -1).softmax(2)
+    keys = k.transpose(0, 1)
+    logits = keys.flatten(1, 2) @ (q / tau).permute(1, 2, 0)  # [H, B*K, T]
+    return logits.view(*keys.shape[:3], -1).softmax(2)
 
 
 def pair_scores(k, v, q, z_text, out_proj, tau):
@@ -469,10 +476,11 @@ def sigmoid_loss(scores, scale, bias, first):
     return -F.logsigmoid(y * (scale * scores + bias)).sum()
 
 
-def pairs_in(device, heads, tokens, width):
+def pairs_in_tile(k, z_text):
     """Return how many pairs a tile may have: what a CPU's caches hold, or what fills a GPU."""
-    memory = 2**29 if device.type == "cuda" else 2**24
-    return max(1, memory // (4 * (3 * heads * tokens + 4 * width)))
+    _, heads, tokens, _ = k.shape
+    memory = 2**29 if k.device.type == "cuda" else 2**24
+    return max(1, memory // (4 * (3 * heads * tokens + 4 * z_text.shape[1])))
 
 
 class PairLoss(torch.autograd.Function):
@@ -515,13 +523,14 @@ def gather(x):
     return torch.cat(all_gather(x)) if dist.is_initialized() else x
 
 
-def contrastive_loss(image, text, head, config, side=0):
+def contrastive_loss(image, text, head, config):
     """Return the loss of this rank's images against all ranks' captions, divided by the images.
 
     image, text, head: what the model returns; caption i belongs to image i. The mean over ranks is
-    the loss of the global batch. side: of a tile of pairs, 0 = by memory.
+    the loss of the global batch.
     """
-    first = dist.get_rank() * len(image) if dist.is_initialized() else 0
+    n = len(image)
+    first = dist.get_rank() * n if dist.is_initialized() else 0
     # fp32, since gradients of bf16 would be off by a percent
     with torch.autocast(image.device.type, enabled=False):
         image = image.float()
@@ -530,19 +539,17 @@ def contrastive_loss(image, text, head, config, side=0):
         z_text = gather(text[:, -1])
         if config.model == "llip":
             k, v = image.unbind(1)
-            q = gather(text[:, 0]).unflatten(1, (k.shape[1], -1))
-            limit = pairs_in(image.device, *k.shape[1:3], text.shape[2])
-            pieces = (k, v, q, z_text, head["out_proj"], scale, head["logit_bias"])
-            total = PairLoss.apply(side or math.isqrt(limit), first, config.tau, *pieces)
-            return total / len(image)
+            q = gather(text[:, 0]).unflatten(1, (config.mix_heads, -1))
+            side = math.isqrt(pairs_in_tile(k, z_text))
+            shared = (head["out_proj"], scale, head["logit_bias"])
+            return PairLoss.apply(side, first, config.tau, k, v, q, z_text, *shared) / n
         image = F.normalize(image, dim=1)
         z_text = F.normalize(z_text, dim=1)
-        scores = image @ z_text.T  # [B, T]
         if config.model == "siglip":
-            return sigmoid_loss(scores, scale, head["logit_bias"], first) / len(image)
-        own = torch.arange(first, first + len(image), device=image.device)
-        captions = scale * z_text[own] @ gather(image).T
-        return (F.cross_entropy(scale * scores, own) + F.cross_entropy(captions, own)) / 2
+            return sigmoid_loss(image @ z_text.T, scale, head["logit_bias"], first) / n
+        own = torch.arange(first, first + n, device=image.device)
+        image_to_text = F.cross_entropy(scale * image @ z_text.T, own)
+        return (image_to_text + F.cross_entropy(scale * z_text[own] @ gather(image).T, own)) / 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -564,22 +571,15 @@ GLYPHS = """
 ..########..  ############  ############  ....####....  ..########..  ............
 ....####....  ############  ############  ....####....  ....####....  ............
 """
-COLOURS = {
-    "red": (220, 50, 40),
-    "green": (50, 180, 60),
-    "blue": (50, 80, 220),
-    "yellow": (230, 210, 50),
-    "pink": (230, 110, 190),
-    "white": (235, 235, 235),
-}
+COLOURS = "red green blue yellow magenta white".split()
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-KINDS = ("object", "place", "relation", "count", "scene")
+KINDS = ("object", "place", "count", "relation", "scene")
 
 
 def facts_of(names):
     """Return what is true of a scene, {kind of caption: captions}. names: {place: "red circle"}."""
     relations = []
-    for a, b in itertools.combinations(sorted(names), 2):
+    for a, b in itertools.combinations(names, 2):
         if a // 2 == b // 2:
             relations.append(f"{names[a]} left of {names[b]}")
         elif a % 2 == b % 2:
@@ -587,38 +587,38 @@ def facts_of(names):
     return {
         "object": [f"a {name}" for name in names.values()],
         "place": [f"{PLACES[place]} {name}" for place, name in names.items()],
-        "relation": relations,
         "count": [f"{len(names)} shapes"],
-        "scene": [", ".join(names[place] for place in sorted(names))],
+        "relation": relations,
+        "scene": [", ".join(names.values())],
     }
 
 
 @functools.lru_cache(maxsize=2)
-def toy_world(name):
+def toy_world(part):
     """Return 8,000 scenes (train) or 1,000 others (val) as Pairs, and the facts of each.
 
-    A scene has two to four objects, at most one in each quarter. All its facts are captions.
+    A scene has two to four objects, at most one in each quarter. All facts are captions; for
+    retrieval (val) only those that name a scene nearly alone.
     """
-    count = 8000 if name == "train" else 1000
+    count = 8000 if part == "train" else 1000
     random = np.random.default_rng(count)
     rows = [line.split() for line in GLYPHS.strip().split("\n")]
-    glyphs = np.array([[list(part) for part in row] for row in rows]) == "#"  # [12, 6, 12]
-    ground = random.uniform(20, 70, (count, 1, 1, 1))
-    pixels = ground + random.normal(0, 6, (count, 32, 32, 3))
+    glyphs = np.array([[list(cells) for cells in row] for row in rows]) == "#"  # [12, 6, 12]
+    pixels = random.normal(random.uniform(20, 70, (count, 1, 1, 1)), 6, (count, 32, 32, 3))
     facts = []
     for image in pixels:
         names = {}
-        for place in random.permutation(4)[: random.integers(2, 5)].tolist():
+        for place in sorted(random.permutation(4)[: random.integers(2, 5)]):
             shape, colour = random.integers(0, 6, 2)
             top, left = random.integers(0, 5, 2) + 16 * np.array(divmod(place, 2))
-            word, paint = list(COLOURS.items())[colour]
-            area = image[top : top + 12, left : left + 12]
-            area[glyphs[:, shape]] += np.array(paint) * random.uniform(0.6, 0.9)
-            names[place] = f"{word} {SHAPES[shape]}"
+            paint = np.array(ImageColor.getrgb(COLOURS[colour])) * random.uniform(0.6, 0.8)
+            image[top : top + 12, left : left + 12][glyphs[:, shape]] += paint
+            names[place] = f"{COLOURS[colour]} {SHAPES[shape]}"
         facts.append(facts_of(names))
-    captions = [sum(scene.values(), []) for scene in facts]
+    kinds = KINDS if part == "train" else ("relation", "scene")
+    captions = [[caption for kind in kinds for caption in scene[kind]] for scene in facts]
     images = list(pixels.clip(0, 255).astype(np.uint8))
-    return unlabelled(images, range(count), captions, name), facts
+    return unlabelled(images, range(count), captions, part), facts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -627,15 +627,16 @@ def toy_world(name):
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # CLIP's
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+SHIFT = (common.MEAN - MEAN) / STD
+SCALE = common.STD / STD
 WINDOW = 5000  # samples of tar shards that are shuffled together
 FORMATS = "a captions file (.json, .csv, .tsv), tar shards, or a folder with train/CLASS/*.jpg"
 
 
 def clip_range(images):
     """Bring images [B, 3, H, W] from ImageNet's normalisation, common's, to CLIP's."""
-    scale = (common.STD / STD).to(images.device, non_blocking=True)
-    shift = ((common.MEAN - MEAN) / STD).to(images.device, non_blocking=True)
-    return images * scale + shift
+    scale = SCALE.to(images.device, non_blocking=True)
+    return images * scale + SHIFT.to(images.device, non_blocking=True)
 
 
 class Member(io.BytesIO):
@@ -816,71 +817,69 @@ def read_table(path, columns):
         return [(row[columns[0]], row[columns[1]] or "", "") for row in table]
 
 
+def as_val(path):
+    """Return the path with val for train in its name, if there is such a file or folder."""
+    other = path.with_name(path.name.replace("train", "val"))
+    return other if other.exists() else path
+
+
 def open_captions(path, part, config):
-    """Return Pairs of a captions file, its part train or val (test) where the file has parts."""
+    """Return Pairs of a captions file; None if it has no captions for this part."""
     try:
         columns = config.columns.split(",")
         rows = read_json(path) if path.suffix == ".json" else read_table(path, columns)
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
+    except (LookupError, TypeError, ValueError, csv.Error) as error:
         fail(f"{path} is no captions file as COCO's, Karpathy's or a csv ({error!r})")
-    parts = {row[2] for row in rows}
-    wanted = "train" if part == "train" else min(parts - {"train"}, default="")
+    parts = {row[2] for row in rows} - {"train"}
+    wanted = "train" if part == "train" else min(parts, default="")  # test, else val
     captions = defaultdict(list)
     for image, caption, of_part in rows:
         if caption.strip() and of_part in ("", wanted):
             captions[image].append(caption.strip())
-    root = Path(config.images).expanduser().absolute() if config.images else path.parent
-    other = root.with_name(root.name.replace("train", "val"))  # train2017 and val2017 of COCO
-    if part == "val" and other.is_dir():
-        root = other
+    root = locate(config.images) if config.images else path.parent
+    root = as_val(root) if part == "val" else root
     images = [root / image for image in captions]
     if not any(image.is_file() for image in images[:100]):
         advice = "--images is the folder that the names are relative to; download what is a link"
         fail(f"{path} has no captions for {part}, or no images at {root}: {advice}")
-    note(f"{path}: {len(images)} images, {len(rows)} rows")
     return unlabelled(images, list(captions), list(captions.values()), part)
 
 
-def names_of(classes, config):
-    """Return the synonyms of each class: of --class-names, or made of its folder's name."""
-    if not config.class_names:
-        return [[name.replace("_", " ")] for name in classes]
-    names = json.loads(Path(config.class_names).read_text())
+def class_captions(classes, config):
+    """Return the captions of each class: all prompts, with its name or its --class-names."""
+    names = [name.replace("_", " ") for name in classes]
+    if config.class_names:
+        names = json.loads(Path(config.class_names).read_text())
     if len(names) != len(classes):
         fail(f"{config.class_names} has {len(names)} names, the data has {len(classes)} classes")
-    return [[name] if isinstance(name, str) else name for name in names]
-
-
-def class_captions(classes, config):
-    """Return the captions of each class: all prompts with all its names."""
     imagenet = "imagenet" in f"{config.data} {config.val_data}"
     prompts = IMAGENET_PROMPTS if imagenet else CIFAR10_PROMPTS
-    names = names_of(classes, config)
-    return [[prompt.format(name) for name in words for prompt in prompts] for words in names]
+    captions = []
+    for name in names:
+        synonyms = [name] if isinstance(name, str) else name
+        captions.append([prompt.format(word) for word in synonyms for prompt in prompts])
+    return captions
 
 
 def open_pairs(config, part, world):
     """Return the `train` or `val` Pairs of --data or --val-data; None where there is no val."""
-    own = part == "train" or config.val_data  # the data are named for this part
-    data = config.val_data if part == "val" and own else config.data
+    derived = part == "val" and not config.val_data  # the val part of --data
+    data = config.val_data if part == "val" and not derived else config.data
     if data == "toy":
         return toy_world(part)[0]
-    root = Path(data).expanduser().absolute()
-    if not root.exists() and "/" not in data:
-        root = Path(os.environ.get("DATA", "data"), data)
+    root = locate(data)
     if not root.exists() and data not in ("cifar10", *common.TOYS):
         fail(f"no data at {root}: expected {FORMATS}")
     shards = sorted(root.glob("[!.]*.tar"))
     if root.is_file() and tarfile.is_tarfile(root):
         shards = [root]
     if shards:
-        return open_shards(shards, part, config, world) if own else None
+        return None if derived else open_shards(shards, part, config, world)
     if root.is_file():
-        if not own and "train" in root.name:
-            root = root.with_name(root.name.replace("train", "val"))
-            own = root.is_file()
-        parts = root.suffix == ".json" and '"split"' in root.read_text()
-        return open_captions(root, part, config) if own or parts else None
+        path = as_val(root) if derived else root
+        if derived and path == root and '"split"' not in root.read_text():
+            return None
+        return open_captions(path, part, config)
     split = common.open_split(data, part)
     if split is None:
         return None
@@ -906,11 +905,11 @@ def schedules(config, step, steps):
 
 def make_optimizer(model, config):
     """Return AdamW. Groups: decayed, undecayed, and the loss's scale and bias."""
-    own = [p for name, p in model.named_parameters() if name in ("logit_scale", "logit_bias")]
     groups = common.parameter_groups(model)
     for group in groups:
-        group["params"] = [p for p in group["params"] if all(p is not other for other in own)]
-    groups.append({"decay": False, "params": own})
+        group["params"] = [p for p in group["params"] if p.numel() > 1]
+    logits = [p for p in model.parameters() if p.numel() == 1]  # no other is a single number
+    groups.append({"decay": False, "params": logits})
     beta2 = 0.95 if config.model == "llip" else 0.98
     return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-6, fused=True)
 
@@ -939,8 +938,7 @@ def train(model, tokenizer, split, config, world):
         run.update()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        logits = {name: head[name].detach() for name in head if name != "out_proj"}
-        run.log(lr=lr, **logits)
+        run.log(lr=lr, scale=head["logit_scale"].exp(), bias=head.get("logit_bias", 0.0))
     return run
 
 
@@ -965,14 +963,13 @@ def score(model, text, tau, images):
 
     tau: temperature of the mixing, the model's or another.
     """
-    image = model.image(clip_range(images))
+    image = model.image(clip_range(images)).float()
     with torch.autocast(image.device.type, enabled=False):
         if not isinstance(model, Llip):
-            return F.normalize(image.float(), dim=1) @ F.normalize(text[:, 0], dim=1).T
-        k, v = image.float().unbind(1)
-        pairs = pairs_in(image.device, *k.shape[1:3], text.shape[2])
+            return F.normalize(image, dim=1) @ F.normalize(text[:, 0], dim=1).T
+        k, v = image.unbind(1)
         scores = []
-        for part in text.split(max(1, pairs // len(image))):
+        for part in text.split(max(1, pairs_in_tile(k, text[:, 0]) // len(image))):
             q = part[:, 0].unflatten(1, (model.heads, -1))
             scores.append(pair_scores(k, v, q, part[:, 1], model.out_proj, tau))
         return torch.cat(scores, dim=1)
@@ -984,7 +981,8 @@ def mean_of_prompts(text):
     As in the released evaluation, queries are averaged as they are, z' normalised before.
     """
     z = F.normalize(text[:, -1], dim=1).mean(0)
-    return torch.cat([text[:, :-1].mean(0), F.normalize(z, dim=0)[None]])
+    z = F.normalize(z, dim=0)[None]
+    return torch.cat([text[:, :-1].mean(0), z])
 
 
 def recall(ranks, name, numbers):
@@ -1019,8 +1017,6 @@ def evaluate_retrieval(model, tokenizer, split, tau, config, world):
     """Measure `retrieval` among the first 5,000 images of a split."""
     split = replace(split, names=split.names[:5000])
     captions = [split.captions[i] for i in range(len(split))]
-    if config.data == "toy" and not config.val_data:  # what names a scene nearly alone
-        captions = [scene["relation"] + scene["scene"] for scene in toy_world("val")[1]]
     text = encode_texts(model, tokenizer, sum(captions, []), world)
     read = functools.partial(score, model, text, tau)
     scores, _, names = common.extract(read, split, config, world)
@@ -1099,7 +1095,6 @@ def write_features(model, split, config, world, run):
             image = image[:, 1].mean(2).flatten(1) @ model.out_proj
         return F.normalize(image, dim=1)
 
-    split = replace(split, centred=True)
     features, labels, paths = common.extract(describe, split, config, world)
     if world.rank == 0:
         arrays = {"features": features.cpu(), "labels": labels.cpu()}
@@ -1113,21 +1108,14 @@ def write_features(model, split, config, world, run):
 
 
 def token_maps(visual, images):
-    """Return where each class token looks, [B, K, P], each map with sum 1.
-
-    Attention is rolled out over the blocks: mean over heads, half of it the residual path.
-    """
+    """Return where the class tokens look in the last block, mean over heads, [B, K, P]."""
     x = visual.embed(images)
-    same = torch.eye(x.shape[1], device=x.device)
-    rolled = same
-    for block in visual.transformer.resblocks:
-        keys = block.ln_1(x)
-        attention = block.attn(keys, keys, keys)[1]  # [B, N, N]
-        rolled = (attention + same) / 2 @ rolled
+    *blocks, last = visual.transformer.resblocks
+    for block in blocks:
         x = block(x)
+    x = last.ln_1(x)
     tokens = len(visual.class_embedding)
-    maps = rolled[:, :tokens, tokens:]
-    return maps / maps.sum(2, keepdim=True)
+    return last.attn(x[:, :tokens], x, x)[1][:, :, tokens:]
 
 
 @torch.no_grad()
@@ -1136,33 +1124,31 @@ def draw_picture(model, tokenizer, split, config, world, run):
 
     Bright is where the tokens look that the caption takes, relative to the mean over captions.
     """
-    rows = range(min(5, len(split)))
-    captions = [split.captions[i] for i in rows]
+    n = min(5, len(split))
+    captions = [split.captions[i] for i in range(n)]
     count = min(5, *map(len, captions))
-    split = replace(split, centred=True)
-    _, pixels, _ = common.centre_crops(split, config.image_size, rows)
+    captions = [texts[:count] for texts in captions]
+    _, pixels, _ = common.centre_crops(split, config.image_size, range(n))
     images = common.normalize(pixels.to(world.device))
     maps = token_maps(model.visual, clip_range(images))
-    side = math.isqrt(maps.shape[2])
-    weights = maps.new_ones(len(rows), maps.shape[1], count)
+    weights = maps.new_ones(n, maps.shape[1], count)
     if config.model == "llip":
-        for i in rows:
-            q = model.text(tokenizer(captions[i][:count]).to(world.device))[:, 0]
-            k = model.image(clip_range(images[i : i + 1]))[:, 0]
-            mixture = mixing_weights(k, q.unflatten(1, (model.heads, -1)), config.tau)
-            weights[i] = mixture[:, 0].mean(0)  # [K, T]
+        q = model.text(tokenizer(sum(captions, [])).to(world.device))[:, 0]
+        k = model.image(clip_range(images))[:, 0]
+        weights = mixing_weights(k, q.unflatten(1, (model.heads, -1)), config.tau).mean(0)
+        weights = weights.unflatten(2, (n, count))[range(n), :, range(n)]  # [B, K, T]
     seen = weights.mT @ maps  # [B, T, P]
     seen = seen / seen.mean(1, keepdim=True)
-    seen = seen / seen.amax(2, keepdim=True)
-    seen = F.interpolate(seen.unflatten(2, (side, side)), images.shape[2:], mode="bilinear")
+    side = math.isqrt(maps.shape[2])
+    seen = (seen / seen.amax(2, keepdim=True)).unflatten(2, (side, side))
+    seen = F.interpolate(seen, images.shape[2:], mode="bilinear")[:, :, None]
     images = images[:, None]
     dark = -2.0
     path = run.out / "picture.png"
-    shown = dark + (images - dark) * seen[:, :, None]
-    common.save_picture(path, torch.cat([images, shown], dim=1))
+    common.save_picture(path, torch.cat([images, dark + (images - dark) * seen], dim=1))
     page = Image.open(path)
     draw = ImageDraw.Draw(page)
-    for i, j in itertools.product(rows, range(count)):
+    for i, j in itertools.product(range(n), range(count)):
         text = re.sub("(.{15})", r"\1\n", captions[i][j][:60])
         draw.text((104 * j + 110, 104 * i + 5), text, "white")
     page.save(path)
@@ -1185,11 +1171,11 @@ def count_blocks(state, prefix):
     )
 
 
-def read_weights(path, known=()):
+def read_weights(path, known):
     """Read a checkpoint: its state dict `model`, `fields` of Config, and `merges`, None if unknown.
 
     Ours; Llip's; those of OpenAI, OpenCLIP and MetaCLIP as state dicts. What shapes don't tell
-    (heads, tau) is in `known`, {field: value}, or comes from the preset with the same widths.
+    (heads, tau) is in `known`, {field: value}, or as in the released models.
     """
     state = common.load_checkpoint(path)
     if "script" in state:
@@ -1227,20 +1213,15 @@ def read_weights(path, known=()):
         "embedding": embedding,
         "mix_norm": "K_norm.weight" in weights,
     }
-    widths = ("width", "text_width", "embedding")
-    known = dict(known)
-    for preset in PRESETS.values():
-        preset = {**vars(Config()), **preset}
-        if all(preset[name] == found[name] for name in widths):
-            known = {**preset, **known}
-            break
-    wanted = ["heads", "text_heads"]
-    if found["model"] == "llip":
-        wanted += ["mix_heads", "tau"]
-    missing = [f"--{name.replace('_', '-')}" for name in wanted if name not in known]
-    if missing:
-        fail(f"{path} cannot tell all, and no preset has its widths: add {', '.join(missing)}")
-    found.update({name: known[name] for name in wanted})
+    # no shape tells these: so are the released models
+    found["heads"] = min(16, width // 64)
+    found["text_heads"] = text_width // 64
+    found["tau"] = 1.0 if width == 1024 else 5.0
+    found["mix_heads"] = 8
+    for name in ("heads", "text_heads", "mix_heads", "tau"):
+        found[name] = known.get(name, found[name])
+        if not found[name]:
+            fail(f"{path} cannot tell its {name}: add --{name.replace('_', '-')}")
     return {"model": weights, "fields": found, "merges": None}
 
 
@@ -1448,10 +1429,7 @@ PRESETS = {
         "text_width": 256,
         "text_depth": 6,
         "text_heads": 4,
-        "context": 64,
         "embedding": 256,
-        "mix_heads": 4,
-        "tau": 8.0,
         "vocabulary": "",
         "merges": 4000,
         "logit_bias": "batch",
@@ -1461,7 +1439,6 @@ PRESETS = {
         "epochs": 30,
         "warmup": 0.05,
         "logit_lr": 10.0,
-        "weight_decay": 0.1,
     },
     "vit_b32": {**PAPER, "patch": 32},
     "vit_b16": {**PAPER, "mixture_tokens": 32},
@@ -1486,8 +1463,6 @@ def check(config, world):
     known = {*EVALUATIONS, "features", "none"}
     if set(c.eval.split(",")) - known:
         fail(f"--eval {c.eval} must name some of {', '.join(sorted(known))}")
-    if c.tau == 0 or c.context < 3 or len(c.columns.split(",")) != 2:
-        fail("--tau must be above 0, --context at least 3, --columns two names with a comma")
     if not c.train and not c.init:
         fail("--no-train needs weights to evaluate: add --init")
     if c.train and (c.batch < 2 or c.batch % world.size):
@@ -1520,16 +1495,14 @@ def main(argv=None):
         merges = weights["merges"]
     world = common.start_world(config.device, config.precision)
     check(config, world)
-    split = open_pairs(config, "train", world) if config.train else None
     val = open_pairs(config, "val", world)
+    split = open_pairs(config, "train", world) if config.train or not val else None
     wanted = set(config.eval.split(","))
     possible = {"features"}
-    if val and val.classes:
-        possible.add("zeroshot")
-    elif val:
-        possible |= (
-            {"retrieval", "kinds"} if val.images is toy_world("val")[0].images else {"retrieval"}
-        )
+    if val:
+        possible.add("zeroshot" if val.classes else "retrieval")
+    if (config.val_data or config.data) == "toy":
+        possible.add("kinds")
     skipped = wanted - possible - {"none"}
     if skipped:
         note(f"{', '.join(sorted(skipped))}: skipped, since the val data cannot answer that")
@@ -1544,10 +1517,11 @@ def main(argv=None):
     else:
         run = common.Run(config, world)
     model.to(world.device).eval()
+    shown = val or replace(split, centred=True)
     if config.train and world.rank == 0:
-        draw_picture(model, tokenizer, val or split, config, world, run)
+        draw_picture(model, tokenizer, shown, config, world, run)
     if "features" in wanted:
-        write_features(model, val or split, config, world, run)
+        write_features(model, shown, config, world, run)
     evaluations = [name for name in EVALUATIONS if name in wanted & possible]
     if evaluations:
         evaluate(model, tokenizer, val, evaluations, config, world, run)
