@@ -94,7 +94,7 @@ class Config:
     tau: float = 3.0  # temperature of the mixing softmax
     quick_gelu: bool = True  # x * sigmoid(1.702 x) instead of the exact GELU
     vocabulary: str = ""  # a vocabulary file such as bpe_simple_vocab_16e6.txt.gz
-    merges: int = 0  # without one: learn so many merges from the captions, 0 = bytes
+    merges: int = 200  # without one: learn so many merges from the captions, 0 = bytes
 
     # optimisation
     crop_scale: tuple[float, float] = (1.0, 1.0)  # area of the random crop; 1 1 = the whole image
@@ -181,25 +181,17 @@ def learn_merges(captions, count):
     """Return up to `count` merges: each time the most frequent pair, of equals the first."""
     pieces = Counter(piece for caption in captions for piece in PIECES.findall(clean(caption)))
     words = {to_symbols(piece): n for piece, n in pieces.items()}
-    pairs = Counter()
-
-    def tally(word, n):
-        for pair in pairs_of(word):
-            pairs[pair] += n
-
-    for word, n in words.items():
-        tally(word, n)
     merges = []
-    while len(merges) < count and max(pairs.values(), default=0) > 1:
-        most = max(pairs.values())
-        best = min(pair for pair, n in pairs.items() if n == most)
+    while len(merges) < count:
+        pairs = Counter()
+        for word, n in words.items():
+            for pair in pairs_of(word):
+                pairs[pair] += n
+        if max(pairs.values(), default=0) < 2:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        for word in list(words):
-            merged = merge(word, best)
-            if merged != word:
-                words[merged] = words.pop(word)
-                tally(word, -words[merged])
-                tally(merged, words[merged])
+        words = {merge(word, best): n for word, n in words.items()}
     return merges
 
 
@@ -240,7 +232,8 @@ class Tokenizer(nn.Module):
         rows = []
         for caption in captions:
             ids = [self.start, *self.encode(caption)][: self.context - 1]
-            rows.append([*ids, self.start + 1] + [0] * (self.context - 1 - len(ids)))
+            rows.append([*ids, self.start + 1])
+            rows[-1] += [0] * (self.context - len(rows[-1]))
         return torch.tensor(rows)
 
 
@@ -629,7 +622,6 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # CLIP's
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 SHIFT = (common.MEAN - MEAN) / STD
 SCALE = common.STD / STD
-WINDOW = 5000  # samples of tar shards that are shuffled together
 FORMATS = "a captions file (.json, .csv, .tsv), tar shards, or a folder with train/CLASS/*.jpg"
 
 
@@ -675,7 +667,6 @@ class Pairs(common.Split):
 
     captions: list = ()
     centred: bool = False  # read by CLIP's transform for evaluation, whatever part is asked for
-    shards: tuple = ()  # samples in each tar shard
 
     def read(self, index, choose_boxes, sizes, resample):
         """See common.Split."""
@@ -684,10 +675,10 @@ class Pairs(common.Split):
         return super().read(index, choose_boxes, sizes, resample)
 
 
-def unlabelled(images, names, captions, part, shards=()):
+def unlabelled(images, names, captions, part):
     """Return Pairs without classes; part: train or val."""
     labels = torch.full((len(names),), -1)
-    return Pairs(images, names, labels, [], set(), captions, part == "val", shards)
+    return Pairs(images, names, labels, [], set(), captions, part == "val")
 
 
 def centre_box(size, width, height):
@@ -701,20 +692,6 @@ def centre_box(size, width, height):
     return [(top, left, h, w)]
 
 
-@functools.lru_cache(maxsize=2)
-def shard_order(sizes, seed, epoch):
-    """Return the order of samples in an epoch: shards shuffled, then each window of samples.
-
-    So what is read together lies close together. sizes: samples in each shard.
-    """
-    random = common.generator(seed, "shards", epoch)
-    shards = torch.arange(sum(sizes)).split(sizes)
-    order = [shards[i] for i in torch.randperm(len(sizes), generator=random).tolist()]
-    windows = torch.cat(order).split(WINDOW)
-    windows = [window[torch.randperm(len(window), generator=random)] for window in windows]
-    return torch.cat(windows).tolist()
-
-
 def make_batch(split, tokenizer, config, world, step):
     """Make this rank's share of a step's batch: (pixels uint8 [B, 3, S, S], tokens, bad files).
 
@@ -722,15 +699,10 @@ def make_batch(split, tokenizer, config, world, step):
     """
     c = config
     share = c.batch // world.size
-    first = (step * world.size + world.rank) * share
-    order = functools.partial(common.epoch_order, len(split))
-    if split.shards:
-        order = functools.partial(shard_order, split.shards)
-    indices, randoms = [], []
-    for place in range(first, first + share):
-        epoch, position = divmod(place, len(split))
-        indices.append(order(c.seed, epoch)[position])
-        randoms.append(common.generator(c.seed, "pair", place))
+    number = step * world.size + world.rank
+    indices = common.micro_batch_indices(number, share, len(split), c.seed)
+    places = range(number * share, (number + 1) * share)
+    randoms = [common.generator(c.seed, "pair", place) for place in places]
 
     def box(i, width, height):
         if c.crop_scale[0] == 1.0:
@@ -780,13 +752,11 @@ def open_shards(paths, part, config, world):
     for samples, problems in common.make_loader(tar_samples, paths, config, world):
         places.append(F.pad(samples, (1, 0), value=len(places)))
         wrong += problems
-    sizes = tuple(map(len, places))
-    if not sum(sizes):
-        fail(f"no image with a caption in {paths[0].parent}: {'; '.join(wrong[:3])}")
     places = torch.cat(places).numpy()
-    images = Ranges(paths, places[:, :3])
+    if not len(places):
+        fail(f"no image with a caption in {paths[0].parent}: {'; '.join(wrong[:3])}")
     texts = Texts(paths, places[:, [0, 3, 4]])
-    split = unlabelled(images, range(sum(sizes)), texts, part, sizes)
+    split = unlabelled(Ranges(paths, places[:, :3]), range(len(places)), texts, part)
     split.count_bad(wrong)
     return split
 
@@ -1006,10 +976,8 @@ def retrieval(scores, owner):
     best = torch.full_like(scores[:, 0], -math.inf).scatter_reduce(0, owner, own, "amax")
     results = recall((scores > best[:, None]).sum(1), "i2t R@", (1, 5, 10))
     results.update(recall((scores > own).sum(0), "t2i R@", (1, 5, 10)))
-    counts = torch.bincount(owner, minlength=len(scores)).clamp(min=1)
-    mean = torch.zeros_like(best).index_add(0, owner, own) / counts
-    squares = torch.zeros_like(best).index_add(0, owner, (own - mean[owner]).square())
-    results["spread"] = 100 * (squares / counts).sqrt().mean().item()
+    spreads = [own[owner == i].std(correction=0) for i in range(len(scores))]
+    results["spread"] = 100 * torch.stack(spreads).nanmean().item()
     return results
 
 
@@ -1125,27 +1093,24 @@ def draw_picture(model, tokenizer, split, config, world, run):
     Bright is where the tokens look that the caption takes, relative to the mean over captions.
     """
     n = min(5, len(split))
-    captions = [split.captions[i] for i in range(n)]
-    count = min(5, *map(len, captions))
-    captions = [texts[:count] for texts in captions]
+    captions = [split.captions[i][:5] for i in range(n)]
+    count = min(map(len, captions))
     _, pixels, _ = common.centre_crops(split, config.image_size, range(n))
     images = common.normalize(pixels.to(world.device))
-    maps = token_maps(model.visual, clip_range(images))
-    weights = maps.new_ones(n, maps.shape[1], count)
+    maps = token_maps(model.visual, clip_range(images))  # [B, K, P]
     if config.model == "llip":
-        q = model.text(tokenizer(sum(captions, [])).to(world.device))[:, 0]
+        texts = [text for row in captions for text in row[:count]]
+        q = model.text(tokenizer(texts).to(world.device))[:, 0].unflatten(1, (model.heads, -1))
         k = model.image(clip_range(images))[:, 0]
-        weights = mixing_weights(k, q.unflatten(1, (model.heads, -1)), config.tau).mean(0)
-        weights = weights.unflatten(2, (n, count))[range(n), :, range(n)]  # [B, K, T]
-    seen = weights.mT @ maps  # [B, T, P]
-    seen = seen / seen.mean(1, keepdim=True)
+        weights = mixing_weights(k, q, config.tau).mean(0).unflatten(2, (n, count))
+        maps = weights[range(n), :, range(n)].mT @ maps  # [B, T, P]
+        maps = maps / maps.mean(1, keepdim=True)
     side = math.isqrt(maps.shape[2])
-    seen = (seen / seen.amax(2, keepdim=True)).unflatten(2, (side, side))
-    seen = F.interpolate(seen, images.shape[2:], mode="bilinear")[:, :, None]
-    images = images[:, None]
-    dark = -2.0
+    maps = (maps / maps.amax(2, keepdim=True)).unflatten(2, (side, side))
+    seen = F.interpolate(maps, images.shape[2:], mode="bilinear")[:, :, None]
+    images = images[:, None] + 2.0  # black is about 0
     path = run.out / "picture.png"
-    common.save_picture(path, torch.cat([images, dark + (images - dark) * seen], dim=1))
+    common.save_picture(path, torch.cat([images, images * seen], dim=1) - 2.0)
     page = Image.open(path)
     draw = ImageDraw.Draw(page)
     for i, j in itertools.product(range(n), range(count)):
@@ -1190,9 +1155,8 @@ def read_weights(path, known):
         found = ", ".join(list(state)[:8])
         fail(f"{path} is no checkpoint of Llip or CLIP: no visual.conv1.weight; found {found}")
     extras = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-    weights = {k.removeprefix("pred."): v.float() for k, v in weights.items() if k not in extras}
-    for name in weights.keys() & {"logit_scale", "logit_bias"}:
-        weights[name] = weights[name].view(1)
+    weights = {name.removeprefix("pred."): weights[name] for name in weights.keys() - set(extras)}
+    weights = {name: torch.atleast_1d(value.float()) for name, value in weights.items()}
     width, _, patch, _ = weights["visual.conv1.weight"].shape
     tokens = weights["visual.class_embedding"].view(-1, width)
     weights["visual.class_embedding"] = tokens
@@ -1393,7 +1357,6 @@ CIFAR10 = {
     "text_width": 128,
     "embedding": 128,
     "tau": 6.0,
-    "merges": 200,
     "context": 24,
     "crop_scale": (0.5, 1.0),
     "flip": True,
@@ -1406,7 +1369,7 @@ CIFAR10 = {
 }
 
 PRESETS = {
-    "toy": {"steps": 3000, "merges": 200, "precision": "fp32", "workers": 1},
+    "toy": {"steps": 3000, "precision": "fp32", "workers": 1},
     "cifar10-cpu": {
         **CIFAR10,
         "patch": 8,
@@ -1431,7 +1394,7 @@ PRESETS = {
         "text_heads": 4,
         "embedding": 256,
         "vocabulary": "",
-        "merges": 4000,
+        "merges": 2000,
         "logit_bias": "batch",
         "crop_scale": (0.5, 1.0),
         "batch": 256,
@@ -1456,8 +1419,8 @@ def check(config, world):
     c = config
     if c.image_size % c.patch:
         fail(f"--image-size {c.image_size} is no multiple of --patch {c.patch}")
-    pairs = [(c.width, c.heads), (c.text_width, c.text_heads), (c.embedding, c.mix_heads)]
-    for width, heads in pairs:
+    pairs = [(c.width, c.heads), (c.text_width, c.text_heads)]
+    for width, heads in [*pairs, (c.embedding, c.mix_heads)]:
         if width % heads:
             fail(f"a width of {width} is no multiple of its heads, {heads}: see --width, --heads")
     known = {*EVALUATIONS, "features", "none"}
