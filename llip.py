@@ -1129,11 +1129,9 @@ MODEL += " text_heads context embedding mix_heads mix_norm tau quick_gelu vocabu
 MODEL = MODEL.split()
 
 
-def count_blocks(state, prefix):
+def count_blocks(state, tower):
     """Return the number of transformer blocks in a state dict."""
-    return len(
-        [name for name in state if re.fullmatch(rf"{prefix}resblocks.\d+.ln_1.weight", name)]
-    )
+    return len([name for name in state if re.match(rf"{tower}resblocks.\d+.ln_1.weight", name)])
 
 
 def read_weights(path, known):
@@ -1168,11 +1166,11 @@ def read_weights(path, known):
         "image_size": patch * math.isqrt(len(positions) - len(tokens)),
         "patch": patch,
         "width": width,
-        "depth": count_blocks(weights, "visual.transformer.resblocks"),
+        "depth": count_blocks(weights, "visual.transformer."),
         "hidden": len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
         "mixture_tokens": len(tokens),
         "text_width": text_width,
-        "text_depth": count_blocks(weights, "transformer.resblocks"),
+        "text_depth": count_blocks(weights, "transformer."),
         "context": len(weights["positional_embedding"]),
         "embedding": embedding,
         "mix_norm": "K_norm.weight" in weights,

@@ -1,4 +1,4 @@
-"""llip.py against the reference implementation's numbers (tests/golden/llip) and its own promises."""
+"""llip.py against the reference's numbers (tests/golden/llip) and its own promises."""
 
 import csv
 import gzip
