@@ -190,7 +190,7 @@ def learn_merges(captions, count):
         if max(pairs.values(), default=0) < 2:
             break
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
+        merges.append(" ".join(best))
         words = {merge(word, best): n for word, n in words.items()}
     return merges
 
@@ -198,18 +198,18 @@ def learn_merges(captions, count):
 class Tokenizer(nn.Module):
     """Turn captions into token ids. A module, so that last.pt holds the vocabulary.
 
-    merges: [(left, right), ...] in order of rank; without any, ids are bytes. The end has the
+    merges: ["left right", ...] in order of rank; without any, ids are bytes. The end has the
     largest id of all, the start the one before. Captions are padded with 0.
     """
 
     def __init__(self, merges, context):
         super().__init__()
-        text = "\n".join(map(" ".join, merges)).encode()
+        text = "\n".join(merges).encode()
         self.register_buffer("text", torch.tensor(list(text), dtype=torch.uint8))
         self.context = context
-        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.ranks = {tuple(line.split(" ")): rank for rank, line in enumerate(merges)}
         characters = [CHARACTERS[b] for b in BYTES]
-        names = [*characters, *(c + "</w>" for c in characters), *map("".join, merges)]
+        names = [*characters, *(c + "</w>" for c in characters), *map("".join, self.ranks)]
         self.ids = {name: i for i, name in enumerate(names)}
         self.start = len(names)
         self.pieces = {START: [self.start], END: [self.start + 1]}  # ids of pieces seen so far
@@ -255,7 +255,7 @@ def read_merges(name):
         lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     except (OSError, EOFError, ValueError) as error:
         fail(f"{path} is no vocabulary file: {error}")
-    return [tuple(line.split(" ")) for line in lines[1 : 1 + MERGES]]
+    return lines[1 : 1 + MERGES]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,8 +288,9 @@ class ResidualBlock(nn.Module):
         """x [B, N, W] -> [B, N, W], or only its `first` tokens. mask: of causal attention."""
         keys = self.ln_1(x)
         queries = keys if first is None else keys[:, :first]
-        options = {"need_weights": False, "attn_mask": mask, "is_causal": mask is not None}
-        x = x[:, :first] + self.attn(queries, keys, keys, **options)[0]
+        causal = mask is not None
+        attended = self.attn(queries, keys, keys, None, False, mask, is_causal=causal)[0]
+        x = x[:, :first] + attended
         return x + self.mlp(self.ln_2(x))
 
 
@@ -408,10 +409,10 @@ class Llip(CLIP):
         self.v_proj = nn.Parameter(c.width**-0.5 * torch.randn(shape))
         self.q_proj = nn.Parameter(c.text_width**-0.5 * torch.randn(c.text_width, c.embedding))
         self.out_proj = nn.Parameter(c.embedding**-0.5 * torch.randn(c.embedding, c.embedding))
-        norm = functools.partial(nn.LayerNorm, c.embedding) if c.mix_norm else nn.Identity
-        self.K_norm = norm()
-        self.Q_norm = norm()
-        self.V_norm = norm()
+        norm = nn.LayerNorm if c.mix_norm else nn.Identity
+        self.K_norm = norm(c.embedding)
+        self.Q_norm = norm(c.embedding)
+        self.V_norm = norm(c.embedding)
 
     def image(self, images):
         """Images [B, 3, S, S] -> keys and values [B, 2, H, K, d]."""
@@ -595,9 +596,9 @@ def toy_world(part):
     """
     count = 8000 if part == "train" else 1000
     random = np.random.default_rng(count)
-    rows = [line.split() for line in GLYPHS.strip().split("\n")]
-    glyphs = np.array([[list(cells) for cells in row] for row in rows]) == "#"  # [12, 6, 12]
-    pixels = random.normal(random.uniform(20, 70, (count, 1, 1, 1)), 6, (count, 32, 32, 3))
+    glyphs = np.array(list("".join(GLYPHS.split()))).reshape(12, 6, 12) == "#"
+    ground = random.uniform(20, 70, (count, 1, 1, 1))
+    pixels = random.normal(ground, 6, (count, 32, 32, 3))
     facts = []
     for image in pixels:
         names = {}
@@ -627,14 +628,14 @@ FORMATS = "a captions file (.json, .csv, .tsv), tar shards, or a folder with tra
 
 def clip_range(images):
     """Bring images [B, 3, H, W] from ImageNet's normalisation, common's, to CLIP's."""
-    scale = SCALE.to(images.device, non_blocking=True)
-    return images * scale + SHIFT.to(images.device, non_blocking=True)
+    scale, shift = (x.to(images.device, non_blocking=True) for x in (SCALE, SHIFT))
+    return images * scale + shift
 
 
 class Member(io.BytesIO):
     """A part of a file, as a file that knows its name."""
 
-    def __str__(self):
+    def __repr__(self):
         return self.name
 
 
@@ -776,15 +777,13 @@ def read_json(path):
 
 
 def read_table(path, columns):
-    """Read a csv or tsv with a header: (image's file, caption, ""). columns: their two names."""
+    """Read a csv or tsv with a header: (image's file, caption, ""). columns: "FILE,CAPTION"."""
+    image, caption = columns.split(",")
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         delimiter = "\t" if "\t" in file.readline() else ","
         file.seek(0)
         table = csv.DictReader(file, delimiter=delimiter)
-        found = table.fieldnames or []
-        if not set(columns) <= set(found):
-            fail(f"{path} has the columns {found}, not {columns}: name yours by --columns A,B")
-        return [(row[columns[0]], row[columns[1]] or "", "") for row in table]
+        return [(row[image], row[caption], "") for row in table]
 
 
 def as_val(path):
@@ -796,15 +795,17 @@ def as_val(path):
 def open_captions(path, part, config):
     """Return Pairs of a captions file; None if it has no captions for this part."""
     try:
-        columns = config.columns.split(",")
-        rows = read_json(path) if path.suffix == ".json" else read_table(path, columns)
+        rows = read_json(path) if path.suffix == ".json" else read_table(path, config.columns)
     except (LookupError, TypeError, ValueError, csv.Error) as error:
-        fail(f"{path} is no captions file as COCO's, Karpathy's or a csv ({error!r})")
+        known = (
+            f"COCO's, Karpathy's, or a csv or tsv with columns named as --columns {config.columns}"
+        )
+        fail(f"{path} is no captions file such as {known}: {error!r}")
     parts = {row[2] for row in rows} - {"train"}
     wanted = "train" if part == "train" else min(parts, default="")  # test, else val
     captions = defaultdict(list)
     for image, caption, of_part in rows:
-        if caption.strip() and of_part in ("", wanted):
+        if image and caption and of_part in ("", wanted):
             captions[image].append(caption.strip())
     root = locate(config.images) if config.images else path.parent
     root = as_val(root) if part == "val" else root
@@ -1066,7 +1067,7 @@ def write_features(model, split, config, world, run):
     features, labels, paths = common.extract(describe, split, config, world)
     if world.rank == 0:
         arrays = {"features": features.cpu(), "labels": labels.cpu()}
-        np.savez(run.out / "features.npz", paths=np.array(paths, dtype=str), **arrays)
+        np.savez(run.out / "features.npz", paths=paths, **arrays)
         note(f"{run.out / 'features.npz'}: {len(paths)} images")
 
 
@@ -1143,13 +1144,11 @@ def read_weights(path, known):
     state = common.load_checkpoint(path)
     if "script" in state:
         state = common.load_own_checkpoint(path, "llip")
-        lines = bytes(state["tokenizer"]["text"].tolist()).decode().splitlines()
-        merges = [tuple(line.split(" ")) for line in lines]
+        text = bytes(state["tokenizer"]["text"].tolist()).decode()
         own = {name: state["config"][name] for name in MODEL}
-        return {"model": state["model"], "fields": own, "merges": merges}
+        return {"model": state["model"], "fields": own, "merges": text.splitlines()}
     weights = state.get("state_dict", state)
-    needed = {"visual.conv1.weight", "visual.class_embedding", "text_projection"}
-    if not needed <= weights.keys():
+    if "visual.conv1.weight" not in weights:
         found = ", ".join(list(state)[:8])
         fail(f"{path} is no checkpoint of Llip or CLIP: no visual.conv1.weight; found {found}")
     extras = ("input_resolution", "context_length", "vocab_size", "attn_mask")
@@ -1175,30 +1174,23 @@ def read_weights(path, known):
         "embedding": embedding,
         "mix_norm": "K_norm.weight" in weights,
     }
-    # no shape tells these: so are the released models
-    found["heads"] = min(16, width // 64)
-    found["text_heads"] = text_width // 64
-    found["tau"] = 1.0 if width == 1024 else 5.0
-    found["mix_heads"] = 8
-    for name in ("heads", "text_heads", "mix_heads", "tau"):
-        found[name] = known.get(name, found[name])
-        if not found[name]:
-            fail(f"{path} cannot tell its {name}: add --{name.replace('_', '-')}")
+    # no shape tells these: as in the released models, if not known
+    released = {"heads": min(16, width // 64), "text_heads": text_width // 64, "mix_heads": 8}
+    released["tau"] = 1.0 if width == 1024 else 5.0
+    found.update({name: known.get(name, released[name]) for name in released})
+    if not found["heads"] or not found["text_heads"]:
+        fail(f"{path} cannot tell its heads: add --heads, --text-heads, --mix-heads and --tau")
     return {"model": weights, "fields": found, "merges": None}
 
 
 def load_weights(model, weights, path):
     """Put what `read_weights` found into a model. Positions are interpolated to its image size."""
     state = dict(weights["model"])
-    name = "visual.positional_embedding"
     tokens = len(model.visual.class_embedding)
-    count = len(model.visual.positional_embedding) - tokens
-    table = state.get(name)
-    if table is not None and len(table) != count + tokens:
-        side = math.isqrt(count)
-        note(f"{path}: {name} interpolated to {side} x {side} patches")
-        patches = common.interpolate_positions(table[None, tokens:], (side, side))[0]
-        state[name] = torch.cat([table[:tokens], patches])
+    side = math.isqrt(len(model.visual.positional_embedding) - tokens)
+    table = state["visual.positional_embedding"]
+    patches = common.interpolate_positions(table[None, tokens:], (side, side))[0]
+    state["visual.positional_embedding"] = torch.cat([table[:tokens], patches])
     common.load_state(model, state, path)
 
 

@@ -399,7 +399,7 @@ def test_learned_merges_are_a_vocabulary(tmp_path):
     captions = ["low lower lowest", "new newer newest", "wide wider widest"] * 5
     merges = llip.learn_merges(captions, 20)
     assert merges == llip.learn_merges(captions[::-1], 20)
-    lines = ["#version: own", *map(" ".join, merges)]
+    lines = ["#version: own", *merges]
     (tmp_path / "v.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     ours = llip.Tokenizer(merges, 9)
     read = llip.Tokenizer(llip.read_merges(str(tmp_path / "v.txt.gz")), 9)
@@ -540,7 +540,11 @@ def test_captions_files_that_are_none(tmp_path, capsys):
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "lost.csv").write_text("filepath,title\n1.jpg,a dog\n")
     (tmp_path / "other.csv").write_text("file_name,text\n1.jpg,a dog\n")
-    words = {"list.json": "no captions file", "lost.csv": "--images", "other.csv": "--columns"}
+    words = {
+        "list.json": "no captions file",
+        "lost.csv": "--images",
+        "other.csv": "KeyError('filepath')",
+    }
     for name, expected in words.items():
         assert expected in refused(capsys, SCRIPT, f"--data {tmp_path / name}")
     photographs(tmp_path / "flat", splits=(".",), classes=(".",))
@@ -591,7 +595,8 @@ def test_released_weights_in_features_out(tmp_path, capsys):
     np.testing.assert_allclose(found["features"], expected, atol=1e-5)
     assert "top1" in log_rows("one")[-1]["eval"]["trained"]
     here(SCRIPT, flags, "--no-train --eval features --image-size 48 --out large")
-    assert "interpolated to 6 x 6" in capsys.readouterr().out
+    large, _, _ = llip.load_model("released.pt", **FLAGS["llip_tiny"], image_size=48)
+    assert len(large.visual.positional_embedding) == 5 + 36
     here(SCRIPT, flags, "--steps 2 --batch 4 --lr 0 --eval none --out tuned --no-compile")
     out_proj = next(state[k] for k in state if k.endswith("pred.out_proj"))
     close(weights("tuned")[1]["model.out_proj"], out_proj)
@@ -637,7 +642,7 @@ def test_toy_world_says_what_is_there():
             place = next(p for p in llip.PLACES if fact.startswith(p))
             row, column = divmod(llip.PLACES.index(place), 2)
             quarter = image[16 * row :, 16 * column :][:16, :16].reshape(-1, 3) / 255.0
-            quarter = quarter[quarter.max(1) > 0.6] - quarter.min(0)
+            quarter = quarter[quarter.max(1) > 0.5] - quarter.min(0)
             nearest = abs(quarter.mean(0) / quarter.mean(0).max() - colours / colours.max())
             words = fact.removeprefix(place).split()
             right.append(llip.COLOURS[nearest.sum(1).argmin()] == words[0])
@@ -654,7 +659,7 @@ def test_overfits_a_few_pairs():
     images, tokens = torch.randn(32, 3, 32, 32), torch.randint(1, 38, (32, 6))
     tokens[:, 5] = 39
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(150):
+    for _ in range(200):
         loss = loss_of(model, images, tokens, config)
         optimizer.zero_grad()
         loss.backward()
@@ -663,7 +668,7 @@ def test_overfits_a_few_pairs():
         shown = (images - llip.SHIFT) / llip.SCALE
         scores = llip.score(model, model.text(tokens), config.tau, shown)
     found = llip.retrieval(scores, torch.arange(32))
-    assert loss < 2 and found["i2t R@1"] == found["t2i R@1"] == 100
+    assert loss < 1 and found["i2t R@1"] == found["t2i R@1"] == 100
 
 
 def test_llip_learns():
