@@ -31,6 +31,7 @@ times faster; images are read by place and not as a stream. Released weights nee
 bpe_simple_vocab_16e6.txt.gz, in $DATA or by --vocabulary.
 """
 
+import copy
 import csv
 import functools
 import gzip
@@ -390,10 +391,8 @@ class CLIP(nn.Module):
         return (self.encode_tokens(tokens) @ self.text_projection)[:, None]
 
     def forward(self, images, tokens):
-        """Return all that the loss takes, as DDP and FSDP want it: image, text, and the head."""
-        names = ("logit_scale", "logit_bias", "out_proj")
-        head = {name: getattr(self, name).clone() for name in names if hasattr(self, name)}
-        return self.image(images), self.text(tokens), head
+        """Return the loss of pairs. All of a step goes through here, as DDP and FSDP want it."""
+        return contrastive_loss(self.image(images), self.text(tokens), self)
 
 
 class Llip(CLIP):
@@ -517,10 +516,11 @@ def gather(x):
     return torch.cat(all_gather(x)) if dist.is_initialized() else x
 
 
-def contrastive_loss(image, text, head, config):
+@torch.compiler.disable
+def contrastive_loss(image, text, model):
     """Return the loss of this rank's images against all ranks' captions, divided by the images.
 
-    image, text, head: what the model returns; caption i belongs to image i. The mean over ranks is
+    image, text: what the model makes of them; caption i belongs to image i. The mean over ranks is
     the loss of the global batch.
     """
     n = len(image)
@@ -528,22 +528,24 @@ def contrastive_loss(image, text, head, config):
     # fp32, since gradients of bf16 would be off by a percent
     with torch.autocast(image.device.type, enabled=False):
         image = image.float()
-        text = text.float()
-        scale = head["logit_scale"].exp()
-        z_text = gather(text[:, -1])
-        if config.model == "llip":
+        text = gather(text.float())
+        z_text = text[:, -1]
+        scale = model.logit_scale.exp()
+        if isinstance(model, Llip):
             k, v = image.unbind(1)
-            q = gather(text[:, 0]).unflatten(1, (config.mix_heads, -1))
+            q = text[:, 0].unflatten(1, (model.heads, -1))
+            pieces = (k, v, q, z_text, model.out_proj, scale, model.logit_bias)
             side = math.isqrt(pairs_in_tile(k, z_text))
-            shared = (head["out_proj"], scale, head["logit_bias"])
-            return PairLoss.apply(side, first, config.tau, k, v, q, z_text, *shared) / n
+            return PairLoss.apply(side, first, model.tau, *pieces) / n
         image = F.normalize(image, dim=1)
         z_text = F.normalize(z_text, dim=1)
-        if config.model == "siglip":
-            return sigmoid_loss(image @ z_text.T, scale, head["logit_bias"], first) / n
+        scores = image @ z_text.T
+        if hasattr(model, "logit_bias"):
+            return sigmoid_loss(scores, scale, model.logit_bias, first) / n
         own = torch.arange(first, first + n, device=image.device)
-        image_to_text = F.cross_entropy(scale * image @ z_text.T, own)
-        return (image_to_text + F.cross_entropy(scale * z_text[own] @ gather(image).T, own)) / 2
+        of_captions = z_text[own] @ gather(image).T
+        losses = [F.cross_entropy(scale * logits, own) for logits in (scores, of_captions)]
+        return sum(losses) / 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -839,7 +841,7 @@ def open_pairs(config, part, world):
     if data == "toy":
         return toy_world(part)[0]
     root = locate(data)
-    if not root.exists() and data not in ("cifar10", *common.TOYS):
+    if not root.exists() and data != "cifar10":
         fail(f"no data at {root}: expected {FORMATS}")
     shards = sorted(root.glob("[!.]*.tar"))
     if root.is_file() and tarfile.is_tarfile(root):
@@ -903,13 +905,12 @@ def train(model, tokenizer, split, config, world):
         optimizer.param_groups[-1]["lr"] = lr * config.logit_lr
         pixels, tokens = run.next(loader, split)
         with world.autocast():
-            image, text, head = network(clip_range(common.normalize(pixels)), tokens)
-            loss = contrastive_loss(image, text, head, config)
+            loss = network(clip_range(common.normalize(pixels)), tokens)
         run.backward(loss)
         run.update()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
-        run.log(lr=lr, scale=head["logit_scale"].exp(), bias=head.get("logit_bias", 0.0))
+        scale = model.logit_scale.detach()
+        scale.clamp_(0, math.log(100))
+        run.log(lr=lr, logit_scale=scale.max())
     return run
 
 
@@ -929,11 +930,8 @@ def encode_texts(model, tokenizer, captions, world):
     return torch.cat(parts)
 
 
-def score(model, text, tau, images):
-    """Return the cosine of each image [B, 3, S, S] with each text of `encode_texts`: [B, T].
-
-    tau: temperature of the mixing, the model's or another.
-    """
+def score(model, text, images):
+    """Return the cosine of each image [B, 3, S, S] with each text of `encode_texts`: [B, T]."""
     image = model.image(clip_range(images)).float()
     with torch.autocast(image.device.type, enabled=False):
         if not isinstance(model, Llip):
@@ -942,7 +940,7 @@ def score(model, text, tau, images):
         scores = []
         for part in text.split(max(1, pairs_in_tile(k, text[:, 0]) // len(image))):
             q = part[:, 0].unflatten(1, (model.heads, -1))
-            scores.append(pair_scores(k, v, q, part[:, 1], model.out_proj, tau))
+            scores.append(pair_scores(k, v, q, part[:, 1], model.out_proj, model.tau))
         return torch.cat(scores, dim=1)
 
 
@@ -982,12 +980,12 @@ def retrieval(scores, owner):
     return results
 
 
-def evaluate_retrieval(model, tokenizer, split, tau, config, world):
+def evaluate_retrieval(model, tokenizer, split, config, world):
     """Measure `retrieval` among the first 5,000 images of a split."""
     split = replace(split, names=split.names[:5000])
     captions = [split.captions[i] for i in range(len(split))]
     text = encode_texts(model, tokenizer, sum(captions, []), world)
-    read = functools.partial(score, model, text, tau)
+    read = functools.partial(score, model, text)
     scores, _, names = common.extract(read, split, config, world)
     rows = {name: row for row, name in enumerate(names)}  # of images that could be read
     names = zip(split.names, captions, strict=True)
@@ -996,17 +994,17 @@ def evaluate_retrieval(model, tokenizer, split, tau, config, world):
     return retrieval(scores[:, owner >= 0], owner[owner >= 0]) if world.rank == 0 else {}
 
 
-def evaluate_zeroshot(model, tokenizer, split, tau, config, world):
+def evaluate_zeroshot(model, tokenizer, split, config, world):
     """Classify by one text for each class."""
     texts = []
     for captions in class_captions(split.classes, config):
         texts.append(mean_of_prompts(encode_texts(model, tokenizer, captions, world)))
-    read = functools.partial(score, model, torch.stack(texts), tau)
+    read = functools.partial(score, model, torch.stack(texts))
     scores, labels, _ = common.extract(read, split, config, world)
     return zeroshot(scores, labels) if world.rank == 0 else {}
 
 
-def evaluate_kinds(model, tokenizer, split, tau, config, world):
+def evaluate_kinds(model, tokenizer, split, config, world):
     """Return zero-shot accuracy on the toy by kind of caption, in percent.
 
     A fact of a scene is found if it scores above all facts of its kind that are false of the scene.
@@ -1016,7 +1014,7 @@ def evaluate_kinds(model, tokenizer, split, tau, config, world):
         facts = [scene[kind] for scene in toy_world("val")[1]]
         captions = sorted({fact for scene in facts for fact in scene})[:500]
         text = encode_texts(model, tokenizer, captions, world)
-        read = functools.partial(score, model, text, tau)
+        read = functools.partial(score, model, text)
         scores, _, _ = common.extract(read, split, config, world)
         if world.rank == 0:
             true = [[caption in scene for caption in captions] for scene in facts]
@@ -1038,16 +1036,16 @@ def evaluate(model, tokenizer, val, wanted, config, world, run):
 
     "mean token" mixes all tokens alike: what the caption's choice is worth.
     """
-    random = build(config, tokenizer.start + 2).to(world.device).eval()
-    columns = {"trained": (model, config.tau), "random": (random, config.tau)}
+    columns = {"trained": model}
+    columns["random"] = build(config, tokenizer.start + 2).to(world.device).eval()
     if config.model == "llip":
-        columns["mean token"] = (model, 1e9)
+        columns["mean token"] = copy.copy(model)
+        columns["mean token"].tau = 1e9
     results = {}
-    for column, (network, tau) in columns.items():
+    for column, network in columns.items():
         results[column] = {}
         for name in wanted:
-            found = EVALUATIONS[name](network, tokenizer, val, tau, config, world)
-            results[column].update(found)
+            results[column].update(EVALUATIONS[name](network, tokenizer, val, config, world))
     if world.rank == 0:
         run.report(results)
 
@@ -1076,35 +1074,33 @@ def write_features(model, split, config, world, run):
 # --------------------------------------------------------------------------------------------------
 
 
-def token_maps(visual, images):
-    """Return where the class tokens look in the last block, mean over heads, [B, K, P]."""
-    x = visual.embed(images)
-    *blocks, last = visual.transformer.resblocks
-    for block in blocks:
-        x = block(x)
-    x = last.ln_1(x)
-    tokens = len(visual.class_embedding)
-    return last.attn(x[:, :tokens], x, x)[1][:, :, tokens:]
-
-
 @torch.no_grad()
 def draw_picture(model, tokenizer, split, config, world, run):
     """Show what different captions of an image look at: a row an image, a column a caption.
 
-    Bright is where the tokens look that the caption takes, relative to the mean over captions.
+    Bright is where the tokens that the caption takes look in the last block, relative to the mean
+    over captions.
     """
-    n = min(5, len(split))
-    captions = [split.captions[i][:5] for i in range(n)]
+    rows = sorted(range(min(100, len(split))), key=lambda i: -len(split.captions[i]))[:5]
+    n = len(rows)
+    captions = [split.captions[i][:5] for i in rows]
     count = min(map(len, captions))
-    _, pixels, _ = common.centre_crops(split, config.image_size, range(n))
+    _, pixels, _ = common.centre_crops(split, config.image_size, rows)
     images = common.normalize(pixels.to(world.device))
-    maps = token_maps(model.visual, clip_range(images))  # [B, K, P]
+    *blocks, last = model.visual.transformer.resblocks
+    x = model.visual.embed(clip_range(images))
+    for block in blocks:
+        x = block(x)
+    x = last.ln_1(x)
+    tokens = len(model.visual.class_embedding)
+    maps = last.attn(x[:, :tokens], x, x)[1][:, :, tokens:]  # mean over heads, [B, K, P]
     if config.model == "llip":
         texts = [text for row in captions for text in row[:count]]
-        q = model.text(tokenizer(texts).to(world.device))[:, 0].unflatten(1, (model.heads, -1))
+        q = model.text(tokenizer(texts).to(world.device))[:, 0]
         k = model.image(clip_range(images))[:, 0]
-        weights = mixing_weights(k, q, config.tau).mean(0).unflatten(2, (n, count))
-        maps = weights[range(n), :, range(n)].mT @ maps  # [B, T, P]
+        weights = mixing_weights(k, q.unflatten(1, (model.heads, -1)), model.tau).mean(0)
+        weights = weights.unflatten(2, (n, count))[range(n), :, range(n)]  # [B, K, T]
+        maps = weights.mT @ maps  # [B, T, P]
         maps = maps / maps.mean(1, keepdim=True)
     side = math.isqrt(maps.shape[2])
     maps = (maps / maps.amax(2, keepdim=True)).unflatten(2, (side, side))
@@ -1192,20 +1188,6 @@ def load_weights(model, weights, path):
     patches = common.interpolate_positions(table[None, tokens:], (side, side))[0]
     state["visual.positional_embedding"] = torch.cat([table[:tokens], patches])
     common.load_state(model, state, path)
-
-
-def load_model(path, **known):
-    """Return (frozen model, its Tokenizer or None, config) from any checkpoint.
-
-    known: fields of Config that the file can't tell, or an image_size.
-    """
-    weights = read_weights(path, known)
-    config = replace(Config(), **{**weights["fields"], **known})
-    model = build(config, len(weights["model"]["token_embedding.weight"]))
-    load_weights(model, weights, path)
-    merges = weights["merges"]
-    tokenizer = None if merges is None else Tokenizer(merges, config.context)
-    return model.requires_grad_(False).eval(), tokenizer, config
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1400,8 +1382,7 @@ PRESETS = {
     "vit_h14": HUGE,
     "vit_g14": GIANT,
 }
-DATA_PRESETS = {"toy": "toy", "letters": "toy", "textures": "toy", "cifar10": "cifar10"}
-DATA_PRESETS["*"] = "folder"
+DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10", "*": "folder"}
 
 
 def check(config, world):
@@ -1466,7 +1447,8 @@ def main(argv=None):
     if config.train:
         run = train(model, tokenizer, split, config, world)
         # what is evaluated is what was saved, in a model that is neither wrapped nor sharded
-        model = load_model(run.out / "last.pt")[0]
+        model = build(config, tokenizer.start + 2)
+        load_weights(model, read_weights(run.out / "last.pt", {}), run.out / "last.pt")
     else:
         run = common.Run(config, world)
     model.to(world.device).eval()
