@@ -106,8 +106,7 @@ class Config:
     steps: int = 0  # length of the run in steps, wins over --epochs
     warmup: float = 0.05  # share of the run in which the learning rate rises
     lr: float = 2e-3  # peak learning rate
-    logit_lr: float = 10.0  # learning rate of scale and bias, times --lr
-    logit_bias: Literal["batch", "paper"] = "batch"  # initial bias: ln(1 / (batch - 1)), or -10
+    paper_logits: bool = False  # bias from -10 at rate lr, else from ln(1 / (batch - 1)) at 10 * lr
     weight_decay: float = 0.1  # weight decay
     recompute: bool = False  # compute activations again in the backward pass: less memory
 
@@ -188,9 +187,9 @@ def learn_merges(captions, count):
         for word, n in words.items():
             for pair in pairs_of(word):
                 pairs[pair] += n
-        if max(pairs.values(), default=0) < 2:
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if pairs[best] < 2:
             break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(" ".join(best))
         words = {merge(word, best): n for word, n in words.items()}
     return merges
@@ -289,9 +288,8 @@ class ResidualBlock(nn.Module):
         """x [B, N, W] -> [B, N, W], or only its `first` tokens. mask: of causal attention."""
         keys = self.ln_1(x)
         queries = keys if first is None else keys[:, :first]
-        causal = mask is not None
-        attended = self.attn(queries, keys, keys, None, False, mask, is_causal=causal)[0]
-        x = x[:, :first] + attended
+        mask = {"attn_mask": mask, "is_causal": mask is not None}
+        x = x[:, :first] + self.attn(queries, keys, keys, need_weights=False, **mask)[0]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -361,7 +359,7 @@ class CLIP(nn.Module):
         # of one dimension, since FSDP2 splits each parameter along its first
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
         if c.model != "clip":
-            bias = -10.0 if c.logit_bias == "paper" else -math.log(max(1, c.batch - 1))
+            bias = -10.0 if c.paper_logits else -math.log(max(1, c.batch - 1))
             self.logit_bias = nn.Parameter(torch.tensor([bias]))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         for block in self.transformer.resblocks:
@@ -493,9 +491,9 @@ class PairLoss(torch.autograd.Function):
                 images = slice(i, i + side)
                 texts = slice(j, j + side)
                 places = [images, images, texts, texts, ..., ..., ...]
+                tile = [x[place].detach() for x, place in zip(inputs, places, strict=True)]
                 with torch.enable_grad():
-                    tile = [x[place] for x, place in zip(inputs, places, strict=True)]
-                    tile = [x.detach().requires_grad_() for x in tile]
+                    tile = [x.requires_grad_() for x in tile]
                     scores = pair_scores(*tile[:5], tau)
                     loss = sigmoid_loss(scores, *tile[5:], first + i - j)
                     parts = torch.autograd.grad(loss, tile)
@@ -569,7 +567,6 @@ GLYPHS = """
 """
 COLOURS = "red green blue yellow magenta white".split()
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-KINDS = ("object", "place", "count", "relation", "scene")
 
 
 def facts_of(names):
@@ -611,7 +608,7 @@ def toy_world(part):
             image[top : top + 12, left : left + 12][glyphs[:, shape]] += paint
             names[place] = f"{COLOURS[colour]} {SHAPES[shape]}"
         facts.append(facts_of(names))
-    kinds = KINDS if part == "train" else ("relation", "scene")
+    kinds = list(facts[0]) if part == "train" else ["relation", "scene"]
     captions = [[caption for kind in kinds for caption in scene[kind]] for scene in facts]
     images = list(pixels.clip(0, 255).astype(np.uint8))
     return unlabelled(images, range(count), captions, part), facts
@@ -902,7 +899,7 @@ def train(model, tokenizer, split, config, world):
     for step in run:
         lr = schedules(config, step, steps)
         common.set_rates(optimizer, lr, config.weight_decay)
-        optimizer.param_groups[-1]["lr"] = lr * config.logit_lr
+        optimizer.param_groups[-1]["lr"] = lr if config.paper_logits else 10 * lr
         pixels, tokens = run.next(loader, split)
         with world.autocast():
             loss = network(clip_range(common.normalize(pixels)), tokens)
@@ -954,44 +951,49 @@ def mean_of_prompts(text):
     return torch.cat([text[:, :-1].mean(0), z])
 
 
-def recall(ranks, name, numbers):
-    """Return the percentage of ranks (0 is the best) that are among the first 1, 5, ..."""
+def recall(scores, true, name, numbers):
+    """Return in how many rows of scores [N, T] a true entry is among the first 1, 5, ..., in %."""
+    best = scores.masked_fill(~true, -math.inf).amax(1, keepdim=True)
+    ranks = (scores > best).sum(1)
     return {f"{name}{k}": 100 * (ranks < k).float().mean().item() for k in numbers}
 
 
 def zeroshot(scores, labels):
     """Return top-1 and top-5 accuracy of scores [N, C]."""
-    own = scores.gather(1, labels[:, None])
-    return recall((scores > own).sum(1), "top", (1, 5))
+    true = F.one_hot(labels, scores.shape[1]).bool()
+    return recall(scores, true, "top", (1, 5))
 
 
-def retrieval(scores, owner):
+def retrieval(scores, true):
     """Return recall both ways, and the spread over an image's captions, in percent.
 
-    scores [N, T]; owner [T]: the image of each caption. Image to text: the best own caption counts.
+    scores [N, T]; true: which captions belong to an image. The best own caption of an image counts.
     Spread: standard deviation of the scores of an image's own captions, mean over images.
     """
-    own = scores[owner, torch.arange(len(owner), device=owner.device)]  # [T]
-    best = torch.full_like(scores[:, 0], -math.inf).scatter_reduce(0, owner, own, "amax")
-    results = recall((scores > best[:, None]).sum(1), "i2t R@", (1, 5, 10))
-    results.update(recall((scores > own).sum(0), "t2i R@", (1, 5, 10)))
-    spreads = [own[owner == i].std(correction=0) for i in range(len(scores))]
+    results = recall(scores, true, "i2t R@", (1, 5, 10))
+    results.update(recall(scores.T, true.T, "t2i R@", (1, 5, 10)))
+    spreads = [row[own].std(correction=0) for row, own in zip(scores, true, strict=True)]
     results["spread"] = 100 * torch.stack(spreads).nanmean().item()
     return results
 
 
 def evaluate_retrieval(model, tokenizer, split, config, world):
-    """Measure `retrieval` among the first 5,000 images of a split."""
+    """Measure `retrieval` among the first 5,000 images. One that can't be read counts as missed."""
     split = replace(split, names=split.names[:5000])
     captions = [split.captions[i] for i in range(len(split))]
     text = encode_texts(model, tokenizer, sum(captions, []), world)
     read = functools.partial(score, model, text)
     scores, _, names = common.extract(read, split, config, world)
-    rows = {name: row for row, name in enumerate(names)}  # of images that could be read
-    names = zip(split.names, captions, strict=True)
-    owner = torch.tensor([rows.get(name, -1) for name, texts in names for _ in texts])
-    owner = owner.to(world.device)
-    return retrieval(scores[:, owner >= 0], owner[owner >= 0]) if world.rank == 0 else {}
+    if world.rank:
+        return {}
+    owned = zip(split.names, captions, strict=True)
+    owners = [name for name, texts in owned for _ in texts]
+    true = torch.zeros(scores.shape, dtype=torch.bool)
+    rows = {name: row for row, name in enumerate(names)}
+    for column, owner in enumerate(owners):
+        if owner in rows:
+            true[rows[owner], column] = True
+    return retrieval(scores, true.to(world.device))
 
 
 def evaluate_zeroshot(model, tokenizer, split, config, world):
@@ -1010,9 +1012,10 @@ def evaluate_kinds(model, tokenizer, split, config, world):
     A fact of a scene is found if it scores above all facts of its kind that are false of the scene.
     """
     results = {}
-    for kind in KINDS:
-        facts = [scene[kind] for scene in toy_world("val")[1]]
-        captions = sorted({fact for scene in facts for fact in scene})[:500]
+    scenes = toy_world("val")[1]
+    for kind in scenes[0]:
+        facts = [scene[kind] for scene in scenes]
+        captions = sorted({fact for scene in facts for fact in scene})
         text = encode_texts(model, tokenizer, captions, world)
         read = functools.partial(score, model, text)
         scores, _, _ = common.extract(read, split, config, world)
@@ -1147,9 +1150,9 @@ def read_weights(path, known):
     if "visual.conv1.weight" not in weights:
         found = ", ".join(list(state)[:8])
         fail(f"{path} is no checkpoint of Llip or CLIP: no visual.conv1.weight; found {found}")
-    extras = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-    weights = {name.removeprefix("pred."): weights[name] for name in weights.keys() - set(extras)}
-    weights = {name: torch.atleast_1d(value.float()) for name, value in weights.items()}
+    # OpenAI's files also hold whole numbers; half precision becomes single
+    weights = {k: v.float() for k, v in weights.items() if v.is_floating_point()}
+    weights = {k.removeprefix("pred."): torch.atleast_1d(v) for k, v in weights.items()}
     width, _, patch, _ = weights["visual.conv1.weight"].shape
     tokens = weights["visual.class_embedding"].view(-1, width)
     weights["visual.class_embedding"] = tokens
@@ -1273,13 +1276,12 @@ PAPER = {
     "mix_heads": 8,
     "tau": 5.0,
     "vocabulary": "bpe_simple_vocab_16e6.txt.gz",
-    "logit_bias": "paper",
+    "paper_logits": True,
     "crop_scale": (0.9, 1.0),
     "batch": 32768,
     "steps": 390656,
     "warmup": 2000 / 390656,
     "lr": 5e-4,
-    "logit_lr": 1.0,
     "weight_decay": 0.2,
     "eval": "zeroshot,retrieval",
     "log_every": 50,
@@ -1367,13 +1369,12 @@ PRESETS = {
         "embedding": 256,
         "vocabulary": "",
         "merges": 2000,
-        "logit_bias": "batch",
+        "paper_logits": False,
         "crop_scale": (0.5, 1.0),
         "batch": 256,
         "steps": 0,
         "epochs": 30,
         "warmup": 0.05,
-        "logit_lr": 10.0,
     },
     "vit_b32": {**PAPER, "patch": 32},
     "vit_b16": {**PAPER, "mixture_tokens": 32},
