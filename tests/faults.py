@@ -42,7 +42,6 @@ import torch._dynamo  # which an optimizer's first step would import, in each ch
 from helpers import free_port, kill_at_random, log_rows
 from PIL import Image
 from test_dinov2 import SMALL as SMALL_DINOV2
-from test_llip import SMALL as SMALL_LLIP
 from test_runs import SCRIPTS, Script, photographs, poison
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -95,7 +94,6 @@ class Case(Script):
 
 
 CASES = {name: Case(**vars(script)) for name, script in SCRIPTS.items()}
-CASES["llip"] = Case(llip, SMALL_LLIP, SMALL_LLIP, "contrastive_loss")
 SMALL_DINOV2 = [*SMALL_DINOV2, "--koleo-group", "8"]  # of one rank of two
 CASES["dinov2"] = Case(dinov2, SMALL_DINOV2, [*SMALL_DINOV2, "--preset", "toy"], "total_loss")
 ASK = "--scenes 2 --baseline none --concurrency 2 --fn slow:solve".split()
@@ -214,7 +212,9 @@ def slowly(case):
 def draw_toy(case):
     """Have the toy images in this process, so that its children need not draw them."""
     if case.name not in ("vjepa", "mvp_eval"):
-        draw = {"llip": llip.toy_world, "pixel_vit": pixel_vit.toy_shapes}.get(case.name, common.old_toy_images)
+        if case.name == "llip":
+            return [llip.toy_world(split) for split in ("train", "val")]
+        draw = {"pixel_vit": pixel_vit.toy_shapes}.get(case.name, common.old_toy_images)
         module = case.module
         size = common.old_parse_config(module.Config, module.PRESETS, module.DATA_PRESETS, case.small).image_size
         for split in ("train", "val"):
