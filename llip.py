@@ -1,2196 +1,1466 @@
 # SPDX-License-Identifier: MIT
-"""Llip: the caption chooses which mix of an image's visual tokens it is compared with.
+"""Llip: the caption chooses the mix of an image's visual tokens that it is compared with.
 
-"Modeling Caption Diversity in Contrastive Vision-Language Pretraining", Lavoie, Kirichenko, Ibrahim, Assran, Wilson,
-Courville, Ballas, ICML 2024, arXiv 2405.00740.
+"Modeling Caption Diversity in Contrastive Vision-Language Pretraining", Lavoie, Kirichenko,
+Ibrahim, Assran, Wilson, Courville, Ballas, ICML 2024, arXiv 2405.00740.
 
-The idea. One image has many valid captions, and each says something else about it. CLIP and SigLIP want one vector per
-image that is near to all of them. Llip's vision transformer gives K mixture tokens instead, and a light cross-attention
-with the caption as its query mixes them into an image vector made for that caption. The loss is SigLIP's: for every
-image and every caption of the global batch, do they belong together? For the pair (i, j) image i is mixed for caption
-j, also where they do not belong together: else the caption inside the image vector would give the answer away. So there
-are N x N image vectors. They are never held at once: the loss and its gradients are computed tile by tile.
+The idea. An image has many valid captions, and each says something else. CLIP and SigLIP want one
+image vector that is near to all of them. Llip's vision transformer gives K mixture tokens. A light
+cross-attention, with the caption as its query, mixes them into an image vector for that caption.
+The loss is SigLIP's: does image i belong to caption j, for all pairs of the global batch. Image i
+is mixed for caption j also where they do not belong together: else the caption inside the image
+vector would give the answer away. The N x N image vectors are never held at once (see PairLoss).
 
-    images [B, 3, S, S] -- ViT, K class tokens --> [B, K, W] -- a matrix per token --> keys, values [B, H, K, d] --.
-                                                                                                                   |
-                                                   .-- queries [T, H, d] ----> softmax(q k / tau) mixes the values +
-    captions [T, L] -- causal transformer --> [T, U]                                                               |
-                                                   '-- z' [T, D] -- cosine with the mixed z [B, T, D] -- sigmoid loss
+    images [B, 3, S, S] -- ViT, K class tokens --> [B, K, W] --> keys, values [B, H, K, d] --.
+                                                                                             |
+                                          .-- queries [T, H, d] --> softmax(q k / tau) mixes values
+    captions [T, L] -- transformer --> [T, U]                                                |
+                                          '-- z' [T, D] -- cosine -- mixed z [B, T, D] ------'
 
-    python llip.py                                               # toy scenes with many captions, a few minutes
-    python llip.py --model siglip                                # the same towers with one vector per image; also clip
-    python llip.py --data captions_train2017.json --images train2017 --vocabulary bpe_simple_vocab_16e6.txt.gz
-    torchrun --nproc-per-node 8 llip.py --preset vit_b16 --data "shards/{00000..01242}.tar" --val-data imagenet
-    python llip.py --init llip_b16_k32.pt --data imagenet --eval zeroshot --vocabulary bpe_simple_vocab_16e6.txt.gz
+    python llip.py                              # toy scenes, a few minutes; --model siglip or clip
+    python llip.py --data captions_train2017.json --images train2017
+    torchrun --nproc-per-node 8 llip.py --preset vit_b16 --data shards --val-data imagenet
+    python llip.py --init llip_b16_k32.pt --no-train --data imagenet --eval zeroshot
 
-The paper reports: ImageNet zero-shot top-1 83.5 with ViT-G/14, K = 64 (MetaCLIP 82.1); the mean over 22 zero-shot sets
-69.7, 74.7, 77.7, 79.7 for B/16, L/14, H/14, G/14 (MetaCLIP 66.2, 72.8, 75.5, 76.8); COCO image-to-text +6.0 points.
-What this file was measured to do stands in the README.
-
-Where paper and released code may differ, this follows the code: queries come from the text transformer's output and not
-from the projected z'; every token has key and value matrices of its own; tau divides alone, without sqrt(d); the sum
-over pairs is divided by the number of images. Departures from the code, which change no number: texts are gathered from
-all ranks, instead of passed on in a ring; the pair loss goes by tiles, in float32; --accumulate encodes every part
-twice and so keeps all negatives. Departures that do: small models want tau near sqrt(D / H), as a small one picks a
-random token early and stays with it; the bias starts at ln(1 / (batch - 1)), the log-odds of a true pair, and learns
-ten times faster, since -10 fits batches of 22,000 and Adam moves it by about the learning rate a step; tar shards are
-read by index instead of as a pipe, so that every step knows its samples. OpenAI's own files are TorchScript archives,
-which run code: save their state dict first.
+Departures. From the paper, with the released code: queries come from the text transformer's output
+and not from z'; each token has its own key and value matrices; tau divides alone, without sqrt(d);
+the sum over pairs is divided by the images. From the code, without another result: texts are
+gathered instead of passed in a ring; the loss goes by tiles, in fp32. With another result: small
+presets have tau near sqrt(D / H), the bias starts at ln(1 / (batch - 1)), scale and bias learn ten
+times faster; images are read by place and not as a stream. Released weights need CLIP's vocabulary,
+bpe_simple_vocab_16e6.txt.gz, in $DATA or by --vocabulary.
 """
 
-import contextlib
+import copy
 import csv
 import functools
 import gzip
-import hashlib
-import heapq
 import html
-import http.client
 import io
 import itertools
 import json
 import math
 import os
 import re
-import sys
 import tarfile
-import time
 import unicodedata
-import urllib.request
-from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, replace
+from collections import Counter, OrderedDict, defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageColor, ImageDraw
 from torch import nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
 
 import common
-from common import OldLog as Log, OldWorld as World, old_fail as fail, old_generator as generator
+from common import fail, note
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Config
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Config:
-    """Every field is a flag, and the comment beside it is its help text."""
+    """Every field is a flag. The comment beside it is its help."""
 
-    preset: str = ""  # a name of PRESETS; by default the one that fits --data
-    data: str = "toy"  # toy, cifar10, a folder of $DATA, or a path: captions file, tar shards, folder (open_data)
-    images: str = ""  # folder that image names in a captions file are relative to, default the file's own
-    val_data: str = ""  # what to evaluate on, as --data; default what belongs to it: val/, or a file called val
+    preset: str = ""  # a name of PRESETS, by default the one that fits --data
+    data: str = "toy"  # toy, cifar10, a captions file, tar shards, or a folder with train/CLASS
+    images: str = ""  # folder that a captions file's names are relative to, default its own
+    columns: str = "filepath,title"  # columns of a csv or tsv: the image's file, the caption
+    val_data: str = ""  # what to evaluate on, default what belongs to --data
 
     # model
-    model: str = "llip"  # llip, siglip, clip; registers, average, learned: SigLIP with K tokens (see MODELS)
+    model: Literal["llip", "siglip", "clip"] = "llip"  # the method
     image_size: int = 32  # side of the image, pixels
     patch: int = 8  # side of a patch, pixels
-    width: int = 64  # vision width
+    width: int = 64  # W: vision width
     depth: int = 3  # vision blocks
     heads: int = 4  # attention heads of the vision transformer
-    mlp_hidden: int = 0  # hidden width of its MLPs, 0 = 4 x width
+    hidden: int = 0  # width of the vision MLPs, 0 = 4 * width
     mixture_tokens: int = 8  # K: class tokens; siglip and clip have one
-    all_tokens: bool = False  # llip and learned: mix the patches too, K + P tokens
-    text_width: int = 64  # text width
+    text_width: int = 64  # U: text width
     text_depth: int = 2  # text blocks
     text_heads: int = 4  # attention heads of the text transformer
-    context: int = 16  # tokens of a caption with its start and end; longer captions are cut
+    context: int = 16  # tokens of a caption with start and end; longer ones are cut
     embedding: int = 32  # D: width of the space in which images and captions are compared
     mix_heads: int = 4  # H: heads of the mixing cross-attention
     mix_norm: bool = False  # layer norm on keys, values and queries (the paper's H/14 and G/14)
-    tau: float = 3.0  # temperature of the mixing softmax; there is no 1/sqrt(d) besides, so sqrt(D/H) is the usual one
-    quick_gelu: bool = True  # x sigmoid(1.702 x) instead of the exact GELU
-
-    # tokenizer
-    vocabulary: str = ""  # bpe_simple_vocab_16e6.txt.gz, or a file like it; default: --merges, or bytes
-    merges: int = 0  # learn a vocabulary of this many merges from the training captions; 0 = plain bytes
-
-    # loss
-    logit_scale: float = 1 / 0.07  # initial factor s on the cosine; learned
-    logit_bias: str = "auto"  # initial bias b of the sigmoid loss, learned; auto = ln(1 / (batch - 1)), the paper: -10
-    pair_memory: int = 0  # MiB for one tile of the pair loss and of scoring, 0 = 16 on a CPU, 512 on a GPU
-
-    # augmentation
-    crop_scale: tuple[float, float] = (1.0, 1.0)  # area of the random crop, share of the image
-    flip: bool = False  # mirror half of the images: not where captions say left and right
+    tau: float = 3.0  # temperature of the mixing softmax
+    quick_gelu: bool = True  # x * sigmoid(1.702 x) instead of the exact GELU
+    vocabulary: str = ""  # a vocabulary file such as bpe_simple_vocab_16e6.txt.gz
+    merges: int = 200  # without one: learn so many merges from the captions, 0 = bytes
 
     # optimisation
+    crop_scale: tuple[float, float] = (1.0, 1.0)  # area of the random crop; 1 1 = the whole image
+    flip: bool = False  # mirror half of the images; not where captions say left and right
+    train: bool = True  # train; --no-train only evaluates --init
     batch: int = 128  # pairs a step, over all ranks; each is a negative of all others
-    accumulate: int = 1  # encode a rank's share of the batch in this many parts; the loss is still of the whole batch
     epochs: float = 0  # length of the run in passes over the data
-    steps: int = 0  # length of the run in steps; wins over --epochs
-    warmup: float = 0.05  # share of the run in which lr rises
+    steps: int = 0  # length of the run in steps, wins over --epochs
+    warmup: float = 0.05  # share of the run in which the learning rate rises
     lr: float = 2e-3  # peak learning rate
-    logit_lr: float = 10.0  # learning rate of scale and bias, times --lr
-    weight_decay: float = 0.1  # AdamW weight decay
-    beta2: float = 0.95  # AdamW: memory of squared gradients (the paper's CLIP baselines: 0.98)
-    recompute: bool = False  # activation checkpointing: less memory, a third more time
+    paper_logits: bool = False  # bias from -10 at rate lr, else from ln(1 / (batch - 1)) at 10 * lr
+    weight_decay: float = 0.1  # weight decay
+    recompute: bool = False  # compute activations again in the backward pass: less memory
 
     # run
     seed: int = 0  # seed of everything random
     out: str = ""  # folder of the run, default runs/llip, runs/llip-2, ...
     resume: bool = False  # continue from last.pt in the run's folder, or start if there is none
-    init: str = ""  # checkpoint to start from or to evaluate: ours, Llip's, or in the layout of OpenAI's and OpenCLIP's
+    init: str = ""  # weights to start from or to evaluate: ours, Llip's, or in CLIP's layout
     save_every: int = 500  # steps between checkpoints
     log_every: int = 20  # steps between rows of log.jsonl
-    device: str = ""  # cuda, mps or cpu, default the best there is
-    precision: str = ""  # bf16, fp16 or fp32, default bf16 where the hardware computes in it, else fp32
+    device: Literal["", "cuda", "mps", "cpu"] = ""  # default the best there is
+    precision: Literal["", "bf16", "fp16", "fp32"] = ""  # default bf16 where it is fast
     compile: bool = torch.cuda.is_available()  # torch.compile the networks
     shard: bool = False  # FSDP2 instead of DDP, for models that do not fit one GPU
-    workers: int = -1  # data loading processes a rank, -1 = as fits the machine and the data
-    cache: float = 2.0  # GiB: data sets whose decoded pixels fit are kept in memory
-    buffer: int = 5000  # samples of tar shards that are shuffled together
-    max_bad: float = 0.01  # share of unreadable images, or of images without caption, above which a run stops
+    workers: int = 0  # loading processes a rank, 0 = load between the steps
 
     # evaluation
-    eval: str = "kinds,retrieval,linear"  # comma-separated: kinds (toy), zeroshot, retrieval, linear, features; or none
-    baselines: bool = True  # evaluate beside it a randomly initialised network and, for llip, the mean of all tokens
-    eval_limit: int = 5000  # use at most this many images for retrieval and for training the linear probe, 0 = all
-    eval_batch: int = 256  # images, or captions, a forward pass in evaluation, a rank
-    eval_taus: tuple[float, ...] = ()  # further temperatures of the mixing softmax to evaluate zeroshot with
-    templates: str = ""  # file of zero-shot prompts, one a line, with {} for the class; default by data set
-    class_names: str = ""  # json list of names, or of lists of synonyms, in the order of the class folders
-    features_split: str = "val"  # train or val
-    features_out: str = ""  # file of --eval features, default features.npz in the run's folder
-    tokens: bool = False  # --eval features also writes the K class tokens
+    eval: str = "kinds,retrieval"  # comma-separated: kinds (toy), zeroshot, retrieval, features
+    class_names: str = ""  # json list of names, or of lists of synonyms, in the classes' order
 
 
-PAPER = dict(
-    data="folder", image_size=224, patch=16, width=768, depth=12, heads=12, mixture_tokens=64, text_width=512,
-    text_depth=12, text_heads=8, context=77, embedding=512, mix_heads=8, tau=5.0,
-    vocabulary="bpe_simple_vocab_16e6.txt.gz", logit_bias="-10", crop_scale=(0.9, 1.0), batch=32768, steps=390656,
-    warmup=2000 / 390656, lr=5e-4, logit_lr=1.0, weight_decay=0.2, eval="zeroshot,retrieval", log_every=50,
-)  # fmt: skip
-LARGE = dict(patch=14, width=1024, depth=24, heads=16, text_width=768, text_heads=12, embedding=768, tau=1.0, lr=4e-4)
-HUGE = dict(patch=14, width=1280, depth=32, heads=16, text_width=1024, text_depth=24, text_heads=16, embedding=1024,
-            mix_norm=True, lr=4e-4, recompute=True)  # fmt: skip
-GIANT = dict(patch=14, width=1664, depth=48, heads=16, mlp_hidden=8192, text_width=1280, text_depth=32, text_heads=20,
-             embedding=1280, mix_norm=True, lr=4e-4, recompute=True)  # fmt: skip
-CIFAR10 = dict(
-    data="cifar10", image_size=32, patch=4, width=192, depth=9, heads=3, mixture_tokens=16, text_width=128,
-    embedding=128, tau=6.0, merges=200, context=24, crop_scale=(0.5, 1.0), flip=True, batch=1024, epochs=100, lr=1e-3,
-    eval="zeroshot,linear", log_every=50,
-)  # fmt: skip
-FOLDER = dict(
-    data="folder", image_size=224, patch=16, width=384, depth=12, heads=6, mixture_tokens=32, text_width=256,
-    text_depth=6, text_heads=4, context=64, embedding=256, mix_heads=4, tau=8.0, merges=4000, crop_scale=(0.5, 1.0),
-    batch=256, epochs=30, lr=5e-4, eval="zeroshot,retrieval", log_every=50,
-)  # fmt: skip
-PRESETS = {
-    "toy": dict(steps=3000, merges=200),  # the defaults of Config
-    "cifar10-cpu": CIFAR10 | dict(patch=8, width=96, depth=4, mixture_tokens=8, text_width=64, embedding=64, tau=4.0,
-                                  batch=256, epochs=0, steps=3000),
-    "cifar10": CIFAR10,  # on one GPU; not measured yet, nor is folder
-    "folder": FOLDER,
-    "vit_b32": PAPER | dict(patch=32),
-    "vit_b16": PAPER | dict(mixture_tokens=32),
-    "vit_l14": PAPER | LARGE,
-    "vit_h14": PAPER | HUGE,
-    "vit_g14": PAPER | GIANT,
-}  # fmt: skip
-DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10", "*": "folder"}
-# between siglip and llip stand the paper's ablations, each with K class tokens and a matrix for each, but one vector an
-# image: the first token; the mean of all; a learned mix of all, H x K weights that are the same for every caption
-MODELS = ("llip", "siglip", "clip", "registers", "average", "learned")
-EVALUATIONS = ("kinds", "zeroshot", "retrieval", "linear", "features", "none")
+# --------------------------------------------------------------------------------------------------
+# Tokens: CLIP's byte-level BPE, with its vocabulary file or one learned from the captions
+# --------------------------------------------------------------------------------------------------
 
-
-def check(config, world, training=True):
-    """Refuse what cannot work, before any work (exit 2)."""
-    c = config
-    if c.image_size % c.patch:
-        fail(f"--image-size {c.image_size} is not a multiple of --patch {c.patch}")
-    pairs = (("width", "heads"), ("text_width", "text_heads"), ("embedding", "mix_heads"))
-    for width, heads in pairs:
-        if getattr(c, width) % getattr(c, heads):
-            flags = [f"--{name.replace('_', '-')} {getattr(c, name)}" for name in (width, heads)]
-            fail(f"{flags[0]} is not a multiple of its heads, {flags[1]}")
-    choices = dict(model=MODELS, features_split=("train", "val"), precision=("", "bf16", "fp16", "fp32"))
-    for name, known in choices.items():
-        if getattr(c, name) not in known:
-            fail(f"--{name.replace('_', '-')} {getattr(c, name)!r} is not one of {', '.join(k for k in known if k)}")
-    for name in c.eval.split(","):
-        if name not in EVALUATIONS:
-            fail(f"--eval {name!r} is not one of {', '.join(EVALUATIONS)}")
-    if c.tau <= 0 or c.logit_scale <= 0 or c.mixture_tokens < 1 or c.context < 3:
-        fail("--tau and --logit-scale must be above 0, --mixture-tokens at least 1, --context at least 3")
-    if c.all_tokens and c.model not in ("llip", "learned"):
-        fail(f"--all-tokens is for --model llip and learned, not for {c.model}")
-    if c.logit_bias != "auto" and not re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", c.logit_bias):
-        fail(f"--logit-bias {c.logit_bias!r} is neither a number nor auto")
-    if training and (c.batch < 2 or c.batch % (world.size * c.accumulate)):
-        fail(f"--batch {c.batch} does not divide into {world.size} ranks x {c.accumulate} accumulations")
-    if c.shard and c.precision == "fp16":
-        fail("--shard works with bf16 and fp32, not with --precision fp16")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens: byte-level BPE as CLIP has it, with its vocabulary file, one learned from the captions, or plain bytes
-# ---------------------------------------------------------------------------------------------------------------------
-
-START, END = "<start_of_text>", "<end_of_text>"
-WHOLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]  # printed as the character of the same number
-BYTE_ORDER = WHOLE_BYTES + [b for b in range(256) if b not in set(WHOLE_BYTES)]  # byte values in the order of their ids
-BYTE_CHARACTERS = {b: chr(b if i < len(WHOLE_BYTES) else 256 + i - len(WHOLE_BYTES)) for i, b in enumerate(BYTE_ORDER)}
+START = "<start_of_text>"
+END = "<end_of_text>"
+# printable bytes are written as the character of the same number, the others as 256, 257, ...
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = PRINTABLE + sorted(
+    set(range(256)) - set(PRINTABLE)
+)  # byte values in the order of their ids
+CHARACTERS = dict(zip(BYTES, map(chr, [*PRINTABLE, *range(256, 324)]), strict=True))
 MERGES = 49152 - 256 - 2  # lines of OpenAI's file that its tokenizer uses
-CONTRACTION = re.compile("'(?:s|t|re|ve|m|ll|d)", re.IGNORECASE)
-
-
-@functools.cache
-def repairs():
-    """str.translate table: what ftfy does to single characters (curly quotes, ligatures, full width, controls)."""
-    table = {c: "'" for c in (0x02BC, *range(0x2018, 0x201C))} | {c: '"' for c in range(0x201C, 0x2020)}
-    for c in (0x0132, 0x0133, *range(0x01C4, 0x01CD), *range(0x01F1, 0x01F4), *range(0xFB00, 0xFB07)):
-        table[c] = unicodedata.normalize("NFKC", chr(c))
-    table |= {c: unicodedata.normalize("NFKC", chr(c)) for c in (0x3000, *range(0xFF00, 0xFFF0))}
-    table |= {0x0149: "'n", 0xFB05: "\u017ft"}
-    for c in range(0x80, 0xA0):  # read as Windows-1252, where that has a character
-        with contextlib.suppress(UnicodeDecodeError):
-            character = bytes([c]).decode("cp1252")
-            table[c] = table.get(ord(character), character)
-    table |= {c: "\n" for c in (0x0D, 0x2028, 0x2029)}
-    gone = (*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD))
-    return table | dict.fromkeys(gone)
+QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
+WIDE = re.compile("[\u3000\ufb00-\ufb06\uff00-\uffef]+")  # ligatures and full-width letters
+# numbers such as fractions, which Python's \d leaves out
+NUMBERS = filter(lambda c: unicodedata.category(c) in ("No", "Nl"), map(chr, range(0x20000)))
+NUMBERS = "".join(NUMBERS)
+# pieces: special tokens, contractions, letters, single digits, other signs
+PIECES = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d"
+PIECES += rf"|[^\W\d_{NUMBERS}]+|[\d{NUMBERS}]|(?:[^\s\w]|_)+"
+PIECES = re.compile(PIECES, re.IGNORECASE)
 
 
 def clean(text):
-    """A caption as CLIP reads it: characters repaired, entities resolved, one space between words, lower case.
+    """Return a caption as CLIP reads it: entities resolved, plain quotes, one space, lower case.
 
-    The repairs are those of the package ftfy but for one: sequences that were decoded wrongly stay as they are.
+    Of the repairs of the package ftfy, these are the ones that captions need.
     """
-    while "<" not in text and html.unescape(text) != text:
-        text = html.unescape(text)
-    text = unicodedata.normalize("NFC", text.translate(repairs()))
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip().lower()
-
-
-@functools.lru_cache(maxsize=65536)
-def character_kind(character):
-    """L for letters, N for numbers, a space for spaces, P for all else."""
-    return " " if character.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(character)[0], "P")
-
-
-def split_words(text):
-    """Pieces that are merged apart from each other: special tokens, contractions, letters, single digits, the rest."""
-    kinds, pieces, at = "".join(map(character_kind, text)), [], 0
-    while at < len(text):
-        special = next((s for s in (START, END) if text.startswith(s, at)), None)
-        found = CONTRACTION.match(text, at)
-        if special:
-            end = at + len(special)
-        elif found:
-            end = found.end()
-        elif kinds[at] in " N":
-            end = at + 1
-        else:
-            end = at + len(kinds[at:]) - len(kinds[at:].lstrip(kinds[at]))
-        if kinds[at] != " ":
-            pieces.append(text[at:end])
-        at = end
-    return pieces
+    text = html.unescape(html.unescape(text)).translate(QUOTES)
+    text = WIDE.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)
+    return " ".join(unicodedata.normalize("NFC", text).split()).lower()
 
 
 def to_symbols(piece):
-    """The bytes of a piece as printable characters, the last one marked as the end: 'at' -> ('a', 't</w>')."""
-    characters = [BYTE_CHARACTERS[b] for b in piece.encode()]
-    return (*characters[:-1], characters[-1] + "</w>")
+    """Return a piece's bytes as spaced characters, the last one marked: 'at' -> ' a  t</w> '."""
+    return "".join(f" {CHARACTERS[b]} " for b in piece.encode())[:-1] + "</w> "
 
 
-def merge(symbols, pair):
+def pairs_of(word):
+    """Return the neighbours in a word of spaced symbols."""
+    return list(itertools.pairwise(word.split()))
+
+
+def merge(word, pair):
     """Join all occurrences of a pair of neighbours, from left to right."""
-    joined, at = [], 0
-    while at < len(symbols):
-        step = 2 if symbols[at : at + 2] == pair else 1
-        joined.append("".join(symbols[at : at + step]))
-        at += step
-    return tuple(joined)
+    return word.replace(" {}  {} ".format(*pair), " {}{} ".format(*pair))
 
 
 def learn_merges(captions, count):
-    """Byte-pair encoding: `count` times the most frequent pair of neighbours becomes a token (ties: the first in order)
-    -> ["left right", ...], the lines of a vocabulary file; fewer where no pair is left that occurs twice."""
-    counts = Counter(piece for caption in captions for piece in split_words(clean(caption)))
-    words = [(to_symbols(piece), n) for piece, n in counts.items()]
-    pairs, where, merges = Counter(), defaultdict(set), []  # where: the words that a pair occurs in, or did
-
-    def tally(index, sign, changed):
-        symbols, n = words[index]
-        for pair in zip(symbols, symbols[1:]):
-            pairs[pair] += sign * n
-            where[pair].add(index)
-            changed.add(pair)
-
-    changed = set()
-    for index in range(len(words)):
-        tally(index, 1, changed)
-    heap = []
+    """Return up to `count` merges: each time the most frequent pair, of equals the first."""
+    pieces = Counter(piece for caption in captions for piece in PIECES.findall(clean(caption)))
+    words = {to_symbols(piece): n for piece, n in pieces.items()}
+    merges = []
     while len(merges) < count:
-        for pair in changed:
-            heapq.heappush(heap, (-pairs[pair], pair))
-        changed = set()
-        while heap and -heap[0][0] != pairs[heap[0][1]]:  # counted before a merge changed it
-            heapq.heappop(heap)
-        if not heap or -heap[0][0] < 2:
+        pairs = Counter()
+        for word, n in words.items():
+            for pair in pairs_of(word):
+                pairs[pair] += n
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if pairs[best] < 2:
             break
-        best = heapq.heappop(heap)[1]
         merges.append(" ".join(best))
-        for index in where.pop(best):
-            symbols, n = words[index]
-            tally(index, -1, changed)
-            words[index] = merge(symbols, best), n
-            tally(index, 1, changed)
+        words = {merge(word, best): n for word, n in words.items()}
     return merges
 
 
-class Tokenizer:
-    """Captions -> token ids. merges: ["left right", ...] in order of rank; None: ids are bytes, for no vocabulary.
+class Tokenizer(nn.Module):
+    """Turn captions into token ids. A module, so that last.pt holds the vocabulary.
 
-    The end has the largest id of all, the start the one before; captions are padded with 0.
+    merges: ["left right", ...] in order of rank; without any, ids are bytes. The end has the
+    largest id of all, the start the one before. Captions are padded with 0.
     """
 
     def __init__(self, merges, context):
-        self.merges, self.context, self.cut = merges, context, 0
-        pairs = [tuple(line.split(" ")) for line in merges or []]
-        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
-        characters = [BYTE_CHARACTERS[b] for b in BYTE_ORDER]
-        names = [*characters, *(c + "</w>" for c in characters), *map("".join, pairs)] if merges is not None else []
-        self.names = [*(names or map(str, range(256))), START, END]
-        self.ids = {name: i for i, name in enumerate(self.names)}
-        self.pieces = {START: [len(self.names) - 2], END: [len(self.names) - 1]}  # ids by piece, seen so far
-
-    @property
-    def size(self):
-        """Number of ids."""
-        return len(self.names)
+        super().__init__()
+        text = "\n".join(merges).encode()
+        self.register_buffer("text", torch.tensor(list(text), dtype=torch.uint8))
+        self.context = context
+        self.ranks = {tuple(line.split(" ")): rank for rank, line in enumerate(merges)}
+        characters = [CHARACTERS[b] for b in BYTES]
+        names = [*characters, *(c + "</w>" for c in characters), *map("".join, self.ranks)]
+        self.ids = {name: i for i, name in enumerate(names)}
+        self.start = len(names)
+        self.pieces = {START: [self.start], END: [self.start + 1]}  # ids of pieces seen so far
 
     def encode(self, text):
-        """Ids of a caption without start and end; a special token that is written out becomes its id."""
-        if self.merges is None:
-            return list(clean(text).encode())
+        """Return the ids of a caption, without start and end."""
         ids = []
-        for piece in split_words(clean(text)):
+        for piece in PIECES.findall(clean(text)):
             if piece not in self.pieces:
-                symbols = to_symbols(piece)
-                while len(symbols) > 1:
-                    pairs = zip(symbols, symbols[1:], strict=False)
-                    pair = min(pairs, key=lambda pair: self.ranks.get(pair, math.inf))
-                    if pair not in self.ranks:
-                        break
-                    symbols = merge(symbols, pair)
-                self.pieces[piece] = [self.ids[s] for s in symbols]
+                word = to_symbols(piece)
+                for _ in piece.encode():  # as many merges as there can be
+                    known = self.ranks.keys() & pairs_of(word)
+                    word = merge(word, min(known, key=self.ranks.get)) if known else word
+                self.pieces[piece] = [self.ids[symbol] for symbol in word.split()]
             ids += self.pieces[piece]
         return ids
 
-    def decode(self, ids):
-        """The text of ids, ends of words as spaces."""
-        if self.merges is None:
-            return bytes(i for i in ids if i < 256).decode(errors="replace")
-        values = {character: b for b, character in BYTE_CHARACTERS.items()}
-        characters = "".join(self.names[i] for i in ids).replace("</w>", " ")
-        return b"".join(bytes([values[c]]) if c in values else c.encode() for c in characters).decode(errors="replace")
-
-    def __call__(self, captions):
-        """Captions -> int64 [T, context]; where one is too long, the end token replaces the last that fits."""
-        rows = torch.zeros(len(captions), self.context, dtype=torch.long)
-        for row, caption in zip(rows, captions):
-            ids = [self.size - 2, *self.encode(caption), self.size - 1]
-            if len(ids) > self.context:
-                ids, self.cut = [*ids[: self.context - 1], self.size - 1], self.cut + 1
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
+    def forward(self, captions):
+        """Return int64 [T, L]. Of a caption that is too long, the end stays."""
+        rows = []
+        for caption in captions:
+            ids = [self.start, *self.encode(caption)][: self.context - 1]
+            rows.append([*ids, self.start + 1])
+            rows[-1] += [0] * (self.context - len(rows[-1]))
+        return torch.tensor(rows)
 
 
-def read_merges(path):
-    """The merges of a vocabulary file: gzip, a line of header, then `left right` a line. Exits with 2 without one."""
-    places = [Path(path).expanduser(), Path(os.environ.get("DATA", "data")) / path]
-    place = next((p for p in places if p.is_file()), None)
-    if place is None:
-        fail(
-            f"no vocabulary at {' or '.join(map(str, places))}. The repositories of CLIP, OpenCLIP and Llip contain "
-            "bpe_simple_vocab_16e6.txt.gz; or train with --vocabulary '' --merges 4000, which learns one, or --merges 0"
-        )
+def locate(name):
+    """Return the path of a file or folder that may be in $DATA."""
+    path = Path(name).expanduser().absolute()
+    if not path.exists() and "/" not in name:
+        path = Path(os.environ.get("DATA", "data"), name)
+    return path
+
+
+def read_merges(name):
+    """Read a vocabulary file: gzip, a header, then "left right" a line."""
+    path = locate(name)
+    if not path.is_file():
+        advice = "CLIP's repository has it; or learn one by --vocabulary '' --merges 4000"
+        fail(f"no vocabulary at {path}: {advice}")
     try:
-        return gzip.decompress(place.read_bytes()).decode().strip("\n").split("\n")[1 : 1 + MERGES]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        fail(f"{place} is no vocabulary file: {error}")
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    except (OSError, EOFError, ValueError) as error:
+        fail(f"{path} is no vocabulary file: {error}")
+    return lines[1 : 1 + MERGES]
 
 
-def make_tokenizer(config, data):
-    """The Tokenizer of --vocabulary, of --merges learned from the captions of a Split or Shards, or of bytes."""
-    if config.vocabulary:
-        return Tokenizer(read_merges(config.vocabulary), config.context)
-    return Tokenizer(learn_merges(data.some_captions(), config.merges) if config.merges else None, config.context)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Model. Parameter names are CLIP's, so that released weights load as they are.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, fused; parameters as in nn.MultiheadAttention, rows [queries | keys | values]."""
-
-    def __init__(self, width, heads, causal):
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def project(self, x):
-        """x [B, N, W] -> queries, keys, values, each [B, heads, N, W/heads]."""
-        return (
-            F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )
-
-    def forward(self, x, first=None):
-        """x [B, N, W] -> [B, N, W], or of the `first` tokens only."""
-        q, k, v = self.project(x)
-        x = F.scaled_dot_product_attention(q[:, :, :first], k, v, is_causal=self.causal)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    """Linear, GELU, Linear; `quick` takes CLIP's approximation of GELU."""
-
-    def __init__(self, width, hidden, quick):
-        super().__init__()
-        self.quick = quick
-        self.c_fc, self.c_proj = nn.Linear(width, hidden), nn.Linear(hidden, width)
+class QuickGELU(nn.Module):
+    """CLIP's approximation of GELU."""
 
     def forward(self, x):
         """[..., W] -> [..., W]."""
-        x = self.c_fc(x)
-        return self.c_proj(x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x))
+        return x * torch.sigmoid(1.702 * x)
 
 
 class ResidualBlock(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width, heads, hidden, quick, causal):
+    def __init__(self, width, heads, hidden, quick_gelu):
         super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn, self.mlp = Attention(width, heads, causal), MLP(width, hidden, quick)
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.ln_2 = nn.LayerNorm(width)
+        mlp = OrderedDict(c_fc=nn.Linear(width, hidden))
+        mlp["gelu"] = QuickGELU() if quick_gelu else nn.GELU()
+        mlp["c_proj"] = nn.Linear(hidden, width)
+        self.mlp = nn.Sequential(mlp)
 
-    def forward(self, x, first=None):
-        """x [B, N, W] -> [B, N, W], or of the `first` tokens only."""
-        x = x[:, :first] + self.attn(self.ln_1(x), first)
+    def forward(self, x, mask=None, first=None):
+        """x [B, N, W] -> [B, N, W], or only its `first` tokens. mask: of causal attention."""
+        keys = self.ln_1(x)
+        queries = keys if first is None else keys[:, :first]
+        mask = {"attn_mask": mask, "is_causal": mask is not None}
+        x = x[:, :first] + self.attn(queries, keys, keys, need_weights=False, **mask)[0]
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
     """A stack of blocks."""
 
-    def __init__(self, width, depth, heads, hidden, quick, causal, recompute):
+    def __init__(self, width, depth, heads, hidden, config):
         super().__init__()
-        self.recompute = recompute
-        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, hidden, quick, causal) for _ in range(depth))
+        self.recompute = config.recompute
+        blocks = [ResidualBlock(width, heads, hidden, config.quick_gelu) for _ in range(depth)]
+        self.resblocks = nn.ModuleList(blocks)
 
-    def forward(self, x, first=None):
-        """x [B, N, W] -> [B, N, W]; with `first` the last block computes only that many tokens."""
+    def forward(self, x, mask=None, first=None):
+        """x [B, N, W] -> [B, N, W]. first: the last block computes only so many tokens."""
         for block in self.resblocks:
-            asked = first if block is self.resblocks[-1] else None
-            again = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, x, asked, use_reentrant=False) if again else block(x, asked)
+            wanted = first if block is self.resblocks[-1] else None
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, wanted, use_reentrant=False)
+            else:
+                x = block(x, mask, wanted)
         return x
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's vision transformer with K class tokens, of which only these are returned: [B, 3, S, S] -> [B, K, W].
-
-    With --all-tokens the patches are returned too, behind them, and K stands for K + P from here on.
-    """
+    """CLIP's vision transformer with K class tokens. Patches are not returned."""
 
     def __init__(self, config):
         super().__init__()
-        c, std = config, config.width**-0.5
-        tokens, grid = token_count(config), c.image_size // c.patch
+        c = config
+        std = c.width**-0.5
+        tokens = c.mixture_tokens if c.model == "llip" else 1
+        patches = (c.image_size // c.patch) ** 2
         self.conv1 = nn.Conv2d(3, c.width, c.patch, c.patch, bias=False)
         self.class_embedding = nn.Parameter(std * torch.randn(tokens, c.width))
-        self.positional_embedding = nn.Parameter(std * torch.randn(tokens + grid * grid, c.width))
-        self.ln_pre, self.ln_post = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
-        hidden = c.mlp_hidden or 4 * c.width
-        self.transformer = Transformer(c.width, c.depth, c.heads, hidden, c.quick_gelu, False, c.recompute)
-        self.returned = None if c.all_tokens else tokens
-        if c.model not in ("llip", "learned"):  # with one token as in CLIP, else a matrix per token
-            self.proj = nn.Parameter(std * torch.randn(tokens, c.width, c.embedding).squeeze(0))
+        self.positional_embedding = nn.Parameter(std * torch.randn(tokens + patches, c.width))
+        self.ln_pre = nn.LayerNorm(c.width)
+        self.transformer = Transformer(c.width, c.depth, c.heads, c.hidden or 4 * c.width, c)
+        self.ln_post = nn.LayerNorm(c.width)
+        if c.model != "llip":
+            self.proj = nn.Parameter(std * torch.randn(c.width, c.embedding))
 
     def embed(self, images):
-        """What enters the first block: class tokens, then patches, with positions, normed: [B, K+P, W]."""
+        """Return what enters the first block: [class tokens | patches], [B, K+P, W]."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)
-        classes = self.class_embedding.to(patches.dtype).expand(len(images), -1, -1)
-        return self.ln_pre(torch.cat([classes, patches], dim=1) + self.positional_embedding)
+        tokens = self.class_embedding.to(patches.dtype).expand(len(images), -1, -1)
+        return self.ln_pre(torch.cat([tokens, patches], dim=1) + self.positional_embedding)
 
     def forward(self, images):
-        """[B, 3, S, S] -> the K class tokens after the last norm, [B, K, W]."""
-        return self.ln_post(self.transformer(self.embed(images), first=self.returned))
+        """[B, 3, S, S] -> the class tokens after the last norm, [B, K, W]."""
+        x = self.transformer(self.embed(images), first=len(self.class_embedding))
+        return self.ln_post(x)
 
 
-def token_count(config):
-    """K: mixture tokens, or the one class token of CLIP and SigLIP."""
-    return 1 if config.model in ("siglip", "clip") else config.mixture_tokens
-
-
-class Llip(nn.Module):
-    """Both towers, and what turns their outputs into what is compared.
-
-    `image` gives keys and values [B, 2, H, K, d], `text` queries and z' [T, 2, D]; for the baselines one vector each:
-    [B, D] and [T, 1, D]. vocabulary: number of token ids.
-    """
+class CLIP(nn.Module):
+    """The towers of CLIP and SigLIP: one vector an image, one a caption. vocabulary: token ids."""
 
     def __init__(self, config, vocabulary):
         super().__init__()
-        c, u = config, config.text_width
-        self.config = config
+        c = config
+        u = c.text_width
         self.visual = VisionTransformer(c)
         self.token_embedding = nn.Embedding(vocabulary, u)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(c.context, u))
-        self.transformer = Transformer(u, c.text_depth, c.text_heads, 4 * u, c.quick_gelu, True, c.recompute)
+        self.transformer = Transformer(u, c.text_depth, c.text_heads, 4 * u, c)
         self.ln_final = nn.LayerNorm(u)
         self.text_projection = nn.Parameter(u**-0.5 * torch.randn(u, c.embedding))
-        # 1-D and not scalars, since FSDP2 splits every parameter along its first axis
-        self.logit_scale = nn.Parameter(torch.tensor([math.log(c.logit_scale)]))
-        bias = -math.log(max(1, c.batch - 1)) if c.logit_bias == "auto" else float(c.logit_bias)
-        self.logit_bias = None if c.model == "clip" else nn.Parameter(torch.tensor([bias]))
-        mixed = c.mixture_tokens + c.all_tokens * (c.image_size // c.patch) ** 2
-        if c.model == "llip":
-            self.k_proj = nn.Parameter(c.width**-0.5 * torch.randn(mixed, c.width, c.embedding))
-        if c.model in ("llip", "learned"):
-            self.v_proj = nn.Parameter(c.width**-0.5 * torch.randn(mixed, c.width, c.embedding))
-        if c.model == "llip":
-            self.q_proj = nn.Parameter(u**-0.5 * torch.randn(u, c.embedding))
-        if c.model in ("llip", "learned"):
-            self.out_proj = nn.Parameter(c.embedding**-0.5 * torch.randn(c.embedding, c.embedding))
-        if c.model == "learned":
-            self.mix = nn.Parameter(torch.zeros(c.mix_heads, mixed))
-        if c.model == "llip":
-            norm = functools.partial(nn.LayerNorm, c.embedding) if c.mix_norm else nn.Identity
-            self.K_norm, self.Q_norm, self.V_norm = norm(), norm(), norm()
+        # of one dimension, since FSDP2 splits each parameter along its first
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
+        if c.model != "clip":
+            bias = -10.0 if c.paper_logits else -math.log(max(1, c.batch - 1))
+            self.logit_bias = nn.Parameter(torch.tensor([bias]))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         for block in self.transformer.resblocks:
+            residual = (2 * u * c.text_depth) ** -0.5
             nn.init.normal_(block.attn.in_proj_weight, std=u**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=u**-0.5 * (2 * c.text_depth) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=u**-0.5 * (2 * c.text_depth) ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * u) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual)
 
-    def mixture(self, h):
-        """Class tokens [B, K, W] -> keys and values [B, 2, H, K, d]; every token has matrices of its own."""
-        k = self.K_norm(torch.einsum("bkw,kwd->bkd", h, self.k_proj))
-        v = self.V_norm(torch.einsum("bkw,kwd->bkd", h, self.v_proj))
-        return torch.stack([k, v], 1).unflatten(3, (self.config.mix_heads, -1)).transpose(2, 3)
-
-    def features(self, images):
-        """Images [B, 3, S, S] -> class tokens after the last norm [B, K, W], for probes."""
-        return self.visual(images)
-
-    def image(self, images):
-        """Images [B, 3, S, S] -> what captions are compared with: [B, 2, H, K, d], or [B, D] of a baseline."""
-        h = self.visual(images)
-        if self.config.model == "llip":
-            return self.mixture(h)
-        if self.config.model == "learned":
-            v = torch.einsum("bkw,kwd->bkd", h, self.v_proj).unflatten(2, (self.config.mix_heads, -1))
-            return torch.einsum("bkhd,hk->bhd", v, self.mix.softmax(1)).flatten(1) @ self.out_proj
-        if self.config.model == "average":
-            return torch.einsum("bkw,kwd->bd", h, self.visual.proj.view(h.shape[1], h.shape[2], -1)) / h.shape[1]
-        return h[:, 0] @ (self.visual.proj if self.visual.proj.dim() == 2 else self.visual.proj[0])
-
-    def hidden(self, tokens):
-        """Captions int64 [T, L] -> the text transformer's output at the end of each, [T, U].
+    def encode_tokens(self, tokens):
+        """Captions int64 [T, L] -> g, the text transformer's output at the end of each, [T, U].
 
         Padding comes after the end and attention looks back only, so it needs no mask.
         """
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        ends = tokens.argmax(1)  # the end has the largest id; the first of several counts
-        x = self.transformer(x)
+        ends = tokens.argmax(1)  # the end has the largest id
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], x.device)
+        x = self.transformer(x, mask=mask)
         return self.ln_final(x[torch.arange(len(x), device=x.device), ends])
 
+    def image(self, images):
+        """Images [B, 3, S, S] -> [B, D]."""
+        return self.visual(images)[:, 0] @ self.visual.proj
+
     def text(self, tokens):
-        """Captions int64 [T, L] -> queries and z' [T, 2, D], or only z' [T, 1, D] for a baseline."""
-        g = self.hidden(tokens)
-        z = g @ self.text_projection
-        return torch.stack([self.Q_norm(g @ self.q_proj), z], 1) if self.config.model == "llip" else z[:, None]
+        """Captions int64 [T, L] -> z' [T, 1, D]."""
+        return (self.encode_tokens(tokens) @ self.text_projection)[:, None]
 
     def forward(self, images, tokens):
-        """-> (image, text, what `contrastive_loss` needs besides: out_proj, scale and bias, where the model has them).
+        """Return the loss of pairs. All of a step goes through here, as DDP and FSDP want it."""
+        return contrastive_loss(self.image(images), self.text(tokens), self)
 
-        All that the loss takes goes through here, as wrappers that gather or reduce parameters want it.
-        """
-        head = {"scale": self.logit_scale.exp()}
-        if self.logit_bias is not None:
-            head["bias"] = self.logit_bias.clone()
-        if self.config.model == "llip":
-            head["out_proj"] = self.out_proj.clone()
-        return self.image(images), self.text(tokens), head
+
+class Llip(CLIP):
+    """Keys and values for each image, a query and z' for each caption."""
+
+    def __init__(self, config, vocabulary):
+        super().__init__(config, vocabulary)
+        c = config
+        self.heads = c.mix_heads
+        self.tau = c.tau
+        shape = (c.mixture_tokens, c.width, c.embedding)  # matrices of its own for each token
+        self.k_proj = nn.Parameter(c.width**-0.5 * torch.randn(shape))
+        self.v_proj = nn.Parameter(c.width**-0.5 * torch.randn(shape))
+        self.q_proj = nn.Parameter(c.text_width**-0.5 * torch.randn(c.text_width, c.embedding))
+        self.out_proj = nn.Parameter(c.embedding**-0.5 * torch.randn(c.embedding, c.embedding))
+        norm = nn.LayerNorm if c.mix_norm else nn.Identity
+        self.K_norm = norm(c.embedding)
+        self.Q_norm = norm(c.embedding)
+        self.V_norm = norm(c.embedding)
+
+    def image(self, images):
+        """Images [B, 3, S, S] -> keys and values [B, 2, H, K, d]."""
+        h = self.visual(images)  # [B, K, W]
+        k = self.K_norm(torch.einsum("bkw,kwd->bkd", h, self.k_proj))
+        v = self.V_norm(torch.einsum("bkw,kwd->bkd", h, self.v_proj))
+        both = torch.stack([k, v], dim=1).unflatten(3, (self.heads, -1))
+        return both.transpose(2, 3)
+
+    def text(self, tokens):
+        """Captions int64 [T, L] -> queries and z', [T, 2, D]."""
+        g = self.encode_tokens(tokens)
+        return torch.stack([self.Q_norm(g @ self.q_proj), g @ self.text_projection], dim=1)
 
 
 def build(config, vocabulary):
-    """A freshly initialised model."""
+    """Return a freshly initialised model."""
     torch.manual_seed(config.seed)
-    return Llip(config, vocabulary)
+    return Llip(config, vocabulary) if config.model == "llip" else CLIP(config, vocabulary)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loss: all pairs of the global batch, without ever holding their N x N image vectors
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def mixing_weights(k, q, tau):
-    """a: how much of each token an image is for a caption. k [B, H, K, d], q [T, H, d] -> [B, T, H, K]."""
-    return (torch.einsum("bhkd,thd->bthk", k, q) / tau).softmax(-1)
+    """Return how much of each token an image gives for a caption: [H, B, K, T].
 
-
-def pair_scores(k, v, q, t, out_proj, tau):
-    """Cosine of every image, mixed for a caption, with that caption: [B, T]. Memory grows with B x T x (HK + D).
-
-    k, v [B, H, K, d]; q [T, H, d]; t [T, D], the captions' z'; out_proj [D, D].
+    k: keys [B, H, K, d]; q: queries [T, H, d].
     """
-    z = torch.einsum("bthk,bhkd->bthd", mixing_weights(k, q, tau), v).flatten(2) @ out_proj  # [B, T, D]
-    return torch.einsum("btd,td->bt", F.normalize(z, dim=-1), F.normalize(t, dim=-1))
+    keys = k.transpose(0, 1)
+    logits = keys.flatten(1, 2) @ (q / tau).permute(1, 2, 0)  # [H, B*K, T]
+    return logits.view(*keys.shape[:3], -1).softmax(2)
 
 
-def tile_side(budget, heads, tokens, width):
-    """Side of a square tile of pairs whose activations take about `budget` bytes."""
-    return max(1, math.isqrt(int(budget / (4 * (3 * heads * tokens + 4 * width)))))
+def pair_scores(k, v, q, z_text, out_proj, tau):
+    """Return the cosine of each image, mixed for a caption, with that caption: [B, T].
+
+    k, v [B, H, K, d]; q [T, H, d]; z_text: z' [T, D]; out_proj [D, D].
+    """
+    mixed = mixing_weights(k, q, tau).mT @ v.transpose(0, 1)  # [H, B, T, d]
+    z = mixed.permute(1, 2, 0, 3).flatten(2) @ out_proj  # [B, T, D]
+    products = torch.einsum("btd,td->bt", z, F.normalize(z_text, dim=1))
+    return products / z.norm(dim=2).clamp(min=1e-12)
+
+
+def sigmoid_loss(scores, scale, bias, first):
+    """Return the sum over pairs of -log sigmoid(y (s score + b)); y is 1 for the true pairs.
+
+    scores [B, T]; caption first + i belongs to image i (it may lie outside of the scores).
+    """
+    y = torch.full_like(scores, -1.0)
+    y.diagonal(first).fill_(1.0)
+    return -F.logsigmoid(y * (scale * scores + bias)).sum()
+
+
+def pairs_in_tile(k, z_text):
+    """Return how many pairs a tile may have: what a CPU's caches hold, or what fills a GPU."""
+    _, heads, tokens, _ = k.shape
+    memory = 2**29 if k.device.type == "cuda" else 2**24
+    return max(1, memory // (4 * (3 * heads * tokens + 4 * z_text.shape[1])))
 
 
 class PairLoss(torch.autograd.Function):
-    """Sum over all pairs of -log sigmoid(y (s score + b)) with the scores of `pair_scores`, and all its gradients.
+    """The sigmoid loss over all pairs, in the memory of one tile of images x captions.
 
-    The loss is a plain sum, so one pass over tiles of images x captions gives loss and gradients at once; only they
-    and one tile are in memory, and nothing is computed twice. Of a pair: K D multiplications each for logits, m, da,
-    dv, dq and dk, D^2 each for z, d_out and dm: as many as autograd needs.
-    Always computed in float32 or better: bf16 gradients would be off by a percent.
+    The loss is a plain sum over pairs: the gradients of a tile can be taken at once, and its
+    activations forgotten. This costs no more work than the plain form.
     """
 
     @staticmethod
-    def forward(ctx, k, v, q, t, out_proj, scale, bias, tau, first, budget, wanted):
-        """k, v [B, H, K, d]; q [T, H, d]; t [T, D] normalised; out_proj [D, D]; scale, bias [1].
-
-        first: caption first + i belongs to image i; budget: bytes a tile may take; wanted: compute gradients too.
-        """
-        inputs = (k, v, q, t, out_proj, scale, bias)
-        with torch.autocast(k.device.type, enabled=False):
-            k, v, q, t, out_proj, scale, bias = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in inputs)
-            k, v, q = (x.transpose(0, 1).contiguous() for x in (k, v, q / tau))  # [H, B, K, d], [H, T, d]
-            heads, images, tokens, depth = k.shape
-            captions, width = t.shape
-            gradients = [torch.zeros_like(x) for x in (k, v, q, t, out_proj, scale, bias)] if wanted else ()
-            loss, side = torch.zeros_like(scale), tile_side(budget, heads, tokens, width)
-            for i, j in itertools.product(range(0, images, side), range(0, captions, side)):
-                rows, columns = slice(i, min(i + side, images)), slice(j, min(j + side, captions))
-                k_, v_, q_, t_ = k[:, rows], v[:, rows], q[:, columns], t[columns]
-                b, n = k_.shape[1], len(t_)
-                a = (k_.flatten(1, 2) @ q_.mT).view(heads, b, tokens, n).softmax(2)
-                m = (a.mT @ v_).permute(1, 2, 0, 3).reshape(b * n, width)  # heads side by side
-                z = m @ out_proj
-                inverse = z.norm(dim=1).clamp(min=1e-12).reciprocal().view(b, n)  # 1 / |z|
-                z = z.view(b, n, width)
-                score = torch.einsum("bnd,nd->bn", z, t_) * inverse
-                y = torch.full_like(score, -1.0)
-                y.diagonal(first + i - j).fill_(1.0)  # empty where the tile has no true pair
-                x = y * (scale * score + bias)
-                loss -= F.logsigmoid(x).sum()
-                if not wanted:
-                    continue
-                dk, dv, dq, dt, d_out, d_scale, d_bias = gradients
-                e = -y * torch.sigmoid(-x)  # of the loss with respect to s score + b
-                d_bias += e.sum()
-                d_scale += (e * score).sum()
-                g = scale * e * inverse
-                dt[columns] += torch.einsum("bn,bnd->nd", g, z)
-                dz = z.mul_((-g * score * inverse)[..., None]).addcmul_(g[..., None], t_).view(b * n, width)
-                d_out += m.T @ dz
-                dm = dz @ out_proj.T
-                inner = (dm * m).view(b, n, heads, depth).sum(3).permute(2, 0, 1)  # sum_n a da, [H, b, n]
-                dm = dm.view(b, n, heads, depth).permute(2, 0, 1, 3).contiguous()
-                dv[:, rows] += a @ dm
-                d_logits = (v_ @ dm.mT).sub_(inner[:, :, None]).mul_(a).flatten(1, 2)  # [H, b*K, n]
-                dq[:, columns] += d_logits.mT @ k_.flatten(1, 2)
-                dk[:, rows] += (d_logits @ q_).view(heads, b, tokens, depth)
-            if wanted:
-                dk, dv, dq = (x.transpose(0, 1) for x in gradients[:3])
-                gradients = [dk, dv, dq / tau, *gradients[3:]]
-        ctx.save_for_backward(*(x.to(original.dtype) for x, original in zip(gradients, inputs)))
-        return loss[0]
+    def forward(ctx, side, first, tau, *inputs):
+        """inputs: k, v, q, z', out_proj as for `pair_scores`, scale, bias [1]. side: of a tile."""
+        gradients = [torch.zeros_like(x) for x in inputs]
+        total = 0.0
+        for i in range(0, len(inputs[0]), side):
+            for j in range(0, len(inputs[2]), side):
+                images = slice(i, i + side)
+                texts = slice(j, j + side)
+                places = [images, images, texts, texts, ..., ..., ...]
+                tile = [x[place].detach() for x, place in zip(inputs, places, strict=True)]
+                with torch.enable_grad():
+                    tile = [x.requires_grad_() for x in tile]
+                    scores = pair_scores(*tile[:5], tau)
+                    loss = sigmoid_loss(scores, *tile[5:], first + i - j)
+                    parts = torch.autograd.grad(loss, tile)
+                for gradient, place, part in zip(gradients, places, parts, strict=True):
+                    gradient[place] += part
+                total += loss.detach()
+        ctx.save_for_backward(*gradients)
+        return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, incoming):
-        """The gradients that forward found, times the scalar that comes in."""
-        return *(x * incoming for x in ctx.saved_tensors), None, None, None, None
+        """Return the gradients that forward found, times the scalar that comes in."""
+        return None, None, None, *(x * incoming for x in ctx.saved_tensors)
 
 
-class _GatherOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.length = len(x)
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient[dist.get_rank() * ctx.length :][: ctx.length]
+def gather(x):
+    """Concatenate all ranks' tensors. The backward pass sends each rank its gradients home."""
+    return torch.cat(all_gather(x)) if dist.is_initialized() else x
 
 
-def gather_with_gradients(x):
-    """Concatenate ranks' tensors of one length in rank order; the backward pass sends every rank its gradients home.
+@torch.compiler.disable
+def contrastive_loss(image, text, model):
+    """Return the loss of this rank's images against all ranks' captions, divided by the images.
 
-    So a rank's gradient is that of the sum of all ranks' losses, and the mean that DDP takes is that of one big batch.
+    image, text: what the model makes of them; caption i belongs to image i. The mean over ranks is
+    the loss of the global batch.
     """
-    return _GatherOverRanks.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
-
-
-def contrastive_loss(image, text, head, config, budget):
-    """The loss of this rank's images against the captions of all ranks; the mean over ranks is that of the batch.
-
-    image, text, head: as `Llip.forward` returns them; text b belongs to image b. Sigmoid loss (eq. of SigLIP): the sum
-    over all pairs, divided by the images, not by the pairs. `clip`: the mean of both cross-entropies.
-    """
-    first = dist.get_rank() * len(image) if dist.is_initialized() else 0
+    n = len(image)
+    first = dist.get_rank() * n if dist.is_initialized() else 0
+    # fp32, since gradients of bf16 would be off by a percent
     with torch.autocast(image.device.type, enabled=False):
-        text, scale = text.float(), head["scale"].float()
-        t = gather_with_gradients(F.normalize(text[:, -1], dim=-1))  # [T, D]
-        if config.model == "llip":
+        image = image.float()
+        text = gather(text.float())
+        z_text = text[:, -1]
+        scale = model.logit_scale.exp()
+        if isinstance(model, Llip):
             k, v = image.unbind(1)
-            q = gather_with_gradients(text[:, 0]).unflatten(1, (config.mix_heads, -1))
-            pieces = (k, v, q, t, head["out_proj"], scale, head["bias"], config.tau, first, budget)
-            return PairLoss.apply(*pieces, torch.is_grad_enabled()) / len(image)
-        image = F.normalize(image.float(), dim=-1)
-        logits = scale * image @ t.T  # [B, T]
-        if config.model == "clip":
-            mine = torch.arange(first, first + len(image), device=image.device)
-            columns = scale * t[mine] @ gather_with_gradients(image).T
-            return (F.cross_entropy(logits, mine) + F.cross_entropy(columns, mine)) / 2
-        y = torch.full_like(logits, -1.0)
-        y.diagonal(first).fill_(1.0)
-        return -F.logsigmoid(y * (logits + head["bias"].float())).sum() / len(image)
+            q = text[:, 0].unflatten(1, (model.heads, -1))
+            pieces = (k, v, q, z_text, model.out_proj, scale, model.logit_bias)
+            side = math.isqrt(pairs_in_tile(k, z_text))
+            return PairLoss.apply(side, first, model.tau, *pieces) / n
+        image = F.normalize(image, dim=1)
+        z_text = F.normalize(z_text, dim=1)
+        scores = image @ z_text.T
+        if hasattr(model, "logit_bias"):
+            return sigmoid_loss(scores, scale, model.logit_bias, first) / n
+        own = torch.arange(first, first + n, device=image.device)
+        of_captions = z_text[own] @ gather(image).T
+        losses = [F.cross_entropy(scale * logits, own) for logits in (scores, of_captions)]
+        return sum(losses) / 2
 
 
-def pair_budget(config, device):
-    """Bytes a tile of pairs may take: what stays in the caches of a CPU, or keeps a GPU busy."""
-    return 2**20 * (config.pair_memory or (512 if device.type == "cuda" else 16))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The toy world: scenes of a few shapes, of which many different things are true
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
-COLOURS = {"red": (220, 50, 40), "green": (50, 180, 60), "blue": (50, 80, 220), "yellow": (230, 210, 50),
-           "pink": (230, 110, 190), "white": (235, 235, 235)}  # fmt: skip
+SHAPES = "circle square triangle cross ring bar".split()
+GLYPHS = """
+....####....  ############  .....##.....  ....####....  ....####....  ............
+..########..  ############  .....##.....  ....####....  ..########..  ............
+.##########.  ############  ....####....  ....####....  .##########.  ............
+.##########.  ############  ....####....  ....####....  .####..####.  ............
+############  ############  ...######...  ############  ####....####  ############
+############  ############  ...######...  ############  ###......###  ############
+############  ############  ..########..  ############  ###......###  ############
+############  ############  ..########..  ############  ####....####  ############
+.##########.  ############  .##########.  ....####....  .####..####.  ............
+.##########.  ############  .##########.  ....####....  .##########.  ............
+..########..  ############  ############  ....####....  ..########..  ............
+....####....  ############  ############  ....####....  ....####....  ............
+"""
+COLOURS = "red green blue yellow magenta white".split()
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-COUNTS = ("no", "one", "two", "three", "four")
-KINDS = {
-    "colour": ("something {}", "a {} shape"),
-    "shape": ("a {}", "one shape is a {}"),
-    "object": ("a {}", "there is a {}"),
-    "place": ("{}", "in the {}"),
-    "relation": ("{}", "we see {}"),
-    "count": ("{} shapes", "there are {} shapes"),
-    "scene": ("{}", "we see {}"),
-}  # kind of caption: how it is said; the first is used in retrieval, all of them are in zero-shot prompts
 
 
-def draw_scenes(count, size, random):
-    """`count` scenes of two to four objects, at most one in each quarter -> pixels uint8 [N, 3, S, S], and shape and
-    colour of the object in each quarter int64 [N, 4], -1 where there is none."""
-    number = random.integers(2, 5, (count, 1))
-    there = random.permuted(np.tile(np.arange(4), (count, 1)), axis=1) < number
-    shape, colour = (random.integers(0, 6, (count, 4)) for _ in range(2))
-    half = size // 2
-    line = (np.arange(half) + 0.5) / half * 2 - 1  # a quarter spans -1..1
-    shift = random.uniform(-0.15, 0.15, (2, count, 4, 1, 1))
-    radius = random.uniform(0.65, 0.8, (count, 4, 1, 1))
-    x, y = ((axis - s) / radius for axis, s in zip((line, line[:, None]), shift))  # [N, 4, S/2, S/2]
-    r = np.hypot(x, y)
-    inside = [
-        r < 1,
-        np.maximum(abs(x), abs(y)) < 0.85,
-        (y < 0.8) & (abs(x) < (y + 1) / 1.8),
-        (np.minimum(abs(x), abs(y)) < 0.3) & (np.maximum(abs(x), abs(y)) < 1),
-        (r < 1) & (r > 0.55),
-        (abs(y) < 0.4) & (abs(x) < 1),
-    ]  # in the order of SHAPES
-    mask = np.select([shape[..., None, None] == s for s in range(6)], inside) & there[..., None, None]
-    paint = np.array(list(COLOURS.values()), dtype=np.float32)[colour]  # [N, 4, 3]
-    paint = paint * random.uniform(0.8, 1.1, (count, 4, 1)).astype(np.float32)
-    ground = random.uniform(20, 70, (count, 1, 1, 1, 1)).astype(np.float32)
-    quarters = np.where(mask[..., None], paint[:, :, None, None], ground)  # [N, 4, S/2, S/2, 3]
-    image = quarters.reshape(count, 2, 2, half, half, 3).transpose(0, 5, 1, 3, 2, 4).reshape(count, 3, size, size)
-    image = image + random.normal(0, 6, image.shape).astype(np.float32)
-    return image.clip(0, 255).astype(np.uint8), np.where(there, shape, -1), np.where(there, colour, -1)
-
-
-def describe(shapes, colours):
-    """What is true of a scene, as {kind: [phrases to put into KINDS' sentences]}. shapes, colours: four each, or -1."""
-    names = {p: f"{list(COLOURS)[c]} {SHAPES[s]}" for p, (s, c) in enumerate(zip(shapes, colours)) if s >= 0}
+def facts_of(names):
+    """Return what is true of a scene, {kind of caption: captions}. names: {place: "red circle"}."""
     relations = []
-    for a, b, forth, back in ((0, 1, "left of", "right of"), (2, 3, "left of", "right of"),
-                              (0, 2, "above", "below"), (1, 3, "above", "below")):  # fmt: skip
-        if a in names and b in names:
-            relations += [f"{names[a]} {forth} {names[b]}", f"{names[b]} {back} {names[a]}"]
-    facts = {
-        "colour": [list(COLOURS)[c] for c in colours if c >= 0],
-        "shape": [SHAPES[s] for s in shapes if s >= 0],
-        "object": list(names.values()),
-        "place": [f"{PLACES[p]} {name}" for p, name in names.items()],
+    for a, b in itertools.combinations(names, 2):
+        if a // 2 == b // 2:
+            relations.append(f"{names[a]} left of {names[b]}")
+        elif a % 2 == b % 2:
+            relations.append(f"{names[a]} above {names[b]}")
+    return {
+        "object": [f"a {name}" for name in names.values()],
+        "place": [f"{PLACES[place]} {name}" for place, name in names.items()],
+        "count": [f"{len(names)} shapes"],
         "relation": relations,
-        "count": [COUNTS[len(names)]],
         "scene": [", ".join(names.values())],
     }
-    return {kind: sorted(set(phrases)) for kind, phrases in facts.items()}
 
 
-@functools.lru_cache(maxsize=4)
-def toy_world(name, size):
-    """The toy Split "train" (8,000 scenes) or "val" (1,000 others), and its facts, one `describe` a scene.
+@functools.lru_cache(maxsize=2)
+def toy_world(part):
+    """Return 8,000 scenes (train) or 1,000 others (val) as Pairs, and the facts of each.
 
-    An image's captions are all that `describe` says, in all sentences of KINDS, so about forty that differ. Its label,
-    for the linear probe, is the object in the upper left, or that there is none.
+    A scene has two to four objects, at most one in each quarter. All facts are captions; for
+    retrieval (val) only those that name a scene nearly alone.
     """
-    count = {"train": 8000, "val": 1000}[name]
-    pixels, shape, colour = draw_scenes(count, size, np.random.Generator(np.random.PCG64(name == "val")))
-    facts = [describe(s, c) for s, c in zip(shape.tolist(), colour.tolist())]
-    captions = [[s.format(p) for kind, phrases in f.items() for p in phrases for s in KINDS[kind]] for f in facts]
-    labels = torch.from_numpy(np.where(shape[:, 0] < 0, 36, shape[:, 0] * 6 + colour[:, 0]))
-    classes = [f"{c} {s}" for s in SHAPES for c in COLOURS] + ["nothing"]
-    split = in_memory(torch.from_numpy(pixels), labels, [f"{name}/{i:05d}" for i in range(count)], classes)
-    return with_captions(split, captions), facts
+    count = 8000 if part == "train" else 1000
+    random = np.random.default_rng(count)
+    glyphs = np.array(list("".join(GLYPHS.split()))).reshape(12, 6, 12) == "#"
+    ground = random.uniform(20, 70, (count, 1, 1, 1))
+    pixels = random.normal(ground, 6, (count, 32, 32, 3))
+    facts = []
+    for image in pixels:
+        names = {}
+        for place in sorted(random.permutation(4)[: random.integers(2, 5)]):
+            shape, colour = random.integers(0, 6, 2)
+            top, left = random.integers(0, 5, 2) + 16 * np.array(divmod(place, 2))
+            paint = np.array(ImageColor.getrgb(COLOURS[colour])) * random.uniform(0.6, 0.8)
+            image[top : top + 12, left : left + 12][glyphs[:, shape]] += paint
+            names[place] = f"{COLOURS[colour]} {SHAPES[shape]}"
+        facts.append(facts_of(names))
+    kinds = list(facts[0]) if part == "train" else ["relation", "scene"]
+    captions = [[caption for kind in kinds for caption in scene[kind]] for scene in facts]
+    images = list(pixels.clip(0, 255).astype(np.uint8))
+    return unlabelled(images, range(count), captions, part), facts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Data: captions files, tar shards, class folders
+# --------------------------------------------------------------------------------------------------
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, Image.DecompressionBombError)
-ADJECTIVES = "bad,low resolution,cropped,bright,dark,close-up,black and white,pixelated,jpeg corrupted,blurry,good"
-CIFAR10_PROMPTS = [f"a {how}photo of {a} {{}}" for how in ("", "blurry ", "black and white ", "low contrast ",
-                   "high contrast ", "bad ", "good ") for a in ("a", "the")]  # fmt: skip
-CIFAR10_PROMPTS += [f"a photo of {a} {size} {{}}" for size in ("small", "big") for a in ("a", "the")]
-IMAGENET_PROMPTS = [f"a {how} photo of {a} {{}}." for how in ADJECTIVES.split(",") for a in ("a", "the")]
-IMAGENET_PROMPTS += [f"a photo of {a} {how}{{}}." for how in ("", "cool ", "dirty ", "clean ", "large ", "nice ",
-                     "weird ", "small ", "hard to see ") for a in ("a", "the")]  # fmt: skip
-IMAGENET_PROMPTS += [f"{how} of {a} {{}}." for how in ("a rendering", "a tattoo", "a drawing", "a painting", "itap",
-                     "a sculpture", "a rendition", "a doodle", "a sketch", "art", "graffiti")
-                     for a in ("a", "the")]  # fmt: skip
-IMAGENET_PROMPTS += [f"{a} {how} {{}}." for how in ("origami", "toy", "plastic", "embroidered", "cartoon", "plushie")
-                     for a in ("a", "the")]  # fmt: skip
-IMAGENET_PROMPTS += ["a {} in a video game.", "the {} in a video game.", "a photo of many {}.", "a photo of my {}.",
-                     "a photo of one {}.", "itap of my {}."]  # fmt: skip
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # CLIP's
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+SHIFT = (common.MEAN - MEAN) / STD
+SCALE = common.STD / STD
+FORMATS = "a captions file (.json, .csv, .tsv), tar shards, or a folder with train/CLASS/*.jpg"
+
+
+def clip_range(images):
+    """Bring images [B, 3, H, W] from ImageNet's normalisation, common's, to CLIP's."""
+    scale, shift = (x.to(images.device, non_blocking=True) for x in (SCALE, SHIFT))
+    return images * scale + shift
+
+
+class Member(io.BytesIO):
+    """A part of a file, as a file that knows its name."""
+
+    def __repr__(self):
+        return self.name
+
+
+class Ranges:
+    """Byte ranges of files, read when they are asked for. places: rows (file, offset, length)."""
+
+    def __init__(self, paths, places):
+        self.paths = paths
+        self.places = places
+
+    def __getitem__(self, index):
+        path, offset, length = self.places[index].tolist()
+        with open(self.paths[path], "rb") as file:
+            file.seek(offset)
+            member = Member(file.read(length))
+        member.name = f"{self.paths[path]}, byte {offset}"
+        return member
+
+
+class Texts(Ranges):
+    """Captions in tar shards, one an image."""
+
+    def __getitem__(self, index):
+        return [super().__getitem__(index).read().decode(errors="replace")]
 
 
 @dataclass
-class Split:
-    """N images with captions. labels: int64 [N], -1 where unknown; paths: relative to root; pixels: uint8 [N, 3, H, W]
-    if in memory; sizes: int64 [N, 2], width and height of the files, not of the pixels where those were resized to one
-    shape. Captions of image i: table[j] for j in valid[first[i]:][:count[i]]; table holds every caption once."""
+class Pairs(common.Split):
+    """A split whose images have captions, a list each. Images: arrays, paths or byte ranges."""
 
-    root: Path
-    paths: list
-    labels: torch.Tensor
-    classes: list
-    pixels: torch.Tensor = None
-    sizes: torch.Tensor = None
-    table: list = None
-    valid: torch.Tensor = None
-    first: torch.Tensor = None
-    count: torch.Tensor = None
+    captions: list = ()
+    centred: bool = False  # read by CLIP's transform for evaluation, whatever part is asked for
 
-    def __len__(self):
-        return len(self.paths)
-
-    def subset(self, indices):
-        """The same with images `indices` (int64 [n]) only."""
-        fields = {k: getattr(self, k) for k in ("labels", "pixels", "sizes", "first", "count")}
-        fields = {k: None if x is None else x[indices] for k, x in fields.items()}
-        return replace(self, paths=[self.paths[i] for i in indices.tolist()], **fields)
-
-    def captions(self, index):
-        """All captions of one image."""
-        return [self.table[j] for j in self.valid[self.first[index] :][: self.count[index]].tolist()]
-
-    def choose(self, indices, uniform):
-        """For each of the images `indices` one of its captions, by uniforms in [0, 1): int64 indices into table."""
-        return self.valid[self.first[indices] + (uniform * self.count[indices]).long()]
-
-    def positions(self, start, end, seed):
-        """Images at places start..end of the endless shuffled stream, in which an epoch follows the other."""
-        n = len(self)
-        order = torch.cat([shuffled(n, seed, "order", epoch) for epoch in range(start // n, (end - 1) // n + 1)])
-        return order[start % n :][: end - start]
-
-    def sample(self, index, uniform):
-        """(the image's file, one of its captions)."""
-        uniform = torch.tensor([uniform], dtype=torch.float64)  # below 1, which float32 would round to
-        caption = self.table[int(self.choose(torch.tensor([index]), uniform))]
-        return self.root / self.paths[index], caption
-
-    def some_captions(self):
-        """Up to 100,000 captions, to learn a vocabulary from."""
-        return self.table[:: math.ceil(len(self.table) / 100_000)]
+    def read(self, index, choose_boxes, sizes, resample):
+        """See common.Split."""
+        if self.centred:
+            choose_boxes = functools.partial(centre_box, sizes[0])
+        return super().read(index, choose_boxes, sizes, resample)
 
 
-@functools.lru_cache(maxsize=8)
-def shuffled(n, *key):
-    """A permutation of n, by key."""
-    return torch.randperm(n, generator=generator(*key))
+def unlabelled(images, names, captions, part):
+    """Return Pairs without classes; part: train or val."""
+    labels = torch.full((len(names),), -1)
+    return Pairs(images, names, labels, [], set(), captions, part == "val")
 
 
-def with_captions(split, captions):
-    """A Split with its captions, a list for each image."""
-    number = {}
-    valid = [number.setdefault(c, len(number)) for those in captions for c in those]
-    count = torch.tensor([len(those) for those in captions])
-    return replace(split, table=list(number), valid=torch.tensor(valid), first=count.cumsum(0) - count, count=count)
+def centre_box(size, width, height):
+    """Return what CLIP's evaluation sees: shorter side to `size`, then the central square."""
+    box = []
+    for side in (height, width):
+        resized = int(size * side / min(width, height))
+        pixel = side / resized
+        box.append((round((resized - size) / 2) * pixel, size * pixel))
+    (top, h), (left, w) = box
+    return [(top, left, h, w)]
 
 
-@functools.lru_cache(maxsize=256)
-def tar_index(path):
-    """Samples of a tar shard, read from its headers alone, and what is wrong with it: ([(key, (offset, bytes) of the
-    image, (offset, bytes) of the caption)], ["path: reason"]). Files of one sample stand side by side."""
-    length, files, wrong = os.path.getsize(path), [], []
+def make_batch(split, tokenizer, config, world, step):
+    """Make this rank's share of a step's batch: (pixels uint8 [B, 3, S, S], tokens, bad files).
+
+    All that is random of a pair depends on the seed and its place in the endless stream.
+    """
+    c = config
+    share = c.batch // world.size
+    number = step * world.size + world.rank
+    indices = common.micro_batch_indices(number, share, len(split), c.seed)
+    places = range(number * share, (number + 1) * share)
+    randoms = [common.generator(c.seed, "pair", place) for place in places]
+
+    def box(i, width, height):
+        if c.crop_scale[0] == 1.0:
+            return [(0, 0, height, width)]
+        return [common.random_crop(width, height, c.crop_scale, randoms[i])]
+
+    found, pixels, bad = split.read_batch(indices, box, [c.image_size], Image.BICUBIC)
+    captions = []
+    for i, index in enumerate(found.tolist()):
+        texts = split.captions[index]
+        captions.append(texts[torch.randint(len(texts), (1,), generator=randoms[i])])
+        if c.flip and torch.rand(1, generator=randoms[i]) < 0.5:
+            pixels[i] = pixels[i].flip(2)
+    return pixels, tokenizer(captions), bad
+
+
+def tar_samples(path):
+    """Find the samples in a tar shard: (int64 [N, 4], what is wrong with it). Reads headers only.
+
+    A row: offset and length of the image, offset and length of the caption.
+    """
+    samples = defaultdict(dict)
+    wrong = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, suffix = name.partition(".")
-                    files.append((f"{folder}/{stem}", suffix.lower(), (member.offset_data, member.size)))
+                folder, name = os.path.split(member.name)
+                key, _, suffix = name.partition(".")
+                if member.isfile() and key:  # no hidden names
+                    place = (member.offset_data, member.size)
+                    samples[folder, key]["." + suffix.lower()] = place
     except (tarfile.TarError, OSError) as error:
-        wrong.append(f"{path}: damaged after {len(files)} files ({error})")
-    samples = []
-    for key, group in itertools.groupby(files, key=lambda file: file[0]):
-        parts = {suffix: place for _, suffix, place in group}
-        image = next((parts[s] for s in parts if f".{s}" in EXTENSIONS), None)
-        lacks = "image" if image is None else "caption" if "txt" not in parts else ""
-        if not lacks and max(sum(image), sum(parts["txt"])) > length:
-            lacks = "end: the file is cut off"
-        if lacks:
-            wrong.append(f"{path}, {key.strip('/')}: no {lacks}")
+        wrong.append(f"{path}: compressed, or damaged after {len(samples)} samples ({error})")
+    rows = []
+    for (_, key), files in samples.items():
+        images = sorted(common.EXTENSIONS & files.keys())
+        if images and ".txt" in files:
+            rows.append((*files[images[0]], *files[".txt"]))
         else:
-            samples.append((key.strip("/"), image, parts["txt"]))
-    return samples, wrong
+            wrong.append(f"{path}: expected {key}.jpg and {key}.txt, found {key}{[*files]}")
+    return torch.tensor(rows, dtype=torch.long).view(-1, 4), wrong
 
 
-class Shards:
-    """Image-caption pairs in tar shards, read where they are: a window of `buffer` samples is shuffled, and windows
-    go over the shards in an order of each epoch. Where every sample stands follows from the seed alone, so ranks and
-    workers pick their own, and a run resumes in the middle of a shard without reading what came before."""
-
-    def __init__(self, paths, log, config):
-        self.paths, self.buffer, self.labels, self.classes, self.pixels = paths, config.buffer, None, [], None
-        sizes, found = {}, {}
-        for folder in {path.parent for path in paths}:
-            if (folder / "sizes.json").is_file():  # as webdataset writes it: {shard: samples}
-                sizes |= {folder / name: n for name, n in json.loads((folder / "sizes.json").read_text()).items()}
-        wrong = []
-        for path in paths:
-            if path not in sizes:
-                found[path], problems = tar_index(path)
-                wrong += problems
-        self.sizes = torch.tensor([sizes.get(p, len(found.get(p, ()))) for p in paths])
-        self.starts = F.pad(self.sizes.cumsum(0), (1, 0))
-        log.skip(wrong, len(self) + len(wrong), config.max_bad)
-        if not len(self):
-            fail(f"no image with a .txt beside it in {paths[0]}, nor in the other {len(paths) - 1} shards")
-
-    def __len__(self):
-        return int(self.starts[-1])
-
-    def positions(self, start, end, seed):
-        """Samples at places start..end of the endless shuffled stream: int64 [end - start]."""
-        found = []
-        for place in range(start, end):
-            epoch, place = divmod(place, len(self))
-            window, place = divmod(place, self.buffer)
-            size = min(self.buffer, len(self) - window * self.buffer)
-            place = window * self.buffer + int(shuffled(size, seed, "window", epoch, window)[place])
-            order = shuffled(len(self.paths), seed, "shards", epoch)
-            ends = self.sizes[order].cumsum(0)
-            shard = int(torch.searchsorted(ends, place, right=True))
-            found.append(int(self.starts[order[shard]] + place - ends[shard] + self.sizes[order[shard]]))
-        return torch.tensor(found)
-
-    def sample(self, index, uniform=0.0):
-        """(the image's bytes as a file, its caption); OSError where the shard does not hold what sizes.json says."""
-        shard = int(torch.searchsorted(self.starts, index, right=True)) - 1
-        samples, _ = tar_index(self.paths[shard])
-        place = index - int(self.starts[shard])
-        if place >= len(samples):
-            raise OSError(f"sample {place} of {self.paths[shard]}: listed in sizes.json, but not there")
-        key, *places = samples[place]
-        with open(self.paths[shard], "rb") as file:
-            image, caption = (os.pread(file.fileno(), length, offset) for offset, length in places)
-        if not image or not caption.strip():
-            raise OSError(f"{self.paths[shard]}, {key}: empty {'caption' if image else 'image'}")
-        return io.BytesIO(image), caption.decode(errors="replace")
-
-    def some_captions(self):
-        """Up to 20,000 captions, to learn a vocabulary from."""
-        found = []
-        for index in range(0, len(self), math.ceil(len(self) / 20_000)):
-            with contextlib.suppress(OSError):
-                found.append(self.sample(index)[1])
-        return found
+def open_shards(paths, part, config, world):
+    """Return Pairs of tar shards, whose samples are read where they are."""
+    places, wrong = [], []
+    for samples, problems in common.make_loader(tar_samples, paths, config, world):
+        places.append(F.pad(samples, (1, 0), value=len(places)))
+        wrong += problems
+    places = torch.cat(places).numpy()
+    if not len(places):
+        fail(f"no image with a caption in {paths[0].parent}: {'; '.join(wrong[:3])}")
+    texts = Texts(paths, places[:, [0, 3, 4]])
+    split = unlabelled(Ranges(paths, places[:, :3]), range(len(places)), texts, part)
+    split.count_bad(wrong)
+    return split
 
 
-def expand_braces(pattern):
-    """'a{00..02}.tar' -> ['a00.tar', 'a01.tar', 'a02.tar']; a pattern without braces is itself."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not found:
-        return [pattern]
-    first, last = found.groups()
-    numbers = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
-    return [s for n in numbers for s in expand_braces(pattern[: found.start()] + n + pattern[found.end() :])]
+def read_json(path):
+    """Read COCO's captions_*.json or Karpathy's dataset_*.json: (image's file, caption, part)."""
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    if "annotations" in content:
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        return [(names[a["image_id"]], a["caption"], "") for a in content["annotations"]]
+    rows = []
+    for image in content["images"]:
+        name = os.path.join(image.get("filepath", ""), image["filename"])
+        part = image["split"].replace("restval", "train")
+        rows += [(name, sentence["raw"], part) for sentence in image["sentences"]]
+    return rows
 
 
-def read_captions(path):
-    """(image's file name, caption, split or "") of a captions file, in its order.
-
-    Layouts: COCO's captions_*.json; Karpathy's dataset_*.json; Flickr30k's results_*.token and results.csv; tab or
-    comma separated with a header `filepath` and `title` (or `image` and `caption`); Conceptual Captions' tsv without a
-    header: caption, file.
-    """
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if path.suffix == ".json":
-        content = json.loads(text)
-        if "annotations" in content:
-            names = {image["id"]: image["file_name"] for image in content["images"]}
-            return [(names[a["image_id"]], a["caption"], "") for a in content["annotations"] if a["image_id"] in names]
-        rows = []
-        for image in content["images"]:
-            name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-            split = {"restval": "train"}.get(image["split"], image["split"])
-            rows += [(name, sentence["raw"], split) for sentence in image["sentences"]]
-        return rows
-    if path.suffix == ".token":
-        lines = (line.partition("\t") for line in text.splitlines() if "\t" in line)
-        return [(name.rpartition("#")[0], caption, "") for name, _, caption in lines]
-    lines = text.splitlines()
-    separator = next((s for s in "\t|," if s in lines[0]), "\t")
-    quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
-    rows = list(csv.reader(lines, delimiter=separator, quoting=quoting))
-    header = [cell.strip().lower() for cell in rows[0]]
-    name = next((header.index(n) for n in ("filepath", "image_name", "image", "file", "path") if n in header), None)
-    caption = next((header.index(n) for n in ("title", "caption", "comment", "text") if n in header), None)
-    if name is None or caption is None:
-        name, caption, header = 1, 0, None
-    rows = (row for row in rows[header is not None :] if len(row) > max(name, caption))
-    return [(row[name].strip(), row[caption].strip(), "") for row in rows]
+def read_table(path, columns):
+    """Read a csv or tsv with a header: (image's file, caption, ""). columns: "FILE,CAPTION"."""
+    image, caption = columns.split(",")
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        delimiter = "\t" if "\t" in file.readline() else ","
+        file.seek(0)
+        table = csv.DictReader(file, delimiter=delimiter)
+        return [(row[image], row[caption], "") for row in table]
 
 
-def captions_file(path, name, config, log):
-    """A Split of a captions file, its part `name` where the file has parts; images without a caption are left out."""
+def as_val(path):
+    """Return the path with val for train in its name, if there is such a file or folder."""
+    other = path.with_name(path.name.replace("train", "val"))
+    return other if other.exists() else path
+
+
+def open_captions(path, part, config):
+    """Return Pairs of a captions file; None if it has no captions for this part."""
     try:
-        rows = read_captions(path)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        fail(f"{path} has none of the layouts that --data reads ({type(error).__name__}: {error}); see --help")
-    parts = {split for _, _, split in rows}
-    if parts != {""}:
-        wanted = {"train"} if name == "train" else {"test"} if "test" in parts else {"val"}
-        rows = [row for row in rows if row[2] in wanted]
-    captions = {}
-    for image, caption, _ in rows:
-        captions.setdefault(image, []).extend([caption] if caption.strip() else [])
-    empty = [f"{path}: {image} has no caption" for image, those in captions.items() if not those]
-    log.skip(empty, len(captions), config.max_bad)
-    captions = {image: those for image, those in captions.items() if those}
-    if not captions:
-        fail(f"no captions in {path}: expected image names and captions; see read_captions in {Path(__file__).name}")
-    first = next(iter(captions))
-    if "://" in first:
-        fail(f"{path} names images by their address ({first}): download them, and put file names there instead")
-    root = Path(config.images).expanduser() if config.images else path.parent
-    other = root.with_name(root.name.replace("train", "val"))  # train2017 and val2017 of COCO
-    root = other if name == "val" and other.is_dir() else root
-    if not (root / first).exists() and not root.is_dir():
-        fail(f"no images at {root}: --images is the folder that {first} in {path} is relative to")
-    split = Split(root, list(captions), torch.full((len(captions),), -1), [])
-    return with_captions(split, list(captions.values()))
+        rows = read_json(path) if path.suffix == ".json" else read_table(path, config.columns)
+    except (LookupError, TypeError, ValueError, csv.Error) as error:
+        known = (
+            f"COCO's, Karpathy's, or a csv or tsv with columns named as --columns {config.columns}"
+        )
+        fail(f"{path} is no captions file such as {known}: {error!r}")
+    parts = {row[2] for row in rows} - {"train"}
+    wanted = "train" if part == "train" else min(parts, default="")  # test, else val
+    captions = defaultdict(list)
+    for image, caption, of_part in rows:
+        if image and caption and of_part in ("", wanted):
+            captions[image].append(caption.strip())
+    root = locate(config.images) if config.images else path.parent
+    root = as_val(root) if part == "val" else root
+    images = [root / image for image in captions]
+    if not any(image.is_file() for image in images[:100]):
+        advice = "--images is the folder that the names are relative to; download what is a link"
+        fail(f"{path} has no captions for {part}, or no images at {root}: {advice}")
+    return unlabelled(images, list(captions), list(captions.values()), part)
 
 
-def prompts_of(config):
-    """Zero-shot prompts with {} for the class: --templates, or those of the data set."""
-    if config.templates:
-        prompts = [line for line in Path(config.templates).read_text().splitlines() if "{}" in line]
-        return prompts or fail(f"no line of {config.templates} has a {{}} for the class")
-    return IMAGENET_PROMPTS if "imagenet" in f"{config.data} {config.val_data}" else CIFAR10_PROMPTS
-
-
-def names_of(classes, config):
-    """For each class its synonyms: those of --class-names, or its folder's name with spaces for underscores."""
-    if not config.class_names:
-        return [[name.replace("_", " ")] for name in classes]
-    names = json.loads(Path(config.class_names).read_text())
+def class_captions(classes, config):
+    """Return the captions of each class: all prompts, with its name or its --class-names."""
+    names = [name.replace("_", " ") for name in classes]
+    if config.class_names:
+        names = json.loads(Path(config.class_names).read_text())
     if len(names) != len(classes):
-        fail(f"{config.class_names} has {len(names)} names, but the data has {len(classes)} classes")
-    return [[name] if isinstance(name, str) else name for name in names]
+        fail(f"{config.class_names} has {len(names)} names, the data has {len(classes)} classes")
+    imagenet = "imagenet" in f"{config.data} {config.val_data}"
+    prompts = IMAGENET_PROMPTS if imagenet else CIFAR10_PROMPTS
+    captions = []
+    for name in names:
+        synonyms = [name] if isinstance(name, str) else name
+        captions.append([prompt.format(word) for word in synonyms for prompt in prompts])
+    return captions
 
 
-def with_class_captions(split, config):
-    """Class folders as captioned images: every prompt about the class is a caption of its images."""
-    names, prompts = names_of(split.classes, config), prompts_of(config)
-    table = [prompt.format(name) for those in names for name in those for prompt in prompts]
-    count = torch.tensor([len(those) * len(prompts) for those in names])
-    fields = dict(first=(count.cumsum(0) - count)[split.labels], count=count[split.labels])
-    return replace(split, table=table, valid=torch.arange(len(table)), **fields)
-
-
-def caption_folder(folder, root, config, log):
-    """A Split of a folder: images with a same-name .txt, one caption a line; else class folders, captioned by class."""
-    paths = sorted(p.relative_to(root) for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
-    if not paths:
-        fail(f"no images in {folder}: looked for {', '.join(sorted(EXTENSIONS))} in it and in its subfolders")
-    texts = [(root / path).with_suffix(".txt") for path in paths]
-    captions = [t.read_text(errors="replace").splitlines() if t.is_file() else [] for t in texts]
-    captions = [[line.strip() for line in lines if line.strip()] for lines in captions]
-    if any(captions):
-        log.skip([f"{root / p}: no caption" for p, c in zip(paths, captions) if not c], len(paths), config.max_bad)
-        paths, captions = zip(*((p.as_posix(), c) for p, c in zip(paths, captions) if c))
-        return with_captions(Split(root, list(paths), torch.full((len(paths),), -1), []), captions)
-    if folder == root or any(len(path.parts) < 3 for path in paths):
-        fail(
-            f"{folder} has images, but no captions: expected a .txt beside each image with a caption a line, or "
-            "train/CLASS/*.jpg, whose captions are made of the class names"
-        )
-    names = [path.parts[1] for path in paths]
-    number = {c: i for i, c in enumerate(sorted(set(names)))}
-    split = Split(root, [p.as_posix() for p in paths], torch.tensor([number[n] for n in names]), list(number))
-    return with_class_captions(split, config)
-
-
-def open_data(config, name, log):
-    """The `train` or `val` data of --data (or --val-data): a Split or Shards; None where there is no val.
-
-    --data: toy; cifar10; a captions file (read_captions); a .tar, a pattern a{00000..00010}.tar, or a folder of them; a
-    folder of images with .txt beside them, or of class folders, with train/ and val/ or without. Exits with 2 if there
-    is nothing.
-    """
-    data = config.val_data if name == "val" and config.val_data else config.data
+def open_pairs(config, part, world):
+    """Return the `train` or `val` Pairs of --data or --val-data; None where there is no val."""
+    derived = part == "val" and not config.val_data  # the val part of --data
+    data = config.val_data if part == "val" and not derived else config.data
     if data == "toy":
-        return toy_world(name, config.image_size)[0]
-    root = Path(data).expanduser()
-    if not root.exists() and "/" not in data:
-        root = Path(os.environ.get("DATA", "data")) / data
-    if data == "cifar10" and not (root / "train").is_dir():
-        return with_class_captions(cifar10_binary(root.parent, name), config)
-    shards = sorted(root.glob("*.tar")) if root.is_dir() else [Path(p) for p in expand_braces(str(root))]
-    if shards and all(p.suffix == ".tar" for p in shards):
-        missing = [p for p in shards if not p.is_file()]
-        if missing:
-            fail(f"{len(missing)} of the {len(shards)} shards of {root} are not there, {missing[0]} the first")
-        return None if name == "val" and not config.val_data else Shards(shards, log, config)
+        return toy_world(part)[0]
+    root = locate(data)
+    if not root.exists() and data != "cifar10":
+        fail(f"no data at {root}: expected {FORMATS}")
+    shards = sorted(root.glob("[!.]*.tar"))
+    if root.is_file() and tarfile.is_tarfile(root):
+        shards = [root]
+    if shards:
+        return None if derived else open_shards(shards, part, config, world)
     if root.is_file():
-        if name == "val" and not config.val_data:
-            parts = root.suffix == ".json" and "annotations" not in json.loads(root.read_text())
-            root = root if parts else root.with_name(root.name.replace("train", "val"))
-            if not parts and (not root.is_file() or "train" not in Path(data).name):
-                return None
-        return captions_file(root, name, config, log)
-    if not root.is_dir():
-        fail(
-            f"no data at {root}: expected a captions file (.json, .tsv, .csv, .token), .tar shards, a folder of images "
-            "with a .txt beside each, or train/CLASS/*.jpg and val/CLASS/*.jpg"
-        )
-    folder = root / name if (root / "train").is_dir() else root
-    if name == "val" and not config.val_data and (folder == root or not folder.is_dir()):
+        path = as_val(root) if derived else root
+        if derived and path == root and '"split"' not in root.read_text():
+            return None
+        return open_captions(path, part, config)
+    split = common.open_split(data, part)
+    if split is None:
         return None
-    return caption_folder(folder if folder.is_dir() else root, root, config, log)
+    if not split.classes:
+        fail(f"{data} has images without captions: expected {FORMATS}")
+    texts = class_captions(split.classes, config)
+    captions = [texts[label] for label in split.labels.tolist()]
+    return Pairs(**vars(split), captions=captions, centred=part == "val")
 
 
-def in_memory(pixels, labels, paths, classes):
-    """A Split whose images are decoded already: pixels uint8 [N, 3, H, W]."""
-    return Split(None, paths, labels, classes, pixels, torch.tensor(pixels.shape[:1:-1]).expand(len(pixels), 2))
-
-
-def cifar10_binary(folder, name):
-    """CIFAR-10 from its home page's archive, downloaded once into `folder` and checked; read without extracting it."""
-    archive = folder / "cifar-10-binary.tar.gz"
-    if not archive.exists():
-        part = folder / f"{archive.name}.{os.getpid()}.part"  # ranks may get here together, each with a file of its own
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            urllib.request.urlretrieve(CIFAR10_URL, part)
-            os.replace(part, archive)
-        except (OSError, http.client.HTTPException) as error:
-            fail(
-                f"could not download CIFAR-10 ({error}). Put {CIFAR10_URL} at {archive}, "
-                f"or its images at {folder}/cifar10/train/CLASS/*.png and val/CLASS/*.png"
-            )
-        finally:
-            part.unlink(missing_ok=True)
-    data = archive.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != CIFAR10_SHA256:
-        fail(f"{archive} has sha256 {digest} instead of {CIFAR10_SHA256}: delete it and try again")
-    files = [f"data_batch_{i}.bin" for i in range(1, 6)] if name == "train" else ["test_batch.bin"]
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        raw = b"".join(tar.extractfile(f"cifar-10-batches-bin/{f}").read() for f in files)
-        classes = tar.extractfile("cifar-10-batches-bin/batches.meta.txt").read().decode().split()
-    rows = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, 3073)  # label, then red, green, blue planes
-    labels = rows[:, 0].long()
-    paths = [f"{name}/{classes[y]}/{i:05d}" for i, y in enumerate(labels)]
-    return in_memory(rows[:, 1:].reshape(-1, 3, 32, 32), labels, paths, classes)
-
-
-def to_rgb(image):
-    """Any PIL image -> upright RGB: turned as EXIF says, 16 bits scaled to 8, palette, grey and CMYK converted."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def upright_size(image):
-    """(width, height) that an opened but not yet decoded image will have after `to_rgb`."""
-    return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
-
-
-def decode(file, choose_box, size, cut=False):
-    """Read a file and resize a part of it in one go, bicubic -> (uint8 [3, H, W], original (width, height)).
-
-    choose_box(width, height) -> (top, left, height, width) of the part; size: (width, height) of the result.
-    A JPEG is decoded at the smallest of the scales 1, 1/2, 1/4, 1/8 that still has the pixels this needs (`draft`).
-    cut: take the part out first, as training crops do; otherwise its border is smoothed with what lies beyond it, as
-    where the whole image is resized and then cropped.
-    """
-    with Image.open(file) as image:
-        width, height = original = upright_size(image)
-        top, left, h, w = choose_box(width, height)
-        scale = max(size[0] / w, size[1] / h)
-        if scale < 1:
-            image.draft("RGB", tuple(math.ceil(side * scale) for side in image.size))
-        rgb = to_rgb(image)
-        fx, fy = rgb.width / width, rgb.height / height
-        box = (left * fx, top * fy, min(rgb.width, (left + w) * fx), min(rgb.height, (top + h) * fy))
-        if cut:
-            rgb, box = rgb.crop(tuple(map(round, box))), None
-        return torch.from_numpy(np.array(rgb.resize(size, Image.BICUBIC, box=box))).permute(2, 0, 1), original
-
-
-def random_crop(width, height, scale, generator=None):
-    """RandomResizedCrop's part of an image, ratio 3/4 to 4/3, in torchvision's order -> (top, left, height, width)."""
-    for _ in range(10):
-        area = width * height * torch.empty(1).uniform_(*scale, generator=generator).item()
-        ratio = math.exp(torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3), generator=generator).item())
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            top = torch.randint(height - h + 1, (1,), generator=generator).item()
-            return top, torch.randint(width - w + 1, (1,), generator=generator).item(), h, w
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def random_crops(sizes, scale, generator):
-    """`random_crop` for a batch at once: sizes [B, 2] (width, height) -> float32 [B, 4] (top, left, height, width)."""
-    u = torch.rand(len(sizes), 11, 2, generator=generator, dtype=torch.float64)
-    sizes = sizes.double()
-    area = sizes.prod(1, keepdim=True) * (scale[0] + (scale[1] - scale[0]) * u[:, :10, 0])
-    ratio = torch.exp((2 * u[:, :10, 1] - 1) * math.log(4 / 3))
-    tries = torch.stack([(area * ratio).sqrt().round(), (area / ratio).sqrt().round()], dim=2)  # [B, 10, 2]
-    fits = ((tries > 0) & (tries <= sizes[:, None])).all(2)
-    none, first = ~fits.any(1, keepdim=True), fits.int().argmax(1)  # where no try fits: the central fallback
-    part = torch.where(none, torch.minimum(sizes, (sizes.flip(1) * 4 / 3).round()), tries[range(len(sizes)), first])
-    corner = torch.where(none, (sizes - part) / 2, u[:, 10] * (sizes - part + 1)).floor()
-    return torch.cat([corner.flip(1), part.flip(1)], dim=1).float()
-
-
-def centre_box(width, height, size):
-    """The part evaluation sees, as CLIP's transform: shorter side to `size`, longer in whole pixels, central square."""
-    short = min(width, height)
-    resized = [size if side == short else int(size * side / short) for side in (width, height)]
-    left, top = (round((side - size) / 2) * old / side for side, old in zip(resized, (width, height)))
-    return top, left, size * height / resized[1], size * width / resized[0]
-
-
-def resampling_weights(start, length, size_in, size_out, bicubic=False):
-    """PIL's antialiased resampling of [start, start + length), tensors [B], as matrices [B, size_out, size_in]."""
-    start, end = start[:, None, None], (start + length)[:, None, None]
-    step = (end - start) / size_out
-    pixel = torch.arange(size_in, device=start.device) + 0.5
-    centre = start + (torch.arange(size_out, device=start.device)[:, None] + 0.5) * step
-    x = ((pixel - centre) / step.clamp(min=1)).abs()
-    weights = (1 - x).clamp(min=0)
-    if bicubic:  # a = -0.5
-        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2)
-    weights = weights * ((pixel > start) & (pixel < end))
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def crop_resize(images, boxes, size, flip=None, bicubic=False):
-    """Crop and resize a batch as PIL does, in two matrix products: images [B, 3, H, W] -> float [B, 3, size, size].
-
-    boxes: [B, 4] (top, left, height, width), pixels; flip: bool [B], mirrored; bicubic overshoot is clipped to 0..255.
-    """
-    top, left, height, width = boxes.unbind(1)
-    rows = resampling_weights(top, height, images.shape[2], size, bicubic)
-    columns = resampling_weights(left, width, images.shape[3], size, bicubic)
-    if flip is not None:
-        columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    images = rows[:, None] @ images.float() @ columns.transpose(1, 2)[:, None]
-    return images.clamp(0, 255) if bicubic else images
-
-
-def normalize(images):
-    """0..255 -> the networks' range, by CLIP's mean and std: [B, 3, H, W]."""
-    mean, std = (common.old_constant(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
-    return (images.float() - mean) / std
-
-
-class Batches(Dataset):
-    """Item t: this rank's share of the batch of step t, a function of (seed, t): workers and resuming change nothing.
-
-    A dict of `tokens` int64 [b, L]; `indices` int64 [b]; `pixels` uint8 [b, 3, S, S], decoded and cropped, or `boxes`
-    float [b, 4], to crop in-memory pixels on the device; `flip` bool [b]; `bad`, unreadable files.
-    """
-
-    def __init__(self, split, config, world, tokenizer):
-        self.split, self.config, self.world, self.tokenizer, self.canvas = split, config, world, tokenizer, None
-        if split.pixels is not None:
-            self.canvas = torch.tensor(split.pixels.shape[2:]).repeat(2)  # H, W, H, W
-            self.split, self.tokens = replace(split, pixels=None), tokenizer(split.table).int()
-
-    def __getitem__(self, step):
-        config, key = self.config, (self.config.seed, "train", step)
-        first, last = (r * config.batch // self.world.size for r in (self.world.rank, self.world.rank + 1))
-        uniform = torch.rand(config.batch, generator=generator(*key, "caption"), dtype=torch.float64)[first:last]
-        item = {"bad": []}
-        if self.canvas is not None:
-            indices = self.split.positions(step * config.batch, (step + 1) * config.batch, config.seed)
-            sizes = self.split.sizes[indices]  # of the global batch
-            boxes = random_crops(sizes, config.crop_scale, generator(*key, "crop"))
-            item["boxes"] = (boxes * self.canvas / sizes.flip(1).repeat(1, 2))[first:last]
-            item["indices"] = indices = indices[first:last]
-            item["tokens"] = self.tokens[self.split.choose(indices, uniform)].long()
-        else:
-            places = range(step * config.batch + first, step * config.batch + last)
-            read = [self.read(p, u, item["bad"]) for p, u in zip(places, uniform.tolist(), strict=True)]
-            pixels, captions, indices = zip(*read, strict=True)
-            item |= {"pixels": torch.stack(pixels), "indices": torch.tensor(indices)}
-            item["tokens"] = self.tokenizer(captions)
-        if config.flip:
-            item["flip"] = (torch.rand(config.batch, generator=generator(*key, "flip")) < 0.5)[first:last]
-        return item
-
-    def read(self, place, uniform, bad):
-        """Decode and crop the image at a place of the stream -> (pixels, caption, index); an unreadable one goes to
-        `bad`, and the one a batch later in the stream replaces it."""
-        config, size = self.config, (self.config.image_size,) * 2
-        random = generator(config.seed, "crop", place)
-        for now in range(place, place + 100 * config.batch, config.batch):
-            index = int(self.split.positions(now, now + 1, config.seed))
-            try:
-                file, caption = self.split.sample(index, uniform)
-                box = functools.partial(random_crop, scale=config.crop_scale, generator=random)
-                return decode(file, box, size, cut=True)[0], caption, index
-            except UNREADABLE as error:
-                name = self.split.root / self.split.paths[index] if isinstance(self.split, Split) else f"sample {index}"
-                bad.append(f"{name}: {error}")
-        fail(f"100 images in a row could not be read, {bad[-1]} the last of them")
-
-
-class Files(Dataset):
-    """Item i: (pixels uint8 [3, H, W], size [width, height], error or '') of image i: the evaluation transform to
-    `size` pixels, or where `canvas` (width, height) is given, the whole image resized to that."""
-
-    def __init__(self, split, size, canvas=None):
-        self.split, self.size, self.canvas = split, size, canvas
-
-    def __len__(self):
-        return len(self.split)
-
-    def __getitem__(self, index):
-        canvas, name = self.canvas or (self.size, self.size), f"sample {index}"
-        try:
-            file = self.split.sample(index, 0.0)[0]
-            name = f"{file}" if isinstance(file, Path) else name
-            if self.canvas:
-                pixels, size = decode(file, lambda w, h: (0, 0, h, w), canvas)
-            else:
-                pixels, size = decode(file, lambda w, h: centre_box(w, h, self.size), canvas)
-            return pixels, torch.tensor(size), ""
-        except UNREADABLE as error:
-            return torch.zeros(3, canvas[1], canvas[0], dtype=torch.uint8), torch.ones(2).long(), f"{name}: {error}"
-
-
-def cache_pixels(split, config, world, log):
-    """Decode a Split into memory if it fits --cache: small images of one size as they are, others resized to a square.
-
-    Crops are drawn in the files' coordinates, so the square changes no aspect ratio. Unreadable images are left out.
-    """
-    side = int(config.image_size * 256 / 224)
-    sizes = set()
-    for path in split.paths[:32] if split.pixels is None else []:
-        with contextlib.suppress(*UNREADABLE), Image.open(split.root / path) as image:
-            sizes.add(upright_size(image))
-    canvas = sizes.pop() if len(sizes) == 1 and max(max(sizes)) <= side else (side, side)
-    if split.pixels is not None or len(split) * 3 * math.prod(canvas) > config.cache * 2**30:
-        return split
-    files = DataLoader(Files(split, side, canvas), batch_size=256, num_workers=common.old_worker_count(config, world, True))
-    pixels, sizes, errors = zip(*files, strict=True)
-    errors = [e for batch in errors for e in batch]
-    log.skip([e for e in errors if e], len(split), config.max_bad)
-    split = replace(split, pixels=torch.cat(pixels), sizes=torch.cat(sizes))
-    return split.subset(torch.tensor([not e for e in errors]).nonzero()[:, 0])
-
-
-def make_loader(batches, steps, config, world):
-    """Iterate over `batches` for these steps, ahead of time in worker processes where that helps."""
-    workers = common.old_worker_count(config, world, streaming=batches.canvas is None)
-    options = dict(pin_memory=world.device.type == "cuda", worker_init_fn=common.old_ignore_signals)
-    return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, **options))
-
-
-def make_images(item, pixels, size, device, bicubic=False):
-    """A loader's item -> normalised images float [b, 3, S, S] on the device; pixels in memory are cropped here."""
-    item = {k: v.to(device, non_blocking=True) for k, v in item.items() if k in ("indices", "pixels", "boxes", "flip")}
-    if "boxes" in item:
-        return normalize(crop_resize(pixels[item["indices"]], item["boxes"], size, item.get("flip"), bicubic))
-    images = normalize(item["pixels"])
-    return torch.where(item["flip"][:, None, None, None], images.flip(3), images) if "flip" in item else images
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Train
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def schedules(config, step, steps):
-    """Learning rate of step 0, 1, ...: in a line to --lr, which the last step of the warmup has, then a cosine to 0."""
+    """Return the learning rate of step 0, 1, ...: --lr at the end of the warm-up, then a cosine."""
     warmup = int(config.warmup * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    return common.old_cosine_schedule(step - warmup, steps - warmup, config.lr, 0.0)
+    return common.cosine_schedule(step - warmup, steps - warmup, config.lr, 0.0)
 
 
 def make_optimizer(model, config):
-    """AdamW; groups: decayed, undecayed (biases, 1-D tensors), and scale and bias of the loss with their own rate."""
-    groups = common.old_parameter_groups(model)
-    own = [p for p in (model.logit_scale, model.logit_bias) if p is not None]
+    """Return AdamW. Groups: decayed, undecayed, and the loss's scale and bias."""
+    groups = common.parameter_groups(model)
     for group in groups:
-        group["params"] = [p for p in group["params"] if all(p is not o for o in own)]
-        group |= {"rate": 1.0, "weight_decay": config.weight_decay if group["decay"] else 0.0}
-    groups.append({"params": own, "decay": False, "rate": config.logit_lr, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.beta2), eps=1e-6, fused=True)
+        group["params"] = [p for p in group["params"] if p.numel() > 1]
+    logits = [p for p in model.parameters() if p.numel() == 1]  # no other is a single number
+    groups.append({"decay": False, "params": logits})
+    beta2 = 0.95 if config.model == "llip" else 0.98
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-6, fused=True)
 
 
-def accumulated_backward(model, images, tokens, config, budget, scaler):
-    """Gradients of the loss on the whole batch, although only a part of it is encoded at a time -> the loss.
-
-    Splitting a contrastive batch would drop negatives. So: encode all parts without gradients; take the loss of all of
-    them, and its gradients with respect to what the towers gave; encode each part again and send these gradients on.
-    """
-    parts = list(zip(images.chunk(config.accumulate), tokens.chunk(config.accumulate), strict=True))
-    with torch.no_grad():
-        encoded = [model(*part) for part in parts]
-    image, text = (torch.cat([e[i] for e in encoded]).requires_grad_() for i in (0, 1))
-    head = {name: x.detach().requires_grad_() for name, x in encoded[0][2].items()}
-    with torch.enable_grad():
-        loss = contrastive_loss(image, text, head, config, budget)
-        scaler.scale(loss).backward()
-    gradients = zip(image.grad.chunk(len(parts)), text.grad.chunk(len(parts)), strict=True)
-    for i, (part, found) in enumerate(zip(parts, gradients, strict=True)):
-        last = i == len(parts) - 1
-        with common.old_no_sync(model, last):
-            image, text, again = model(*part)
-            names = list(head) if last else []
-            outputs, found = [image, text, *(again[n] for n in names)], [*found, *(head[n].grad for n in names)]
-            torch.autograd.backward(outputs, found)
-    return loss.detach()
-
-
-def train(model, tokenizer, split, config, world, out):
-    """Train a model on a Split or Shards. Exits with 0 on SIGTERM or SIGINT, 3 after three bad steps."""
-    device, dtype = world.device, common.old_choose_precision(config.precision, world.device)
+def train(model, tokenizer, split, config, world):
+    """Train a model on Pairs. Returns the run; its last.pt holds the result."""
     steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
-    model, budget = model.to(device), pair_budget(config, device)
+    model.to(world.device)
     if config.compile:
         model.compile()
-    plain = model
-    if config.shard:
-        for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
-            fully_shard(block)
-    model = common.old_distribute(model, world, config.shard)
-    if config.shard:  # evaluation calls the towers one by one
-        for method in ("features", "image", "text"):
-            register_fsdp_forward_method(model, method)
-    optimizer = make_optimizer(plain, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    start, streak = 0, torch.zeros((), device=device)  # streak: steps in a row that were not finite
-    if config.resume and (out / "last.pt").exists():
-        state = common.old_read_own_checkpoint(out / "last.pt", Path(__file__).stem, ARCHITECTURE, config)
-        common.old_load_full_state(model, state["model"], optimizer, state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        start, streak = state["step"], state["streak"].to(device)
-
-    def save(step):
-        weights, moments = common.old_full_state(model, optimizer)
-        state = dict(script=Path(__file__).stem, step=step, config=asdict(config), model=weights, optimizer=moments)
-        state |= dict(scaler=scaler.state_dict(), streak=streak.cpu())
-        state["tokenizer"] = "bytes" if tokenizer.merges is None else "\n".join(tokenizer.merges)
-        if world.rank == 0:
-            common.old_save_checkpoint(out / "last.pt", state)
-
-    if world.rank == 0:
-        common.old_save_config(out, config)
-    batches = Batches(split, config, world, tokenizer)
-    loader = make_loader(batches, range(start, steps), config, world)
-    pixels = None if split.pixels is None else split.pixels.to(device)
-    trainable = [p for p in plain.parameters() if p.requires_grad]
-    log = Log(out, world, steps, start)
-    log.catch_signals()
-    if tokenizer.cut:
-        log.say(f"{tokenizer.cut} captions are longer than --context {config.context} tokens, and were cut")
-    millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (plain.visual, plain)]
-    log.say(
-        f"{out}: {len(split)} images, steps {start} to {steps} of {config.batch} on {world.size} x {device.type} in "
-        f"{str(dtype)[6:]}; {config.model}, vision tower {millions[0]:.2f} M of {millions[1]:.2f} M parameters, "
-        f"{tokenizer.size} token ids"
-    )
-    waited, window, since = 0.0, start, time.monotonic()
-    for step in range(start, steps):
-        tick = time.monotonic()
-        item = next(loader)
-        images = make_images(item, pixels, config.image_size, device, bicubic=True)
-        tokens = item["tokens"].to(device, non_blocking=True)
-        waited += time.monotonic() - tick
-        log.skip(item["bad"], len(split), config.max_bad)
+    network = common.distribute(model, world, config.shard)  # DDP hides the parts that `model` has
+    optimizer = make_optimizer(model, config)
+    run = common.Run(config, world, steps, network, optimizer, tokenizer=tokenizer)
+    note(f"{run.out}: {len(split)} images, steps {run.step} to {steps} of {config.batch}")
+    make = functools.partial(make_batch, split, tokenizer, config, world)
+    loader = common.make_loader(make, range(run.step, steps), config, world)
+    for step in run:
         lr = schedules(config, step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["rate"]
-
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            if config.accumulate > 1:
-                loss = accumulated_backward(model, images, tokens, config, budget, scaler)
-            else:
-                loss = contrastive_loss(*model(images, tokens), config, budget)
-                scaler.scale(loss).backward()
-                loss = loss.detach()
-
-        scaler.unscale_(optimizer)
-        loss, norm = common.old_mean_over_ranks(loss), common.old_gradient_norm(trainable)
-        applied = (loss + norm).isfinite()  # a tensor on the device, the same on all ranks
-        # with fp16's loss scaling, gradients overflow now and then by design: there only the loss counts
-        bad = ~(loss.isfinite() if scaler.is_enabled() else applied)
-        streak = torch.where(streak >= 3, streak, (streak + 1) * bad)
-        if not scaler.is_enabled():
-            optimizer.found_inf = (~applied).float()  # the fused kernel then leaves weights and moments as they are
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            plain.logit_scale.clamp_(0, math.log(100))
-
-        done = step + 1
-        stopping = log.stop and world.size == 1
-        if done % config.log_every == 0 or done == steps or stopping:
-            scalars = [whole(p.detach()).sum() for p in (plain.logit_scale, plain.logit_bias) if p is not None]
-            loss_now, norm_now, bad_steps, *scalars = torch.stack([loss, norm, streak, *scalars]).tolist()  # a sync
-            stopping = log.agree(log.stop)
-            now = time.monotonic()
-            row = dict(loss=loss_now, lr=lr, images_per_s=config.batch * (done - window) / (now - since))
-            row["data_wait"] = waited / (now - since)
-            waited, window, since = 0.0, done, now
-            log.progress(done, **row)
-            row |= dict(gradient_norm=norm_now, scale=math.exp(scalars[0])) | dict(zip(["bias"], scalars[1:]))
-            log.write(step=done, **row, memory_gib=common.old_memory_gib(device))
-            if bad_steps >= 3:
-                common.old_stop_not_finite(out, done)
-        if (done % config.save_every == 0 and streak < 3) or done == steps or stopping:
-            save(done)
-        if stopping and done < steps:
-            log.close()
-            log.say(f"stopped after step {done}. To continue: {common.old_resume_command(out)}")
-            raise SystemExit(0)
-    log.close()
-    return plain
+        common.set_rates(optimizer, lr, config.weight_decay)
+        optimizer.param_groups[-1]["lr"] = lr if config.paper_logits else 10 * lr
+        pixels, tokens = run.next(loader, split)
+        with world.autocast():
+            loss = network(clip_range(common.normalize(pixels)), tokens)
+        run.backward(loss)
+        run.update()
+        scale = model.logit_scale.detach()
+        scale.clamp_(0, math.log(100))
+        run.log(lr=lr, logit_scale=scale.max())
+    return run
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Evaluate
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def whole(parameter):
-    """A parameter as a plain tensor, put together from all ranks where it is sharded."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-
-
-def eval_images(split, config, world, log):
-    """Iterate over a rank's share of the data under the evaluation transform: (images, their indices, or -1).
-
-    All ranks get the same number of batches (the last images wrap around), since sharded models run in step.
-    """
-    n, size = len(split), config.image_size
-    mine = (torch.arange(math.ceil(n / world.size)) * world.size + world.rank) % n
-    if split.pixels is not None and (split.root is None or tuple(split.pixels.shape[2:]) == (size, size)):
-        for indices in mine.split(config.eval_batch):
-            boxes = torch.tensor([centre_box(w, h, size) for w, h in split.sizes[indices].tolist()]).float()
-            images = split.pixels[indices].to(world.device)
-            yield normalize(crop_resize(images, boxes.to(world.device), size, bicubic=True)), indices
-        return
-    workers = common.old_worker_count(config, world, streaming=True)
-    loader = DataLoader(Files(split, size), config.eval_batch, sampler=mine.tolist(), num_workers=workers)
-    for indices, (pixels, _, errors) in zip(mine.split(config.eval_batch), loader, strict=True):
-        log.skip([e for e in errors if e], n, config.max_bad)
-        yield normalize(pixels.to(world.device)), indices.where(torch.tensor([not e for e in errors]), -1)
-
-
-def collect(rows, device):
-    """Join all ranks' rows, (indices [B], tensor [B, ...], ...), to (indices [N] on the CPU, tensor [N, ...], ...).
-
-    In order of the indices, without those that were unreadable (-1) or came twice.
-    """
-    indices, *columns = (common.old_gather_over_ranks(torch.cat(column)) for column in zip(*rows, strict=True))
-    kept, order = np.unique(indices.cpu().numpy(), return_index=True)
-    order = torch.from_numpy(order[kept >= 0]).to(device)
-    return torch.from_numpy(kept[kept >= 0]), *(column[order] for column in columns)
+# --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def encode_images(model, split, config, world, log, features=False):
-    """What captions are compared with, of all images on all ranks -> (indices [N] of the readable ones, [N, ...]).
-
-    features: instead, for probes and other uses: the class tokens [N, K, W] after the last norm.
-    """
-    rows = []
-    for images, indices in eval_images(split, config, world, log):
-        rows.append((indices.to(world.device), model.features(images) if features else model.image(images)))
-    return collect(rows, world.device)
-
-
-@torch.no_grad()
-def encode_texts(model, tokens, config, world):
-    """Queries and z' of captions int64 [T, L], on all ranks: [T, 2, D], or [T, 1, D] of a baseline."""
-    n, rows = len(tokens), []
-    mine = (torch.arange(math.ceil(n / world.size)) * world.size + world.rank) % n
-    for indices in mine.split(config.eval_batch):
-        rows.append((indices.to(world.device), model.text(tokens[indices].to(world.device))))
-    return collect(rows, world.device)[1]
+def encode_texts(model, tokenizer, captions, world):
+    """Return the text of captions, float32 [T, 2, D], or [T, 1, D] of a baseline."""
+    parts = []
+    for i in range(0, len(captions), 256):
+        with world.autocast():
+            text = model.text(tokenizer(captions[i : i + 256]).to(world.device))
+        parts.append(text.float())
+    return torch.cat(parts)
 
 
-@torch.no_grad()
-def score(model, image, text, config, world, tau=None):
-    """Cosine of every image with every caption, [N, T], by tiles, every rank its rows; tau: if other than trained."""
-    if model.config.model != "llip":
-        return F.normalize(image, dim=-1) @ F.normalize(text[:, -1], dim=-1).T
-    out_proj, rows = whole(model.out_proj), []
-    side = tile_side(pair_budget(config, world.device), config.mix_heads, image.shape[3], config.embedding)
-    for part in image.tensor_split(world.size)[world.rank].split(side):
-        tiles = [
-            pair_scores(
-                *part.unbind(1), t[:, 0].unflatten(1, (config.mix_heads, -1)), t[:, 1], out_proj, tau or config.tau
-            )
-            for t in text.split(side)
-        ]
-        rows.append(torch.cat(tiles, 1))
-    mine = torch.cat(rows) if rows else image.new_zeros(0, len(text))
-    return common.old_gather_over_ranks(mine)
+def score(model, text, images):
+    """Return the cosine of each image [B, 3, S, S] with each text of `encode_texts`: [B, T]."""
+    image = model.image(clip_range(images)).float()
+    with torch.autocast(image.device.type, enabled=False):
+        if not isinstance(model, Llip):
+            return F.normalize(image, dim=1) @ F.normalize(text[:, 0], dim=1).T
+        k, v = image.unbind(1)
+        scores = []
+        for part in text.split(max(1, pairs_in_tile(k, text[:, 0]) // len(image))):
+            q = part[:, 0].unflatten(1, (model.heads, -1))
+            scores.append(pair_scores(k, v, q, part[:, 1], model.out_proj, model.tau))
+        return torch.cat(scores, dim=1)
 
 
 def mean_of_prompts(text):
-    """One query and one z' for several prompts of a class: [..., P, 2 or 1, D] -> [..., 2 or 1, D].
+    """Pool the prompts of a class: [P, 2 or 1, D] -> [2 or 1, D].
 
-    As the released evaluation: queries are averaged as they are, z' normalised before.
+    As in the released evaluation, queries are averaged as they are, z' normalised before.
     """
-    z = F.normalize(F.normalize(text[..., -1:, :], dim=-1).mean(-3), dim=-1)
-    return torch.cat([text[..., :-1, :].mean(-3), z], dim=-2)
+    z = F.normalize(text[:, -1], dim=1).mean(0)
+    z = F.normalize(z, dim=0)[None]
+    return torch.cat([text[:, :-1].mean(0), z])
 
 
-def class_texts(model, tokenizer, names, prompts, config, world):
-    """The text of each class, pooled over prompts and synonyms: names [[synonym, ...], ...] -> [C, 2 or 1, D]."""
-    captions = [[prompt.format(name) for name in those for prompt in prompts] for those in names]
-    found = encode_texts(model, tokenizer([c for those in captions for c in those]), config, world)
-    return torch.stack([mean_of_prompts(part) for part in found.split([len(those) for those in captions])])
+def recall(scores, true, name, numbers):
+    """Return in how many rows of scores [N, T] a true entry is among the first 1, 5, ..., in %."""
+    best = scores.masked_fill(~true, -math.inf).amax(1, keepdim=True)
+    ranks = (scores > best).sum(1)
+    return {f"{name}{k}": 100 * (ranks < k).float().mean().item() for k in numbers}
 
 
-def roc_auc(scores, positive):
-    """Area under the ROC curve of scores [N] for the bools positive [N], in percent; ties count half."""
-    a, b = scores[positive][:, None], scores[~positive]
-    return 100 * ((a > b).double() + (a == b).double() / 2).mean().item()
+def zeroshot(scores, labels):
+    """Return top-1 and top-5 accuracy of scores [N, C]."""
+    true = F.one_hot(labels, scores.shape[1]).bool()
+    return recall(scores, true, "top", (1, 5))
 
 
-def zeroshot_metrics(scores, labels):
-    """Percent: top-1 and top-5 accuracy, the mean of classes' accuracies (those that occur), AUC if there are two."""
-    scores, labels = scores.cpu(), labels.cpu()  # MPS has no float64
-    order = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-    hits = order[:, 0].double()
-    counts = torch.bincount(labels, minlength=scores.shape[1])
-    by_class = torch.zeros_like(counts, dtype=torch.double).index_add_(0, labels, hits)[counts > 0] / counts[counts > 0]
-    found = {"top1": hits.mean(), "top5": order.any(1).double().mean(), "mean_per_class": by_class.mean()}
-    found = {name: 100 * value.item() for name, value in found.items()}
-    return found | ({"auc": roc_auc(scores[:, 1] - scores[:, 0], labels == 1)} if scores.shape[1] == 2 else {})
+def retrieval(scores, true):
+    """Return recall both ways, and the spread over an image's captions, in percent.
 
-
-def retrieval_ranks(scores, owner):
-    """Ranks from 0 of the right answer, for scores [N, T] and owner [T], the image of each caption: of the best own
-    caption of each image [N], and of the own image of each caption [T]."""
-    own = scores[owner, torch.arange(len(owner), device=scores.device)]  # [T]
-    best = torch.full_like(scores[:, 0], -math.inf).scatter_reduce_(0, owner, own, "amax")
-    return (scores > best[:, None]).sum(1), (scores > own).sum(0)
-
-
-def rank_metrics(ranks, name):
-    """Mean and median rank, counted from 1, and recall at 1, 5 and 10, as shares."""
-    ranks = ranks.cpu().double()
-    found = {f"{name}_mean_rank": ranks.mean().item() + 1, f"{name}_median_rank": math.floor(ranks.quantile(0.5)) + 1}
-    return found | {f"{name}_R@{k}": (ranks < k).double().mean().item() for k in (1, 5, 10)}
-
-
-def evaluate_retrieval(model, tokenizer, split, config, world, log, taus):
-    """Both ways over the whole split, and how much depends on which of an image's captions was given.
-
-    -> {column: {metric: value}} for the columns of `taus`. Percent; `spread` is the standard deviation of the scores of
-    an image's own captions, mean over images; `any` and `all`: share of images that rank in the ten best for at least
-    one, and for every one of their captions.
+    scores [N, T]; true: which captions belong to an image. The best own caption of an image counts.
+    Spread: standard deviation of the scores of an image's own captions, mean over images.
     """
-    kept, image = encode_images(model, split, config, world, log)
-    if isinstance(split, Split):
-        captions = [[c for c in split.captions(i) if c] for i in kept.tolist()]
-    else:
-        captions = [[split.sample(i)[1]] for i in kept.tolist()]
-    owner = torch.tensor([i for i, those in enumerate(captions) for _ in those], device=world.device)
-    text = encode_texts(model, tokenizer([c for those in captions for c in those]), config, world)
-    results = {}
-    for column, tau in taus.items():
-        scores = score(model, image, text, config, world, tau)
-        i2t, t2i = retrieval_ranks(scores, owner)
-        found = rank_metrics(i2t, "i2t") | rank_metrics(t2i, "t2i")
-        result = {name: 100 * value for name, value in found.items() if "R@" in name}
-        own = scores[owner, torch.arange(len(owner), device=owner.device)].cpu().double()
-        image_of, counts = owner.cpu(), torch.bincount(owner.cpu()).double()
-        if counts.max() > 1:
-            mean, square = (torch.bincount(image_of, x) / counts for x in (own, own * own))
-            hits = torch.bincount(image_of, (t2i.cpu() < 10).double())
-            result["spread"] = (square - mean * mean).clamp(min=0).sqrt().mean().item()
-            any_, all_ = (100 * x.double().mean().item() for x in (hits > 0, hits == counts))
-            result |= {"any R@10": any_, "all R@10": all_}
-        results[column] = result
+    results = recall(scores, true, "i2t R@", (1, 5, 10))
+    results.update(recall(scores.T, true.T, "t2i R@", (1, 5, 10)))
+    spreads = [row[own].std(correction=0) for row, own in zip(scores, true, strict=True)]
+    results["spread"] = 100 * torch.stack(spreads).nanmean().item()
     return results
 
 
-def toy_questions(facts):
-    """Per kind of caption, all phrases of it that are true of some image, and of which images: {kind: (phrases, bool
-    [N, C])}. Of relations and scenes at most 500."""
-    questions = {}
-    for kind in KINDS:
-        phrases = sorted({p for f in facts for p in f[kind]})
-        phrases = phrases[:: math.ceil(len(phrases) / 500)]
-        number = {p: i for i, p in enumerate(phrases)}
-        true = torch.zeros(len(facts), len(phrases), dtype=torch.bool)
-        for row, f in zip(true, facts):
-            row[[number[p] for p in f[kind] if p in number]] = True
-        questions[kind] = phrases, true
-    return questions
-
-
-def evaluate_kinds(model, tokenizer, split, facts, config, world, log, taus):
-    """Zero-shot accuracy on the toy world by kind of caption -> {column: {kind: percent, ...}}.
-
-    A fact of an image is found if its score is above those of all phrases of the kind that are not true of the image.
-    `spread`: standard deviation of the scores of all facts of an image, mean over images: how unequal captions of one
-    image are treated.
-    """
-    kept, image = encode_images(model, split, config, world, log)
-    questions, results = toy_questions([facts[i] for i in kept.tolist()]), {column: {} for column in taus}
-    own = {column: [] for column in taus}
-    for kind, (phrases, true) in questions.items():
-        true = true.to(world.device)
-        text = class_texts(model, tokenizer, [[p] for p in phrases], KINDS[kind], config, world)
-        for column, tau in taus.items():
-            scores = score(model, image, text, config, world, tau)
-            best_false = scores.masked_fill(true, -math.inf).amax(1, keepdim=True)
-            results[column][kind] = 100 * ((scores > best_false) & true).sum().item() / true.sum().item()
-            own[column].append(scores.masked_fill(~true, math.nan))
-    for column in taus:
-        scores = torch.cat(own[column], 1)
-        mean = scores.nanmean(1, keepdim=True)
-        results[column]["mean of kinds"] = sum(results[column].values()) / len(KINDS)
-        results[column]["spread"] = (scores - mean).square().nanmean(1).sqrt().mean().item()
-    return results
-
-
-def evaluate_zeroshot(model, tokenizer, split, config, world, log, taus):
-    """Zero-shot classification with class-wise text queries -> {column: {metric: percent}}."""
-    kept, image = encode_images(model, split, config, world, log)
-    labels = split.labels[kept].to(world.device)
-    text = class_texts(model, tokenizer, names_of(split.classes, config), prompts_of(config), config, world)
-    results = {}
-    for column, tau in taus.items():
-        results[column] = zeroshot_metrics(score(model, image, text, config, world, tau), labels)
-        for other in config.eval_taus if config.model == "llip" and column != "mean token" else ():
-            found = zeroshot_metrics(score(model, image, text, config, world, other), labels)
-            results[column][f"top1, tau {other:g}"] = found["top1"]
-    return results
-
-
-def linear_probe(features, labels, test, test_labels, classes, decays=(1e-4, 1e-3, 1e-2, 1e-1)):
-    """Logistic regression on frozen features [N, D], as CLIP's evaluation: L-BFGS, the decay that does best on a tenth
-    of the training images, then trained on all of them -> top-1 on test, percent."""
-    std, mean = torch.std_mean(features, dim=0)
-    features, test = ((x - mean) / (std + 1e-6) for x in (features, test))
-
-    def fit(x, y, decay):
-        weight = torch.zeros(classes, x.shape[1] + 1, device=x.device, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weight], max_iter=50, line_search_fn="strong_wolfe")
-
-        def closure():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(F.linear(x, weight[:, 1:], weight[:, 0]), y) + decay * weight[:, 1:].square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        return weight.detach()
-
-    def top1(weight, x, y):
-        return 100 * (F.linear(x, weight[:, 1:], weight[:, 0]).argmax(1) == y).float().mean().item()
-
-    held = torch.arange(len(features), device=features.device) % 10 == 0
-    best = max(decays, key=lambda d: top1(fit(features[~held], labels[~held], d), features[held], labels[held]))
-    return top1(fit(features, labels, best), test, test_labels)
-
-
-def evaluate_linear(model, train, val, config, world, log):
-    """`linear_probe` on the mean of the class tokens -> {"linear": percent}."""
-    if 0 < config.eval_limit < len(train):
-        train = train.subset(torch.randperm(len(train), generator=generator(config.seed, "limit"))[: config.eval_limit])
-    found = []
-    for split in (train, val):
-        kept, tokens = encode_images(model, split, config, world, log, features=True)
-        found += [tokens.mean(1), split.labels[kept].to(world.device)]
-    return {"linear": linear_probe(*found, len(train.classes))}
-
-
-def evaluate(model, tokenizer, config, world, log, train_split=None):
-    """Run --eval on a model, beside it on a random one, and for llip with the plain mean of all tokens (tau infinite):
-    what a caption's choice of the mix is worth.
-
-    Prints a table, appends it to log.jsonl and returns it: {"trained": {...}, "mean token": {...}, "random": {...}}.
-    """
-    wanted = [name for name in config.eval.split(",") if name != "none"]
-    if not wanted:
+def evaluate_retrieval(model, tokenizer, split, config, world):
+    """Measure `retrieval` among the first 5,000 images. One that can't be read counts as missed."""
+    split = replace(split, names=split.names[:5000])
+    captions = [split.captions[i] for i in range(len(split))]
+    text = encode_texts(model, tokenizer, sum(captions, []), world)
+    read = functools.partial(score, model, text)
+    scores, _, names = common.extract(read, split, config, world)
+    if world.rank:
         return {}
-    val = open_data(config, "val", log)
-    train = train_split or (open_data(config, "train", log) if {"linear", "features"} & {*wanted} else None)
-    if "features" in wanted:
-        write_features(model, train if config.features_split == "train" or val is None else val, config, world, log)
-    toy, classes = config.data == "toy" and not config.val_data, val is not None and bool(val.classes)
-    needs = dict(kinds=toy, zeroshot=classes and not toy, retrieval=val is not None, features=False)
-    needs["linear"] = classes and train is not None and bool(train.classes)
-    skipped = [name for name in wanted if not needs[name] and name != "features"]
-    if skipped:
-        log.say(f"{', '.join(skipped)}: skipped, since {config.data} has not what that needs (val, classes, facts)")
-    wanted = [name for name in wanted if needs[name]]
-    if not wanted:
-        return {}
-    if val.classes and train is not None and train.classes and val.classes != train.classes and "linear" in wanted:
-        fail(f"train and val of {config.data} differ in their classes: {sorted({*val.classes} ^ {*train.classes})[:5]}")
-    some, facts = val, None
-    if toy:  # of all that is true, what names the image nearly alone
-        facts = toy_world("val", config.image_size)[1]
-        some = with_captions(val, [f["relation"] + f["scene"] for f in facts])
-    if 0 < config.eval_limit < len(val) and isinstance(val, Split):
-        some = some.subset(torch.randperm(len(val), generator=generator(config.seed, "val"))[: config.eval_limit])
-    models, results = {"trained": model}, {}
-    if config.baselines:
-        models["random"] = build(config, tokenizer.size).to(world.device)
-    for name, network in models.items():
-        network.eval()
-        mean = config.baselines and name == "trained" and config.model == "llip"
-        taus = {name: None} | ({"mean token": 1e9} if mean else {})
-        found = []
-        if "kinds" in wanted:
-            found.append(evaluate_kinds(network, tokenizer, val, facts, config, world, log, taus))
-        if "zeroshot" in wanted:
-            found.append(evaluate_zeroshot(network, tokenizer, val, config, world, log, taus))
-        if "retrieval" in wanted:
-            found.append(evaluate_retrieval(network, tokenizer, some, config, world, log, taus))
-        if "linear" in wanted:
-            found.append({name: evaluate_linear(network, train, val, config, world, log)})
-        for part in found:
-            for column, values in part.items():
-                results.setdefault(column, {}).update(values)
-    log.say(f"{'percent':<16}" + "".join(f"{name:>12}" for name in results))
-    for key in results["trained"]:
-        cells = (
-            f"{r[key]:>12.3f}" if "spread" in key else f"{r[key]:>12.1f}" if key in r else f"{'':>12}"
-            for r in results.values()
-        )
-        log.say(f"{key:<16}" + "".join(cells))
-    log.write(eval=results, images={"val": len(val)})
+    owned = zip(split.names, captions, strict=True)
+    owners = [name for name, texts in owned for _ in texts]
+    true = torch.zeros(scores.shape, dtype=torch.bool)
+    rows = {name: row for row, name in enumerate(names)}
+    for column, owner in enumerate(owners):
+        if owner in rows:
+            true[rows[owner], column] = True
+    return retrieval(scores, true.to(world.device))
+
+
+def evaluate_zeroshot(model, tokenizer, split, config, world):
+    """Classify by one text for each class."""
+    texts = []
+    for captions in class_captions(split.classes, config):
+        texts.append(mean_of_prompts(encode_texts(model, tokenizer, captions, world)))
+    read = functools.partial(score, model, torch.stack(texts))
+    scores, labels, _ = common.extract(read, split, config, world)
+    return zeroshot(scores, labels) if world.rank == 0 else {}
+
+
+def evaluate_kinds(model, tokenizer, split, config, world):
+    """Return zero-shot accuracy on the toy by kind of caption, in percent.
+
+    A fact of a scene is found if it scores above all facts of its kind that are false of the scene.
+    """
+    results = {}
+    scenes = toy_world("val")[1]
+    for kind in scenes[0]:
+        facts = [scene[kind] for scene in scenes]
+        captions = sorted({fact for scene in facts for fact in scene})
+        text = encode_texts(model, tokenizer, captions, world)
+        read = functools.partial(score, model, text)
+        scores, _, _ = common.extract(read, split, config, world)
+        if world.rank == 0:
+            true = [[caption in scene for caption in captions] for scene in facts]
+            true = torch.tensor(true, device=world.device)
+            best = scores.masked_fill(true, -math.inf).amax(1, keepdim=True)  # of what is false
+            results[kind] = 100 * (scores > best)[true].float().mean().item()
     return results
 
 
-@torch.no_grad()
-def write_features(model, split, config, world, log):
-    """--eval features: .npz of features float32 [N, D], labels int64 [N], paths, and with --tokens tokens [N, K, W].
+EVALUATIONS = {
+    "kinds": evaluate_kinds,
+    "zeroshot": evaluate_zeroshot,
+    "retrieval": evaluate_retrieval,
+}
 
-    Features are normalised, and of llip without a caption: the mean of all values, projected. They serve as a first
-    shortlist in a search index, which the scores of the mixed vectors then put in order.
+
+def evaluate(model, tokenizer, val, wanted, config, world, run):
+    """Run the evaluations `wanted` on the model, and beside it on a random one.
+
+    "mean token" mixes all tokens alike: what the caption's choice is worth.
     """
-    kept, image = encode_images(model.eval(), split, config, world, log)
+    columns = {"trained": model}
+    columns["random"] = build(config, tokenizer.start + 2).to(world.device).eval()
     if config.model == "llip":
-        image = image[:, 1].mean(2).flatten(1) @ whole(model.out_proj)  # values [N, H, K, d]
-    arrays = dict(features=F.normalize(image, dim=-1))
-    arrays["labels"] = torch.full((len(kept),), -1) if split.labels is None else split.labels[kept]
-    if config.tokens:
-        arrays["tokens"] = encode_images(model, split, config, world, log, features=True)[1]
-    path = Path(config.features_out or log.path.parent / "features.npz")
+        columns["mean token"] = copy.copy(model)
+        columns["mean token"].tau = 1e9
+    results = {}
+    for column, network in columns.items():
+        results[column] = {}
+        for name in wanted:
+            results[column].update(EVALUATIONS[name](network, tokenizer, val, config, world))
     if world.rank == 0:
-        names = [split.paths[i] if isinstance(split, Split) else str(i) for i in kept.tolist()]
-        np.savez(path, paths=np.array(names), **{k: v.cpu().numpy() for k, v in arrays.items()})
-        log.say(f"{path}: " + ", ".join(f"{k} {list(v.shape)}" for k, v in arrays.items()))
+        run.report(results)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Picture
-# ---------------------------------------------------------------------------------------------------------------------
+def write_features(model, split, config, world, run):
+    """Write features.npz: features [N, D], labels [N], paths.
 
-
-@torch.no_grad()
-def token_maps(visual, images):
-    """Where the class tokens look: attention rolled out over the blocks (the mean over heads, half of it the residual
-    path), from each returned token to the patches, each map summing to 1. images [B, 3, S, S] -> [B, K, G, G]."""
-    x, rolled = visual.embed(images), None
-    for block in visual.transformer.resblocks:
-        q, k, _ = block.attn.project(block.ln_1(x))
-        attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean(1)  # [B, N, N]
-        attention = (attention + torch.eye(x.shape[1], device=x.device)) / 2
-        rolled = attention if rolled is None else attention @ rolled
-        x = block(x)
-    maps = rolled[:, : visual.returned, len(visual.class_embedding) :]
-    return (maps / maps.sum(-1, keepdim=True)).unflatten(2, (math.isqrt(maps.shape[2]),) * 2)
-
-
-@torch.no_grad()
-def draw_picture(model, tokenizer, images, captions, config, tile=112, gap=8):
-    """What different captions of one image look at, as a PIL image: a row for each of images [n, 3, S, S], a column for
-    each of its captions. Bright is where the mix looks: the tokens' maps, weighted by how much the caption takes of
-    each; relative to the mean over captions. Below, that weight for each head (rows) and token (columns)."""
-    maps = token_maps(model.visual, images)
-    mean, std = (common.old_constant(v, images.device)[:, None, None] for v in (MEAN, STD))
-    pixels = (images * std + mean).clamp(0, 1)
-    columns = max(map(len, captions))
-    bar = 6 * config.mix_heads if config.model == "llip" else 0
-    canvas = Image.new("RGB", (gap + (columns + 1) * (tile + gap), len(images) * (tile + bar + 34 + gap)), "white")
-    draw = ImageDraw.Draw(canvas)
-
-    def paste(picture, left, top, size):
-        array = (picture.clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()
-        canvas.paste(Image.fromarray(array).resize(size, Image.NEAREST), (left, top))
-
-    for row, those in enumerate(captions):
-        top = row * (tile + bar + 34 + gap) + gap
-        paste(pixels[row], gap, top + 26, (tile, tile))
-        text = model.text(tokenizer(those).to(images.device))
-        if config.model == "llip":
-            k = model.image(images[row : row + 1])[:, 0]
-            weights = mixing_weights(k, text[:, 0].unflatten(1, (config.mix_heads, -1)), config.tau)[0]  # [T, H, K]
-        else:
-            weights = images.new_full((len(those), 1, maps.shape[1]), 1 / maps.shape[1])
-        seen = torch.einsum("thk,kxy->txy", weights, maps[row]) / weights.shape[1]
-        seen = seen / seen.mean(0).clamp(min=1e-6) if len(those) > 1 else seen / seen.mean()
-        low, high = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)
-        seen = F.interpolate(((seen - low) / (high - low + 1e-6))[:, None], size=images.shape[-1], mode="bilinear")
-        for column, caption in enumerate(those):
-            left = gap + (column + 1) * (tile + gap)
-            for line, part in enumerate(re.findall(r".{1,18}(?:\s|$)|.{18}", caption)[:2]):
-                draw.text((left, top + 12 * line), part, fill="black")
-            paste(pixels[row] * (0.2 + 0.8 * seen[column]), left, top + 26, (tile, tile))
-            if bar:
-                heads = weights[column] / weights[column].max()
-                paste(heads.expand(3, -1, -1), left, top + 28 + tile, (tile, bar))
-    return canvas
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: ours, Llip's, and in CLIP's layout
-# ---------------------------------------------------------------------------------------------------------------------
-
-ARCHITECTURE = ("model", "image_size", "patch", "width", "depth", "heads", "mlp_hidden", "mixture_tokens",
-                "all_tokens")  # fmt: skip
-ARCHITECTURE += ("text_width", "text_depth", "text_heads", "context", "embedding", "mix_heads", "mix_norm", "tau")
-ARCHITECTURE += ("quick_gelu",)
-
-
-def read_checkpoint(path, config, given=()):
-    """Weights of our or of a released checkpoint: {"model": state dict, "architecture": fields, "merges": list or None,
-    or "" where the file does not say}.
-
-    Released: Llip's training checkpoints, and CLIP, OpenCLIP and MetaCLIP weights as state dicts. What shapes cannot
-    tell (heads, tau, kind of GELU) comes from the preset with these widths, unless it is one of the flags `given`.
+    Features are of no caption: the first shortlist of a search, which `score` then puts in order.
     """
-    state = common.old_load_checkpoint(path)
-    if isinstance(state, dict) and "script" in state:
-        state = common.old_read_own_checkpoint(path, Path(__file__).stem)
-        merges = None if state["tokenizer"] == "bytes" else state["tokenizer"].split("\n") if state["tokenizer"] else []
-        return dict(model=state["model"], architecture={k: state["config"][k] for k in ARCHITECTURE}, merges=merges)
-    weights = state.get("state_dict", state) if isinstance(state, dict) else {}
-    weights = {re.sub(r"^(_orig_mod\.|module\.)*", "", str(k)): v for k, v in weights.items() if torch.is_tensor(v)}
-    weights = {
-        k: v for k, v in weights.items() if k not in ("input_resolution", "context_length", "vocab_size", "attn_mask")
-    }
-    if (
-        not {"visual.conv1.weight", "visual.class_embedding", "token_embedding.weight", "text_projection"}
-        <= weights.keys()
-    ):
-        found = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
-        fail(f"{path} is no checkpoint of Llip or in CLIP's layout: no `visual.conv1.weight`, but {found}")
-    weights = {k.removeprefix("pred."): v.float() for k, v in weights.items()}
-    for name in ("logit_scale", "logit_bias"):
-        if name in weights:
-            weights[name] = weights[name].view(1)
-    weights["visual.class_embedding"] = weights["visual.class_embedding"].view(
-        -1, weights["visual.class_embedding"].shape[-1]
-    )
 
-    def depth(prefix):
-        return 1 + max(int(k.removeprefix(prefix).split(".")[0]) for k in weights if k.startswith(prefix))
+    def describe(images):
+        image = model.image(clip_range(images))
+        if config.model == "llip":  # the mean of the values
+            image = image[:, 1].mean(2).flatten(1) @ model.out_proj
+        return F.normalize(image, dim=1)
 
-    (width, _, patch, _), tokens = weights["visual.conv1.weight"].shape, len(weights["visual.class_embedding"])
-    hidden = len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"])
+    features, labels, paths = common.extract(describe, split, config, world)
+    if world.rank == 0:
+        arrays = {"features": features.cpu(), "labels": labels.cpu()}
+        np.savez(run.out / "features.npz", paths=paths, **arrays)
+        note(f"{run.out / 'features.npz'}: {len(paths)} images")
+
+
+# --------------------------------------------------------------------------------------------------
+# Picture
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw_picture(model, tokenizer, split, config, world, run):
+    """Show what different captions of an image look at: a row an image, a column a caption.
+
+    Bright is where the tokens that the caption takes look in the last block, relative to the mean
+    over captions.
+    """
+    rows = sorted(range(min(100, len(split))), key=lambda i: -len(split.captions[i]))[:5]
+    n = len(rows)
+    captions = [split.captions[i][:5] for i in rows]
+    count = min(map(len, captions))
+    _, pixels, _ = common.centre_crops(split, config.image_size, rows)
+    images = common.normalize(pixels.to(world.device))
+    *blocks, last = model.visual.transformer.resblocks
+    x = model.visual.embed(clip_range(images))
+    for block in blocks:
+        x = block(x)
+    x = last.ln_1(x)
+    tokens = len(model.visual.class_embedding)
+    maps = last.attn(x[:, :tokens], x, x)[1][:, :, tokens:]  # mean over heads, [B, K, P]
+    if config.model == "llip":
+        texts = [text for row in captions for text in row[:count]]
+        q = model.text(tokenizer(texts).to(world.device))[:, 0]
+        k = model.image(clip_range(images))[:, 0]
+        weights = mixing_weights(k, q.unflatten(1, (model.heads, -1)), model.tau).mean(0)
+        weights = weights.unflatten(2, (n, count))[range(n), :, range(n)]  # [B, K, T]
+        maps = weights.mT @ maps  # [B, T, P]
+        maps = maps / maps.mean(1, keepdim=True)
+    side = math.isqrt(maps.shape[2])
+    maps = (maps / maps.amax(2, keepdim=True)).unflatten(2, (side, side))
+    seen = F.interpolate(maps, images.shape[2:], mode="bilinear")[:, :, None]
+    images = images[:, None] + 2.0  # black is about 0
+    path = run.out / "picture.png"
+    common.save_picture(path, torch.cat([images, images * seen], dim=1) - 2.0)
+    page = Image.open(path)
+    draw = ImageDraw.Draw(page)
+    for i, j in itertools.product(range(n), range(count)):
+        text = re.sub("(.{15})", r"\1\n", captions[i][j][:60])
+        draw.text((104 * j + 110, 104 * i + 5), text, "white")
+    page.save(path)
+    note(f"{path}: what captions of one image look at")
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights: ours, Llip's, and in CLIP's layout
+# --------------------------------------------------------------------------------------------------
+
+MODEL = "model image_size patch width depth heads hidden mixture_tokens text_width text_depth"
+MODEL += " text_heads context embedding mix_heads mix_norm tau quick_gelu vocabulary merges"
+MODEL = MODEL.split()
+
+
+def count_blocks(state, tower):
+    """Return the number of transformer blocks in a state dict."""
+    return len([name for name in state if re.match(rf"{tower}resblocks.\d+.ln_1.weight", name)])
+
+
+def read_weights(path, known):
+    """Read a checkpoint: its state dict `model`, `fields` of Config, and `merges`, None if unknown.
+
+    Ours; Llip's; those of OpenAI, OpenCLIP and MetaCLIP as state dicts. What shapes don't tell
+    (heads, tau) is in `known`, {field: value}, or as in the released models.
+    """
+    state = common.load_checkpoint(path)
+    if "script" in state:
+        state = common.load_own_checkpoint(path, "llip")
+        text = bytes(state["tokenizer"]["text"].tolist()).decode()
+        own = {name: state["config"][name] for name in MODEL}
+        return {"model": state["model"], "fields": own, "merges": text.splitlines()}
+    weights = state.get("state_dict", state)
+    if "visual.conv1.weight" not in weights:
+        found = ", ".join(list(state)[:8])
+        fail(f"{path} is no checkpoint of Llip or CLIP: no visual.conv1.weight; found {found}")
+    # OpenAI's files also hold whole numbers; half precision becomes single
+    weights = {k: v.float() for k, v in weights.items() if v.is_floating_point()}
+    weights = {k.removeprefix("pred."): torch.atleast_1d(v) for k, v in weights.items()}
+    width, _, patch, _ = weights["visual.conv1.weight"].shape
+    tokens = weights["visual.class_embedding"].view(-1, width)
+    weights["visual.class_embedding"] = tokens
+    baseline = "siglip" if "logit_bias" in weights else "clip"
     text_width, embedding = weights["text_projection"].shape
-    model = config.model
-    if "v_proj" in weights:
-        model = "llip" if "k_proj" in weights else "learned"
-    elif model == "llip":
-        model = "clip" if "logit_bias" not in weights else "siglip"
-    if model == "clip":
-        weights.pop("logit_bias", None)
-    grid = math.isqrt(len(weights["visual.positional_embedding"]) - tokens)
-    known = dict(
-        model=model, image_size=patch * grid, patch=patch, width=width, depth=depth("visual.transformer.resblocks."),
-        mlp_hidden=0 if hidden == 4 * width else hidden, mixture_tokens=tokens, text_width=text_width,
-        text_depth=depth("transformer.resblocks."), context=len(weights["positional_embedding"]), embedding=embedding,
-        mix_norm="K_norm.weight" in weights, all_tokens=len(weights.get("v_proj", ())) > tokens,
-    )  # fmt: skip
-    likely = (
-        p
-        for p in PRESETS.values()
-        if [p.get(k) for k in ("width", "text_width", "embedding")] == [width, text_width, embedding]
-    )
-    likely = next(likely, {})
-    for name in ("heads", "text_heads", "mix_heads", "tau"):
-        if name not in given and name in likely:
-            known[name] = likely[name]
-        elif name not in given and (model == "llip" or name in ("heads", "text_heads")):
-            fail(f"{path} cannot say its {name}, and no preset has its widths: add --{name.replace('_', '-')}")
-    return dict(model=weights, architecture=known, merges="")
+    positions = weights["visual.positional_embedding"]
+    found = {
+        "model": "llip" if "k_proj" in weights else baseline,
+        "image_size": patch * math.isqrt(len(positions) - len(tokens)),
+        "patch": patch,
+        "width": width,
+        "depth": count_blocks(weights, "visual.transformer."),
+        "hidden": len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
+        "mixture_tokens": len(tokens),
+        "text_width": text_width,
+        "text_depth": count_blocks(weights, "transformer."),
+        "context": len(weights["positional_embedding"]),
+        "embedding": embedding,
+        "mix_norm": "K_norm.weight" in weights,
+    }
+    # no shape tells these: as in the released models, if not known
+    released = {"heads": min(16, width // 64), "text_heads": text_width // 64, "mix_heads": 8}
+    released["tau"] = 1.0 if width == 1024 else 5.0
+    found.update({name: known.get(name, released[name]) for name in released})
+    if not found["heads"] or not found["text_heads"]:
+        fail(f"{path} cannot tell its heads: add --heads, --text-heads, --mix-heads and --tau")
+    return {"model": weights, "fields": found, "merges": None}
 
 
 def load_weights(model, weights, path):
-    """Put what `read_checkpoint` found into a model; positions of another resolution are interpolated."""
-    state, name = dict(weights["model"]), "visual.positional_embedding"
-    tokens, wanted = len(model.visual.class_embedding), len(model.visual.positional_embedding)
-    if name in state and len(state[name]) != wanted and len(state.get("visual.class_embedding", ())) == tokens:
-        old, new = (math.isqrt(n - tokens) for n in (len(state[name]), wanted))
-        print(f"{path}: positions interpolated from {old}x{old} to {new}x{new} patches", flush=True)
-        patches = common.old_interpolate_positions(state[name][None, tokens:], (old, old), (new, new))[0]
-        state[name] = torch.cat([state[name][:tokens], patches])
-    common.old_load_state(model, state, path)
+    """Put what `read_weights` found into a model. Positions are interpolated to its image size."""
+    state = dict(weights["model"])
+    tokens = len(model.visual.class_embedding)
+    side = math.isqrt(len(model.visual.positional_embedding) - tokens)
+    table = state["visual.positional_embedding"]
+    patches = common.interpolate_positions(table[None, tokens:], (side, side))[0]
+    state["visual.positional_embedding"] = torch.cat([table[:tokens], patches])
+    common.load_state(model, state, path)
 
 
-def load_model(path, config=None, given=()):
-    """(frozen model, its Tokenizer or None, config) from any checkpoint that this script reads."""
-    config = config or Config()
-    weights = read_checkpoint(path, config, given)
-    config = replace(config, **{k: v for k, v in weights["architecture"].items() if k not in given})
-    model = Llip(config, len(weights["model"]["token_embedding.weight"]))
-    load_weights(model, weights, path)
-    tokenizer = None if weights["merges"] == "" else Tokenizer(weights["merges"], config.context)
-    return model.requires_grad_(False).eval(), tokenizer, config
+# --------------------------------------------------------------------------------------------------
+# Prompts, presets and main
+# --------------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
+def both_articles(text):
+    """Return prompts, one a line: as they are, and with "a" for "the"."""
+    lines = text.strip().split("\n")
+    return list(dict.fromkeys([*lines, *(line.replace("the ", "a ") for line in lines)]))
 
 
-def report(model, tokenizer, split, config, world, log):
-    """After training, the picture: what different captions of one image look at."""
-    if config.shard or not isinstance(split, Split):
-        return  # parts of a sharded model do not run by themselves; shards know one caption an image
-    split = open_data(config, "val", log) or split
-    some = split.subset(torch.arange(min(5, len(split))))
-    if config.data == "toy":
-        facts = toy_world("val", config.image_size)[1]
-        captions = [[*f["place"], f["relation"][0]] for f in facts[: len(some)]]
-    else:
-        captions = [list(dict.fromkeys(some.captions(i)))[:5] for i in range(len(some))]
-    images = next(eval_images(some, config, World(0, 1, world.device), log))[0]
-    picture = draw_picture(model.eval(), tokenizer, images, captions, config)
-    if world.rank == 0:
-        picture.save(log.path.parent / "picture.png")
-        log.say(f"{log.path.parent / 'picture.png'}: what captions of one image look at, and the tokens that they take")
+CIFAR10_PROMPTS = both_articles("""
+a photo of the {}
+a blurry photo of the {}
+a black and white photo of the {}
+a low contrast photo of the {}
+a high contrast photo of the {}
+a bad photo of the {}
+a good photo of the {}
+a photo of the small {}
+a photo of the big {}
+""")
+IMAGENET_PROMPTS = both_articles("""
+a bad photo of the {}.
+a low resolution photo of the {}.
+a cropped photo of the {}.
+a bright photo of the {}.
+a dark photo of the {}.
+a close-up photo of the {}.
+a black and white photo of the {}.
+a pixelated photo of the {}.
+a jpeg corrupted photo of the {}.
+a blurry photo of the {}.
+a good photo of the {}.
+a photo of the {}.
+a photo of the cool {}.
+a photo of the dirty {}.
+a photo of the clean {}.
+a photo of the large {}.
+a photo of the nice {}.
+a photo of the weird {}.
+a photo of the small {}.
+a photo of the hard to see {}.
+a rendering of the {}.
+a tattoo of the {}.
+a drawing of the {}.
+a painting of the {}.
+a sculpture of the {}.
+a rendition of the {}.
+a doodle of the {}.
+a sketch of the {}.
+the origami {}.
+the toy {}.
+the plastic {}.
+the embroidered {}.
+the cartoon {}.
+the plushie {}.
+art of the {}.
+graffiti of the {}.
+itap of the {}.
+the {} in a video game.
+a photo of many {}.
+a photo of my {}.
+a photo of one {}.
+itap of my {}.
+""")
+
+PAPER = {
+    "data": "folder",
+    "image_size": 224,
+    "patch": 16,
+    "width": 768,
+    "depth": 12,
+    "heads": 12,
+    "mixture_tokens": 64,
+    "text_width": 512,
+    "text_depth": 12,
+    "text_heads": 8,
+    "context": 77,
+    "embedding": 512,
+    "mix_heads": 8,
+    "tau": 5.0,
+    "vocabulary": "bpe_simple_vocab_16e6.txt.gz",
+    "paper_logits": True,
+    "crop_scale": (0.9, 1.0),
+    "batch": 32768,
+    "steps": 390656,
+    "warmup": 2000 / 390656,
+    "lr": 5e-4,
+    "weight_decay": 0.2,
+    "eval": "zeroshot,retrieval",
+    "log_every": 50,
+    "workers": 12,
+}
+LARGE = {
+    **PAPER,
+    "patch": 14,
+    "width": 1024,
+    "depth": 24,
+    "heads": 16,
+    "text_width": 768,
+    "text_heads": 12,
+    "embedding": 768,
+    "tau": 1.0,
+    "lr": 4e-4,
+}
+HUGE = {
+    **LARGE,
+    "width": 1280,
+    "depth": 32,
+    "text_width": 1024,
+    "text_depth": 24,
+    "text_heads": 16,
+    "embedding": 1024,
+    "mix_norm": True,
+    "tau": 5.0,
+    "recompute": True,
+}
+GIANT = {
+    **HUGE,
+    "width": 1664,
+    "depth": 48,
+    "hidden": 8192,
+    "text_width": 1280,
+    "text_depth": 32,
+    "text_heads": 20,
+    "embedding": 1280,
+}
+CIFAR10 = {
+    "data": "cifar10",
+    "patch": 4,
+    "width": 192,
+    "depth": 9,
+    "heads": 3,
+    "mixture_tokens": 16,
+    "text_width": 128,
+    "embedding": 128,
+    "tau": 6.0,
+    "context": 24,
+    "crop_scale": (0.5, 1.0),
+    "flip": True,
+    "batch": 1024,
+    "epochs": 100,
+    "lr": 1e-3,
+    "eval": "zeroshot",
+    "log_every": 50,
+    "workers": 8,
+}
+
+PRESETS = {
+    "toy": {"steps": 3000, "precision": "fp32", "workers": 1},
+    "cifar10-cpu": {
+        **CIFAR10,
+        "patch": 8,
+        "width": 96,
+        "depth": 4,
+        "mixture_tokens": 8,
+        "text_width": 64,
+        "embedding": 64,
+        "tau": 4.0,
+        "batch": 256,
+        "steps": 3000,
+        "workers": 1,
+    },
+    "cifar10": CIFAR10,  # one GPU
+    "folder": {  # any captions or class folders, ViT-S/16, one GPU
+        **PAPER,
+        "width": 384,
+        "heads": 6,
+        "mixture_tokens": 32,
+        "text_width": 256,
+        "text_depth": 6,
+        "text_heads": 4,
+        "embedding": 256,
+        "vocabulary": "",
+        "merges": 2000,
+        "paper_logits": False,
+        "crop_scale": (0.5, 1.0),
+        "batch": 256,
+        "steps": 0,
+        "epochs": 30,
+        "warmup": 0.05,
+    },
+    "vit_b32": {**PAPER, "patch": 32},
+    "vit_b16": {**PAPER, "mixture_tokens": 32},
+    "vit_l14": {**LARGE, "mixture_tokens": 32, "context": 64},
+    "vit_l14_k64": LARGE,
+    "vit_h14": HUGE,
+    "vit_g14": GIANT,
+}
+DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10", "*": "folder"}
 
 
-def run(config, given):
-    """Train and evaluate; with --init and no length given, only evaluate. given: names of the flags that were typed."""
-    world, weights, merges = common.old_start_world(config.device), None, ""
-    if config.init:
-        weights = read_checkpoint(config.init, config, given)
-        config, merges = (
-            replace(config, **{k: v for k, v in weights["architecture"].items() if k not in given}),
-            weights["merges"],
-        )
-    training = not config.init or bool({"steps", "epochs"} & given)
-    check(config, world, training)
-    out = common.old_choose_out(config.out, Path(__file__).stem, config.resume, world)
-    log = Log(out, world)
-    split = open_data(config, "train", log) if training else None
-    if isinstance(split, Split):
-        split = cache_pixels(split, config, world, log)
-    if config.resume and (out / "last.pt").exists():
-        merges = read_checkpoint(out / "last.pt", config, given)["merges"]
-    if merges != "":
-        tokenizer = Tokenizer(merges, config.context)
-    elif config.init and not config.vocabulary:
-        fail(f"{config.init} does not hold its vocabulary: add --vocabulary bpe_simple_vocab_16e6.txt.gz")
-    else:
-        tokenizer = make_tokenizer(config, split)
-    model = build(config, tokenizer.size)
-    if weights:
-        load_weights(model, weights, config.init)
-    if training:
-        model = train(model, tokenizer, split, config, world, out)
-        report(model, tokenizer, split, config, world, Log(out, world))
-    evaluate(model.to(world.device), tokenizer, config, world, Log(out, world), split)
+def check(config, world):
+    """Refuse what would fail late or silently (exit 2)."""
+    c = config
+    if c.image_size % c.patch:
+        fail(f"--image-size {c.image_size} is no multiple of --patch {c.patch}")
+    pairs = [(c.width, c.heads), (c.text_width, c.text_heads)]
+    for width, heads in [*pairs, (c.embedding, c.mix_heads)]:
+        if width % heads:
+            fail(f"a width of {width} is no multiple of its heads, {heads}: see --width, --heads")
+    known = {*EVALUATIONS, "features", "none"}
+    if set(c.eval.split(",")) - known:
+        fail(f"--eval {c.eval} must name some of {', '.join(sorted(known))}")
+    if not c.train and not c.init:
+        fail("--no-train needs weights to evaluate: add --init")
+    if c.train and (c.batch < 2 or c.batch % world.size):
+        fail(f"--batch {c.batch} does not divide over {world.size} ranks, or has no negatives")
+    if c.shard and world.dtype == torch.float16:
+        fail("--shard works with bf16 and fp32, not with --precision fp16")
 
 
+def make_tokenizer(config, merges, split):
+    """Return the Tokenizer of the weights' merges, of --vocabulary, or of the split's captions."""
+    if merges is None and config.vocabulary:
+        merges = read_merges(config.vocabulary)
+    elif merges is None and config.init:
+        fail(f"{config.init} has no vocabulary: add --vocabulary bpe_simple_vocab_16e6.txt.gz")
+    elif merges is None:
+        rows = range(0, len(split), math.ceil(len(split) / 20000))
+        captions = {caption for i in rows for caption in split.captions[i]}
+        merges = learn_merges(captions, config.merges)
+    return Tokenizer(merges, config.context)
+
+
+@common.command_line
 def main(argv=None):
-    """The command line; see --help."""
-    argv = sys.argv[1:] if argv is None else argv
-    config = common.old_parse_config(Config, PRESETS, DATA_PRESETS, argv, __doc__.split("\n\n")[0])
-    try:
-        run(config, common.old_given_flags(argv))
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        advice = "try --accumulate 2 (4, 8), --precision bf16, --shard, or a smaller --batch"
-        fail(f"out of GPU memory ({reason}): {advice}", 4)
-    except OSError as error:
-        common.old_fail_if_full(error)
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    """Train and evaluate; see --help."""
+    config, typed = common.parse_config(Config, PRESETS, DATA_PRESETS, argv)
+    merges = None
+    if config.init:
+        weights = read_weights(config.init, {name: getattr(config, name) for name in typed})
+        config = common.adopt(config, weights["fields"], typed, config.init)
+        merges = weights["merges"]
+    world = common.start_world(config.device, config.precision)
+    check(config, world)
+    val = open_pairs(config, "val", world)
+    split = open_pairs(config, "train", world) if config.train or not val else None
+    wanted = set(config.eval.split(","))
+    possible = {"features"}
+    if val:
+        possible.add("zeroshot" if val.classes else "retrieval")
+    if (config.val_data or config.data) == "toy":
+        possible.add("kinds")
+    skipped = wanted - possible - {"none"}
+    if skipped:
+        note(f"{', '.join(sorted(skipped))}: skipped, since the val data cannot answer that")
+    tokenizer = make_tokenizer(config, merges, split)
+    model = build(config, tokenizer.start + 2)
+    if config.init:
+        load_weights(model, weights, config.init)
+    if config.train:
+        run = train(model, tokenizer, split, config, world)
+        # what is evaluated is what was saved, in a model that is neither wrapped nor sharded
+        model = build(config, tokenizer.start + 2)
+        load_weights(model, read_weights(run.out / "last.pt", {}), run.out / "last.pt")
+    else:
+        run = common.Run(config, world)
+    model.to(world.device).eval()
+    shown = val or replace(split, centred=True)
+    if config.train and world.rank == 0:
+        draw_picture(model, tokenizer, shown, config, world, run)
+    if "features" in wanted:
+        write_features(model, shown, config, world, run)
+    evaluations = [name for name in EVALUATIONS if name in wanted & possible]
+    if evaluations:
+        evaluate(model, tokenizer, val, evaluations, config, world, run)
 
 
 if __name__ == "__main__":

@@ -17,38 +17,35 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import llip  # noqa: E402
 
 
-def naive_loss(kv, qt, head, config):
-    """The loss as its formula reads: N x N mixed vectors, kept for the backward pass."""
-    n = len(kv)
-    q = qt[:, 0].unflatten(1, (config.mix_heads, -1))
-    score = llip.pair_scores(*kv.unbind(1), q, qt[:, 1], head["out_proj"], config.tau)
-    y = 2 * torch.eye(n, device=kv.device) - 1
-    return -F.logsigmoid(y * (head["scale"] * score + head["bias"])).sum() / n
+def naive_loss(image, text, model):
+    """Return the loss as its formula reads: N x N mixed vectors, kept for the backward pass."""
+    q = text[:, 0].unflatten(1, (model.heads, -1))
+    scores = llip.pair_scores(*image.unbind(1), q, text[:, 1], model.out_proj, model.tau)
+    scale = model.logit_scale.exp()
+    return llip.sigmoid_loss(scores, scale, model.logit_bias, 0) / len(image)
 
 
 def measure(form, n, args):
-    """One form at one size -> {"seconds": best of the repeats, "mib": added at the peak, "loss", "gradient"}."""
+    """Measure one form at one size: {"seconds": best, "mib": added at the peak, "loss", "gradient"}."""
     torch.manual_seed(0)
     device, d = torch.device(args.device), args.width
-    config = llip.Config(mix_heads=args.heads, embedding=d, mixture_tokens=args.tokens, tau=(d / args.heads) ** 0.5)
-    kv = torch.randn(n, 2, args.heads, args.tokens, d // args.heads, device=device)
-    qt = torch.randn(n, 2, d, device=device)
-    head = dict(out_proj=torch.randn(d, d, device=device) / d**0.5)
-    head |= dict(scale=torch.tensor([14.0], device=device), bias=torch.tensor([-5.0], device=device))
-    inputs = [x.requires_grad_() for x in (kv, qt, *head.values())]
-    budget = llip.pair_budget(config, device)
+    tau = (d / args.heads) ** 0.5
+    config = llip.Config(mix_heads=args.heads, embedding=d, mixture_tokens=args.tokens, tau=tau)
+    model = llip.build(config, 512).to(device)
+    shape = (n, 2, args.heads, args.tokens, d // args.heads)
+    inputs = [torch.randn(shape, device=device), torch.randn(n, 2, d, device=device)]
+    inputs = [x.requires_grad_() for x in inputs]
+    form = {"tiles": llip.contrastive_loss, "naive": naive_loss}[form]
 
     def step(count):
-        pieces = kv[:count], qt[:count], head, config
-        loss = llip.contrastive_loss(*pieces, budget) if form == "tiles" else naive_loss(*pieces)
-        gradients = torch.autograd.grad(loss, inputs)
+        loss = form(*(x[:count] for x in inputs), model)
+        gradients = torch.autograd.grad(loss, [*inputs, model.out_proj])
         if device.type == "cuda":
             torch.cuda.synchronize()
         return loss.item(), gradients[0].square().sum().item() ** 0.5
@@ -69,7 +66,9 @@ def measure(form, n, args):
 
 def main():
     """Measure every form at every size, each in a process of its own, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--tokens", type=int, default=64, help="K, mixture tokens")
     parser.add_argument("--width", type=int, default=64, help="D, embedding")
@@ -77,22 +76,45 @@ def main():
     parser.add_argument("--memory", type=float, default=12, help="GiB that the naive form may take")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--form", choices=["naive", "tiles"], help="measure this form only, and print json")
+    parser.add_argument(
+        "--form", choices=["naive", "tiles"], help="measure this form only, and print json"
+    )
     args = parser.parse_args()
     if args.form:
         print(json.dumps(measure(args.form, args.images[0], args)))
         return
-    print(f"H = {args.heads}, K = {args.tokens}, D = {args.width}, {args.device}, {torch.get_num_threads()} threads")
+    print(
+        f"H = {args.heads}, K = {args.tokens}, D = {args.width}, {args.device}, {torch.get_num_threads()} threads"
+    )
     print(f"{'N':>6} {'form':>6} {'seconds':>9} {'peak MiB':>9} {'loss':>12} {'|dk, dv|':>12}")
     for n in args.images:
         for form in ("naive", "tiles"):
-            if form == "naive" and 4 * n * n * (4 * args.heads * args.tokens + 5 * args.width) > args.memory * 2**30:
+            if (
+                form == "naive"
+                and 4 * n * n * (4 * args.heads * args.tokens + 5 * args.width)
+                > args.memory * 2**30
+            ):
                 print(f"{n:>6} {form:>6}   more than {args.memory:g} GiB", flush=True)
                 continue
-            own = [sys.executable, __file__, "--form", form, "--images", str(n), "--device", args.device]
-            own += [w for k in ("tokens", "width", "heads", "repeats") for w in (f"--{k}", str(getattr(args, k)))]
+            own = [
+                sys.executable,
+                __file__,
+                "--form",
+                form,
+                "--images",
+                str(n),
+                "--device",
+                args.device,
+            ]
+            own += [
+                w
+                for k in ("tokens", "width", "heads", "repeats")
+                for w in (f"--{k}", str(getattr(args, k)))
+            ]
             r = json.loads(subprocess.run(own, capture_output=True, text=True, check=True).stdout)
-            numbers = f"{r['seconds']:>9.3f} {r['mib']:>9.0f} {r['loss']:>12.6g} {r['gradient']:>12.6g}"
+            numbers = (
+                f"{r['seconds']:>9.3f} {r['mib']:>9.0f} {r['loss']:>12.6g} {r['gradient']:>12.6g}"
+            )
             print(f"{n:>6} {form:>6} {numbers}", flush=True)
 
 
