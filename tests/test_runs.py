@@ -22,6 +22,7 @@ from PIL import Image, PngImagePlugin
 
 import common
 import ijepa
+import vjepa
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -52,8 +53,10 @@ TINY = "--width 16 --depth 2 --heads 2 --batch 16 --eval none --log-every 1 --de
 TINY += "--no-compile --precision fp32 --workers 0 "
 PREDICTOR = "--micro 8 --predictor-width 16 --predictor-depth 2 "
 BLOCKS = "--image-size 32 --patch 8 --min-context 2 --target-scale 0.1 0.15 "
+CLIPS = "--preset toy --image-size 32 --patch 8 --frames 4 "
 SCRIPTS = {
     "ijepa": Script(ijepa, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
+    "vjepa": Script(vjepa, TINY + PREDICTOR, TINY + PREDICTOR + CLIPS, "vjepa_loss", "knn,probe"),
 }
 
 
@@ -623,6 +626,15 @@ SETTINGS = [
 ]
 MORE_SETTINGS = {
     "ijepa": [("--micro 48", "--batch 64"), ("--targets 30", "context"), ("--batch 10", "--micro")],
+    "vjepa": [
+        ("--micro 24", "--batch 32"),
+        ("--masks funny", "multiblock"),
+        ("--frames 15", "--tubelet"),
+        ("--mask-scales 0.2 0.3", "--mask-blocks"),
+        ("--rope --heads 8", "12 channels"),
+        ("--frames 4 --eval physics", "--frames"),
+        ("--eval physics --physics grasp", "--physics-data"),
+    ],
 }
 
 
