@@ -46,7 +46,6 @@ from typing import Literal
 import av
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
@@ -145,13 +144,11 @@ def grid_of(config):
 
 def mask_kinds(config):
     """Return [(name, blocks, scale)]: one kind a range for multiblock and causal."""
+    ranges = list(zip(config.mask_blocks, config.mask_scales, strict=True))
     kinds = []
     for name in config.masks.split(","):
-        if name in ("multiblock", "causal"):
-            ranges = zip(config.mask_blocks, config.mask_scales, strict=True)
-            kinds += [(name, blocks, scale) for blocks, scale in ranges]
-        else:
-            kinds.append((name, 0, 0.0))
+        of_blocks = name in ("multiblock", "causal")
+        kinds += [(name, *both) for both in ranges] if of_blocks else [(name, 0, 0.0)]
     return kinds
 
 
@@ -321,16 +318,17 @@ class RotaryBlock(Block):
 class Transformer(nn.Module):
     """Blocks that know where in the video each token is: what encoder and predictor share."""
 
-    def __init__(self, grid, width, depth, heads, rope):
+    def __init__(self, config, width, depth):
         super().__init__()
-        self.grid = grid
-        self.width = width
-        self.heads = heads
-        # a parameter, since the released checkpoints hold the table too
-        table = None if rope else nn.Parameter(sincos_3d(width, grid), requires_grad=False)
-        self.pos_embed = table
-        block = RotaryBlock if rope else Block
-        self.blocks = nn.ModuleList(block(width, heads) for _ in range(depth))
+        self.grid = grid_of(config)
+        self.heads = config.heads
+        self.pos_embed = None
+        if not config.rope:
+            # a parameter, since the released checkpoints hold the table too
+            table = sincos_3d(width, self.grid)
+            self.pos_embed = nn.Parameter(table, requires_grad=False)
+        block = RotaryBlock if config.rope else Block
+        self.blocks = nn.ModuleList(block(width, config.heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def run(self, x, keep, grid, queries=None):
@@ -340,8 +338,8 @@ class Transformer(nn.Module):
         """
         options = {}
         if self.pos_embed is None:
-            table = rotary_table(self.width // self.heads, tuple(grid), x.device)
-            cosine, sine, partner = table
+            head_width = x.shape[2] // self.heads
+            cosine, sine, partner = rotary_table(head_width, tuple(grid), x.device)
             if keep is not None:
                 cosine = cosine[keep][:, None]  # [B, 1, N, D/H]
                 sine = sine[keep][:, None]
@@ -365,7 +363,7 @@ class Encoder(Transformer):
 
     def __init__(self, config):
         c = config
-        super().__init__(grid_of(c), c.width, c.depth, c.heads, c.rope)
+        super().__init__(c, c.width, c.depth)
         kernel = (c.tubelet, c.patch, c.patch)
         self.patch_embed = nn.Conv3d(3, c.width, kernel, stride=kernel)
 
@@ -392,7 +390,7 @@ class Predictor(Transformer):
     def __init__(self, config):
         c = config
         width = c.predictor_width
-        super().__init__(grid_of(c), width, c.predictor_depth, c.heads, c.rope)
+        super().__init__(c, width, c.predictor_depth)
         self.predictor_embed = nn.Linear(c.width, width)
         # one for each kind of mask
         tokens = [torch.zeros(1, 1, width) for _ in mask_kinds(c)]
@@ -680,62 +678,56 @@ def decode(path, choose):
     Frames are found by their time stamps, from the last key frame before the first one wanted.
     Where stamps or the seek cannot be trusted, frames are counted from the start.
     """
+    found = {}
     with av.open(str(path)) as video:
         stream = video.streams.best("video")
         if stream is None:
             raise ValueError("no video in it")
-        packets = [
-            (p.pts, p.is_keyframe) for p in video.demux(stream) if p.size and not p.is_discard
-        ]
+        packets = [p for p in video.demux(stream) if p.size and not p.is_discard]
+        packets = [(p.pts, p.is_keyframe) for p in packets]
         indices = choose(len(packets), float(stream.average_rate or 25))
         wanted = set(indices.flatten().tolist())
-        found = {}
         stamps = {stamp for stamp, _ in packets}
         # AVI stores no times of showing: with B-frames they are guesses
         guessed = video.format.name == "avi" and stream.codec_context.has_b_frames
         if None not in stamps and len(stamps) == len(packets) and not guessed:
             stamps = sorted(stamps)
-            first = stamps[min(wanted)]
-            keys = {stamp for stamp, key in packets if key and stamp <= first}
-            if keys:
-                places = {stamps[i]: i for i in wanted}
-                found = decode_from(video, stream, keys, places)
-    if len(found) < len(wanted):
-        with av.open(str(path)) as video:
-            count = 0
-            for frame in video.decode(video.streams.best("video")):
-                if count in wanted:
-                    found[count] = upright(frame)
-                count += 1
-                if count > max(wanted):
-                    break
-    if len(found) < len(wanted):
-        if not count:
-            raise ValueError("no frame of it can be decoded")
-        # some packets hold half a frame, or none: now the true number is known
-        return decode(path, lambda _, rate: choose(count, rate))
-    return indices, found
+            places = {stamps[i]: i for i in wanted}
+            keys = {stamp for stamp, key in packets if key and stamp <= min(places)}
+            found = decode_from(video, stream, keys, places) if keys else {}
+    if len(found) == len(wanted):
+        return indices, found
+    count = 0
+    with av.open(str(path)) as video:
+        for frame in video.decode(video.streams.best("video")):
+            if count in wanted:
+                found[count] = upright(frame)
+            count += 1
+            if count > max(wanted):
+                return indices, found
+    if not count:
+        raise ValueError("no frame of it can be decoded")
+    # some packets hold half a frame, or none: now the true number is known
+    return decode(path, lambda _, rate: choose(count, rate))
 
 
 def decode_from(video, stream, keys, places):
     """Return {index: frame} for places {stamp: index}, from the last of the key frames `keys` on.
 
-    Returns fewer if the seek landed elsewhere, or if frames do not come in the order of their stamps.
+    Returns fewer if the seek landed elsewhere, or if frames come in another order than stamps.
     """
     found = {}
     latest = -math.inf
     video.seek(max(keys), stream=stream)
-    for number, packet in enumerate(video.demux(stream)):
-        if number == 0 and packet.pts not in keys:  # MPEG-TS lands behind
+    for frame in video.decode(stream):
+        late = not math.isfinite(latest) and frame.pts not in keys  # as in MPEG-TS
+        if late or frame.pts is None or frame.pts <= latest:
             return {}
-        for frame in packet.decode():
-            if frame.pts is None or frame.pts <= latest:
-                return {}
-            latest = frame.pts
-            if latest in places:
-                found[places[latest]] = upright(frame)
-            if latest >= max(places):
-                return found
+        latest = frame.pts
+        if latest in places:
+            found[places[latest]] = upright(frame)
+        if latest >= max(places):
+            break
     return found
 
 
@@ -843,20 +835,16 @@ class Videos(common.Split):
         """Read videos: (those read [B], uint8 [B, V * C, T, 3, S, S], unreadable files).
 
         key: of the random draws, None = what evaluation sees, as `common.extract` asks for it.
-        Other videos stand in for unreadable ones.
+        Others of the batch stand in for unreadable ones.
         """
-        n = len(self)
         rows = []
         bad = []
         for i, index in enumerate(indices):
-            for attempt in range(10):
-                other = (index + attempt * (n // 10 + 1)) % n
-                draws = dice(*key, i) if key else None
-                try:
-                    rows.append((other, self.read_views(other, draws, scale, flip)))
-                    break
-                except UNREADABLE as error:
-                    bad.append(f"{self.images[other]}: {error}")
+            draws = dice(*key, i) if key else None
+            try:
+                rows.append((index, self.read_views(index, draws, scale, flip)))
+            except UNREADABLE as error:
+                bad.append(f"{self.images[index]}: {error}")
         if not rows:  # all of these are bad: the main process ends the run
             size = self.config.image_size
             shape = (self.views * self.clips, self.config.frames, 3, size, size)
@@ -1041,83 +1029,64 @@ QUADRUPLETS = 20  # a property of the toy
 
 
 def find_pairs(config):
-    """Return [(property, load)] of --physics; load() returns pairs [possible, impossible].
+    """Yield (property, [possible, impossible]) of --physics, videos uint8 [T, 3, H, W].
 
-    A video is uint8 [T, 3, H, W], already at every so many frames. Exits with 2 where nothing is.
+    They are already at every so many frames.
     """
+    readers = {"intphys": intphys_pairs, "grasp": grasp_pairs, "inflevel": inflevel_pairs}
     if config.physics == "toy":
-        names = [name for name in PROPERTIES for _ in range(QUADRUPLETS)]
-        size = config.image_size
-        return [(name, functools.partial(toy_pairs, name, i, size)) for i, name in enumerate(names)]
-    root = Path(config.physics_data).expanduser()
-    find = {"intphys": find_intphys, "grasp": find_grasp, "inflevel": find_inflevel}[config.physics]
-    pairs = list(find(root)) if config.physics_data else []
-    if not pairs:
-        fail(f"no videos for --physics {config.physics} in --physics-data {root}: {find.__doc__}")
-    return pairs
+        return toy_pairs(config.image_size)
+    return readers[config.physics](Path(config.physics_data).expanduser())
 
 
-def toy_pairs(name, number, size):
-    """Draw two pairs of a scene that training never saw."""
-    scene = Scene(name, dice("physics", name, number), size)
-    return [[scene.video(story) for story in pair] for pair in quadruplet()]
+def toy_pairs(size):
+    """Draw two pairs of each scene, none of which training saw."""
+    for name in PROPERTIES:
+        for number in range(QUADRUPLETS):
+            scene = Scene(name, dice("physics", name, number), size)
+            for pair in quadruplet():
+                yield name, [scene.video(story) for story in pair]
 
 
-def find_intphys(root):
-    """expected O1/SCENE/1 to 4 below it, each with scene/*.png and status.json."""
+def intphys_pairs(root):
+    """Read O1/SCENE/1 to 4, each with scene/*.png and status.json; those that part last are a pair."""
     for path in sorted(root.glob("**/O[123]/[!.]*/1/status.json")):
         scene = path.parents[1]
-        yield scene.parent.name, functools.partial(intphys_pairs, scene)
+        videos = [read_frames(scene / part / "scene", every(2, -1)) for part in "1234"]
+        states = [json.loads((scene / part / "status.json").read_text()) for part in "1234"]
+        possible = [state["header"]["is_possible"] for state in states]
+        for pair in match_quadruplet(videos)[0]:
+            pair.sort(key=lambda i: not possible[i])
+            if [bool(possible[i]) for i in pair] != [True, False]:
+                fail(f"{scene}: of its videos that begin alike, not one is possible and one not")
+            yield scene.parent.name, [videos[i] for i in pair]
 
 
-def intphys_pairs(scene):
-    """Read four videos; those that part last are a pair."""
-    videos = []
-    possible = []
-    for part in "1234":
-        status = json.loads((scene / part / "status.json").read_text())
-        possible.append(bool(status["header"]["is_possible"]))
-        videos.append(read_frames(scene / part / "scene", every(2, -1)))
-    pairs = []
-    for first, second in match_quadruplet(videos)[0]:
-        if possible[first] == possible[second]:
-            fail(f"{scene}: videos {first + 1} and {second + 1} are no possible and impossible one")
-        order = (first, second) if possible[first] else (second, first)
-        pairs.append([videos[i] for i in order])
-    return pairs
-
-
-def find_grasp(root):
-    """expected P_PROPERTY/*.mp4 and IP_PROPERTY/*.mp4 below it, of the same names."""
+def grasp_pairs(root):
+    """Read P_PROPERTY/*.mp4 and IP_PROPERTY/*.mp4; the same names make a pair."""
     for path in sorted(root.glob("**/P_*/[!.]*.mp4")):
-        folder = path.parent
-        other = folder.with_name("I" + folder.name) / path.name
-        yield folder.name[2:], functools.partial(grasp_pairs, path, other)
+        other = path.parent.with_name("I" + path.parent.name) / path.name
+        yield path.parent.name[2:], [read_frames(video, every(10)) for video in (path, other)]
 
 
-def grasp_pairs(*paths):
-    """Read a pair."""
-    return [[read_frames(path, every(10)) for path in paths]]
+def inflevel_pairs(root):
+    """Read continuity/*.mp4, solidity/*.mp4, gravity/*.mp4; each has a csv with its pairs.
 
-
-def find_inflevel(root):
-    """expected PROPERTY/*.mp4 of continuity, solidity and gravity, each with a csv of its pairs."""
+    Frames count from the end of priming on. The longer video drops its first ones.
+    """
     for name in ("continuity", "solidity", "gravity"):
         for path in sorted(root.glob(f"**/[!.]*{name}*.csv"))[:1]:
-            for row in csv.DictReader(open(path, newline=""), skipinitialspace=True):
-                videos = [root / name / Path(row[f"vid{i}_path"]).name for i in (1, 2)]
-                starts = [int(float(row[f"vid{i}_end_priming_2"])) + 1 for i in (1, 2)]
-                yield name, functools.partial(inflevel_pairs, videos, starts)
-
-
-def inflevel_pairs(paths, starts):
-    """Read a pair from the end of priming on; the longer one drops its first frames."""
-    counts = []
-    for path in paths:
-        with av.open(str(path)) as video:
-            counts.append(len([p for p in video.demux(video=0) if p.size and not p.is_discard]))
-    length = min(count - start for count, start in zip(counts, starts, strict=True))
-    return [[read_frames(path, every(5, start=-length)) for path in paths]]
+            for row in csv.DictReader(path.open(newline=""), skipinitialspace=True):
+                paths = []
+                lengths = []
+                for i in (1, 2):
+                    paths.append(root / name / Path(row[f"vid{i}_path"]).name)
+                    start = int(float(row[f"vid{i}_end_priming_2"])) + 1
+                    with av.open(str(paths[-1])) as video:
+                        packets = [p for p in video.demux(video=0) if p.size and not p.is_discard]
+                    lengths.append(len(packets) - start)
+                shown = every(5, start=-min(lengths))
+                yield name, [read_frames(video, shown) for video in paths]
 
 
 def every(step, end=None, start=0):
@@ -1149,24 +1118,22 @@ def surprise(model, target, windows, contexts, config):
     c = config
     names = [name for name, _, _ in mask_kinds(c)]
     kind = names.index("time") if "time" in names else 0
+    pixels = c.target == "pixels"
     tubelets = to_tubelets(windows, c.tubelet, c.patch)
-    if c.target == "pixels":
-        wanted = pixel_targets(tubelets)
-    else:
-        wanted = target(tubelets).float()
-        wanted = F.layer_norm(wanted, wanted.shape[-1:])
+    tokens = pixel_targets(tubelets) if pixels else target(tubelets)
+    wanted = tokens if pixels else F.layer_norm(tokens.float(), tokens.shape[-1:])
     places = torch.arange(tubelets.shape[1], device=windows.device).expand(len(windows), -1)
     rows = []
     for context in contexts:
         known = context * tubelets.shape[1] // windows.shape[2]
-        context = places[:, :known]
-        tokens = model.encoder(tubelets, context)
-        predictions = model.predictor(tokens, context, places[:, known:], kind)
+        encoded = model.encoder(tubelets, places[:, :known])
+        future = places[:, known:]
+        predictions = model.predictor(encoded, places[:, :known], future, kind)
         rows.append((predictions.float() - wanted[:, known:]).abs().mean((1, 2)))
     return torch.stack(rows)
 
 
-def video_surprise(model, target, video, contexts, config, world):
+def video_surprise(model, target, video, config, world):
     """Return the surprise at a video, uint8 [T, 3, H, W]: every second window, float64 [K, W]."""
     if len(video) < config.frames:
         raise ValueError(f"{len(video)} frames are less than a window of {config.frames}")
@@ -1176,35 +1143,8 @@ def video_surprise(model, target, video, contexts, config, world):
     rows = []
     for part in windows.permute(0, 1, 4, 2, 3).split(32):
         with world.autocast():
-            rows.append(surprise(model, target, part, contexts, config))
+            rows.append(surprise(model, target, part, physics_contexts(config), config))
     return torch.cat(rows, dim=1).cpu().double()
-
-
-def measure(model, target, pairs, config, world):
-    """Return the surprise at all pairs, {property: [[possible, impossible], ...]}, of [K, W] each.
-
-    Ranks take turns. Unreadable videos are left out and counted.
-    """
-    contexts = physics_contexts(config)
-    found = []
-    bad = []
-    for i in range(world.rank, len(pairs), world.size):
-        name, load = pairs[i]
-        try:
-            for pair in load():
-                seen = [video_surprise(model, target, v, contexts, config, world) for v in pair]
-                found.append((i, name, seen))
-        except UNREADABLE as error:
-            bad.append(f"pair {i} of {name}: {error}")
-    parts = [(found, bad)] * world.size
-    if dist.is_initialized():
-        dist.all_gather_object(parts, (found, bad))
-    common.Split(pairs, pairs, None, []).count_bad([text for _, bad in parts for text in bad])
-    found = [row for found, _ in parts for row in found]
-    rows = {}
-    for _, name, seen in sorted(found, key=lambda row: row[0]):
-        rows.setdefault(name, []).append(seen)
-    return rows
 
 
 def aggregate(surprise):
@@ -1217,46 +1157,50 @@ def aggregate(surprise):
 
 
 def auroc(possible, impossible):
-    """Return bool-like [P, Q]: 1 where the possible video surprises less, ties half. Its mean is AUROC."""
+    """Return the share of all (possible, impossible) in which the possible surprises less, ties half."""
     difference = impossible[None, :] - possible[:, None]
-    return (difference.sign() + 1) / 2
+    return ((difference.sign() + 1) / 2).mean().item()
 
 
 def summarise(pairs, contexts):
     """Return one property's results in percent, from its pairs of surprises.
 
-    Pairs right (mean surprise) at each context, filtered, and the best of them; AUROC of single
-    videos (largest surprise, filtered). Intervals: 95 %, bootstrap over pairs.
+    Pairs right (mean surprise) at each context, filtered, and the best of them, with the 95 %
+    interval of a bootstrap over pairs; AUROC of single videos (largest surprise, filtered).
     """
     both = torch.stack([torch.stack([aggregate(x) for x in pair]) for pair in pairs])
     mean, largest = both.unbind(2)  # [P, 2, K + 1]
     right = 100 * (mean[:, 0] < mean[:, 1]).double()  # [P, K + 1], ties are errors
-    wins = 100.0 * auroc(largest[:, 0, -1], largest[:, 1, -1])
     accuracy = right.mean(0)
-    best = accuracy.argmax()
-    n = len(pairs)
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000)
-    share = torch.from_numpy(draws / n)  # [1000, P], how often each pair is drawn
-    names = [*(f"context {c}" for c in contexts), "filtered", "best"]
-    result = dict(zip(names, [*accuracy.tolist(), accuracy[best].item()], strict=True))
-    result["from"], result["to"] = interval(share @ right[:, best])
-    result["AUROC"] = wins.mean().item()
-    result["A from"], result["A to"] = interval((share @ wins * share).sum(1))
+    best = right[:, accuracy.argmax()]
+    draws = np.random.default_rng(0).integers(len(best), size=(1000, len(best)))
+    ends = best[draws].mean(1).quantile(torch.tensor([0.025, 0.975]).double())
+    names = [*(f"context {c}" for c in contexts), "filtered"]
+    result = dict(zip(names, accuracy.tolist(), strict=True))
+    result["best"] = best.mean().item()
+    result["from"], result["to"] = ends.tolist()
+    result["AUROC"] = 100 * auroc(largest[:, 0, -1], largest[:, 1, -1])
     return result
 
 
-def interval(values):
-    """Return the ends of the middle 95 %."""
-    return values.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+def evaluate_physics(networks, config, world, run):
+    """Measure {name: (model, target)}, print and log {name: {property: result}}.
 
-
-def evaluate_physics(networks, pairs, config, world, run):
-    """Measure {name: (model, target)} on pairs, print and log {name: {property: result}}."""
+    Returns for each property its first pair, and the first network's surprises at it.
+    """
+    surprises = {name: {} for name in networks}
+    shown = {}
+    try:
+        for key, pair in find_pairs(config):
+            for name, network in networks.items():
+                seen = [video_surprise(*network, video, config, world) for video in pair]
+                surprises[name].setdefault(key, []).append(seen)
+                shown.setdefault(key, (pair, seen))
+    except UNREADABLE as error:
+        fail(f"--physics {config.physics} cannot be read: {error}")
     results = {}
-    for name, (model, target) in networks.items():
-        measured = measure(model, target, pairs, config, world)
-        contexts = physics_contexts(config)
-        rows = {key: summarise(found, contexts) for key, found in measured.items()}
+    for name, found in surprises.items():
+        rows = {key: summarise(pairs, physics_contexts(config)) for key, pairs in found.items()}
         results[name] = dict(rows)
         categories = {}
         for key, row in rows.items():
@@ -1270,6 +1214,7 @@ def evaluate_physics(networks, pairs, config, world, run):
         run.report({c: {key: row[c] for key, row in rows.items() if c in row} for c in columns})
     common.note("best: the highest over contexts, chosen on these videos, as the paper reports it")
     run.write(physics=results)
+    return shown
 
 
 def physics_contexts(config):
@@ -1288,9 +1233,10 @@ class AttentiveProbe(nn.Module):
     As released: the query is not normed, and its attention has no output projection.
     """
 
-    def __init__(self, width, heads, classes):
+    def __init__(self, config, classes):
         super().__init__()
-        self.heads = heads
+        width = config.width
+        self.heads = config.heads
         self.query_tokens = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.norm1 = nn.LayerNorm(width)
         self.q = nn.Linear(width, width)
@@ -1318,52 +1264,43 @@ def encode(encoder, clips):
     return encoder(videos).float().unflatten(0, clips.shape[:2])
 
 
-def read_probe_clips(split, config, places):
-    """Make a loader's item from places in the probe's running order: see `Videos.read_batch`."""
+def make_probe_batch(split, config, number):
+    """Make micro-batch `number` of the probe: see `Videos.read_batch`."""
     c = config
-    n = len(split)
-    order = [common.epoch_order(n, c.seed, f"probe {place // n}")[place % n] for place in places]
+    indices = common.micro_batch_indices(number, c.micro, len(split), f"probe {c.seed}")
     scale = (0.08, 1.0) if c.crop_scale[0] < 1 else (1.0, 1.0)
     # never mirrored, as released: classes of SSv2 name directions
-    return split.read_batch(order, key=(c.seed, "probe", places[0]), scale=scale)
+    return split.read_batch(indices, key=(c.seed, "probe", number), scale=scale)
 
 
 def train_probe(encoder, split, config, world):
     """Return an AttentiveProbe trained on the frozen encoder: AdamW, cosine, random clips."""
-    c = config
     stills = all(isinstance(video, Path) and is_picture(video) for video in split.images)
-    batch = min(c.probe_batch or (1024 if stills else 256), len(split))
-    share = max(1, batch // world.size)  # of this rank
-    total = max(1, c.probe_epochs * (len(split) // (share * world.size)))
-    size = max(1, 16 // c.probe_clips)  # videos of a loader's item
-    starts = range(0, share, size)
-
-    def items():
-        for step in range(total):
-            first = (step * world.size + world.rank) * share
-            for start in starts:
-                yield range(first + start, first + min(start + size, share))
-
+    batch = min(config.probe_batch or (1024 if stills else 256), len(split))
+    micro = max(1, min(batch, 16 // config.probe_clips))
+    parts = max(1, batch // (micro * world.size))
+    c = replace(config, micro=micro, batch=parts * micro * world.size)
+    total = max(1, c.probe_epochs * (len(split) // c.batch))
     torch.manual_seed(c.seed)
-    probe = AttentiveProbe(encoder.width, encoder.heads, len(split.classes))
+    probe = AttentiveProbe(c, len(split.classes))
     common.init_weights(probe)
     probe.to(world.device)
     network = common.distribute(probe, world)
     optimizer = torch.optim.AdamW(common.parameter_groups(probe))
-    make = functools.partial(read_probe_clips, replace(split, clips=c.probe_clips), c)
-    loader = common.make_loader(make, items(), c, world)
+    make = functools.partial(make_probe_batch, replace(split, clips=c.probe_clips), c)
+    loader = common.make_loader(make, common.micro_batches(c, world, 0, total), c, world)
     for step in range(total):
         lr = common.cosine_schedule(step, total, 1e-3, 0.0)
         decay = common.cosine_schedule(step, total, 0.001 if stills else 0.01, 1e-6)
         common.set_rates(optimizer, lr, decay)
-        for _ in starts:
+        for _ in range(parts):
             indices, clips, bad = next(loader)
             split.count_bad(bad)
             with torch.no_grad(), world.autocast():
                 tokens = encode(encoder, common.normalize(clips.to(world.device)))
             labels = split.labels[indices].to(world.device)
-            loss = F.cross_entropy(network(tokens.flatten(1, 2)), labels, reduction="sum")
-            (loss / share).backward()
+            loss = F.cross_entropy(network(tokens.flatten(1, 2)), labels)
+            (loss / parts).backward()
         nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -1371,59 +1308,54 @@ def train_probe(encoder, split, config, world):
 
 
 def probe_accuracy(probe, encoder, val, config, world):
-    """Return the top-1 of a probe in percent on rank 0: --probe-clips together, views averaged."""
-    c = config
+    """Return the top-1 of a probe in percent, on rank 0: --probe-clips together, views averaged."""
+    views = config.probe_views
 
     def score(clips):
-        tokens = encode(encoder, clips).unflatten(1, (c.probe_views, c.probe_clips))
-        views = [probe(tokens[:, i].flatten(1, 2)).softmax(1) for i in range(c.probe_views)]
-        return torch.stack(views).mean(0)
+        tokens = encode(encoder, clips).unflatten(1, (views, -1)).flatten(2, 3)  # [B, V, C*N, D]
+        return probe(tokens.flatten(0, 1)).softmax(1).unflatten(0, (-1, views)).mean(1)
 
-    shown = replace(val, clips=c.probe_clips, views=c.probe_views)
-    batch = max(1, 32 // (c.probe_clips * c.probe_views))
-    scores, labels, _ = common.extract(score, shown, c, world, batch)
-    return common.top1(scores, labels) if world.rank == 0 else 0.0
+    shown = replace(val, clips=config.probe_clips, views=views)
+    batch = max(1, 32 // (config.probe_clips * views))
+    scores, labels, _ = common.extract(score, shown, config, world, batch)
+    return common.top1(scores, labels) if world.rank == 0 else None
 
 
-def small_pixels(clips):
-    """Stand in for an encoder: every fourth frame, averaged down to at most 16 x 16."""
-    frames = clips[:, 0, ::4].flatten(1, 2)  # [B, T/4*3, S, S]
-    return F.adaptive_avg_pool2d(frames, min(16, frames.shape[-1])).flatten(1)
+def knn_accuracy(read, train, val, config, world):
+    """Return the top-1 of kNN in percent, on rank 0, on what `read` makes of clips."""
+    bank, bank_labels, _ = common.extract(read, train, config, world)
+    test, labels, _ = common.extract(read, val, config, world)
+    return common.top1(common.knn(bank, bank_labels, test), labels) if world.rank == 0 else None
+
+
+def pool(encoder, clips):
+    """Return the features that kNN sees, [B, D]."""
+    return encode(encoder, clips).mean((1, 2))
 
 
 def evaluate(encoder, train, val, config, world, run):
-    """Run kNN and the probe on the encoder, beside it on a random one and, for kNN, on raw pixels."""
-    wanted = config.eval.split(",")
-    networks = {"trained": encoder, "random": build(config)[1].to(world.device).eval()}
-    readers = {}
-    for name, network in networks.items():
-        readers[name] = lambda clips, network=network: encode(network, clips).mean((1, 2))
-    readers["pixels"] = small_pixels
-    results = {name: {} for name in readers}
-    for name, read in readers.items():
-        if "knn" in wanted:
-            bank, bank_labels, _ = common.extract(read, train, config, world)
-            test, labels, _ = common.extract(read, val, config, world)
-            if world.rank == 0:
-                scores = common.knn(bank, bank_labels, test)
-                results[name]["knn"] = common.top1(scores, labels)
-        # an official probe reads the features of one encoder only
-        if "probe" in wanted and name in networks and not (config.probe_init and name == "random"):
-            network = networks[name]
-            if config.probe_init:
-                probe = load_probe(config.probe_init, network.heads).to(world.device)
-            else:
-                probe = train_probe(network, train, config, world)
-            results[name]["probe"] = probe_accuracy(probe, network, val, config, world)
-    run.report(results)
+    """Run the probe and kNN on the encoder, kNN also on a random one and on pixels of the first frame."""
+    results = {"trained": {}}
+    if "knn" in config.eval:
+        random_encoder = build(config)[1].to(world.device).eval()
+        readers = {"trained": functools.partial(pool, encoder)}
+        readers["random"] = functools.partial(pool, random_encoder)
+        readers["pixels"] = lambda clips: common.raw_pixels(clips[:, 0, 0])
+        for name, read in readers.items():
+            results[name] = {"knn": knn_accuracy(read, train, val, config, world)}
+    if "probe" in config.eval:
+        if config.probe_init:
+            probe = load_probe(config.probe_init, config).to(world.device)
+        else:
+            probe = train_probe(encoder, train, config, world)
+        results["trained"]["probe"] = probe_accuracy(probe, encoder, val, config, world)
+    if world.rank == 0:
+        run.report(results)
 
 
 def write_features(encoder, split, config, world, run):
     """Write features.npz: features [N, D], labels [N] and names."""
-
-    def read(clips):
-        return encode(encoder, clips).mean((1, 2))
-
+    read = functools.partial(pool, encoder)
     features, labels, names = common.extract(read, split, config, world)
     if world.rank == 0:
         arrays = {"features": features.cpu(), "labels": labels.cpu(), "paths": names}
@@ -1459,10 +1391,11 @@ def draw_curves(curves):
     return torch.stack(pixels.split(TILE, dim=2))
 
 
-def draw_picture(path, split, networks, pairs, config, world):
+def draw_picture(path, split, shown, config):
     """Show a clip, what masks leave of it, and for each property a pair and its surprise over time.
 
-    A window's surprise is drawn at the middle of what it predicts, from the shortest context.
+    shown: of `evaluate_physics`. A window's surprise, from the shortest context, is drawn at the
+    middle of what it predicts.
     """
     _, clips, _ = split.read_batch([0])
     clip = clips[0, 0, :: config.tubelet]  # [T', 3, S, S]
@@ -1472,13 +1405,12 @@ def draw_picture(path, split, networks, pairs, config, world):
         seen[visible[0]] = 1
         seen = F.interpolate(seen.view(1, *grid_of(config)), size=clip.shape[2:])[0]
         rows.append(strip(torch.where(seen[:, None] > 0, clip, 200).byte()))
-    for _, load in dict(reversed(pairs)).items():  # the first of each property
+    for pair, surprises in shown.values():
         curves = []
-        for video in load()[0]:
-            context = physics_contexts(config)[:1]
-            (values,) = video_surprise(*networks, video, context, config, world).tolist()
-            middle = (context[0] + config.frames) / 2
-            curves.append([((middle + 2 * w) / len(video), y) for w, y in enumerate(values)])
+        for video, values in zip(pair, surprises, strict=True):
+            middle = (physics_contexts(config)[0] + config.frames) / 2
+            values = enumerate(values[0].tolist())
+            curves.append([((middle + 2 * w) / len(video), y) for w, y in values])
             rows.append(strip(video))
         rows.append(draw_curves(curves))
     common.save_picture(path, torch.stack([common.normalize(row) for row in rows]))
@@ -1494,7 +1426,7 @@ MODEL += "rope target masks mask_blocks mask_scales".split()
 
 
 def read_weights(path, known=None):
-    """Read a checkpoint: state dicts `encoder`, `target` and `predictor`, and `fields` of Config.
+    """Read a checkpoint: state dicts `model` and `target`, and `fields` of Config.
 
     Ours, or the authors' with encoder, target_encoder and predictor. known: heads, frames and
     image_size where an official file does not tell.
@@ -1502,18 +1434,12 @@ def read_weights(path, known=None):
     state = common.load_checkpoint(path)
     if "script" in state:
         state = common.load_own_checkpoint(path, "vjepa")
-        weights = {"target": state["target"], "encoder": {}, "predictor": {}}
-        for name, value in state["model"].items():
-            part, name = name.split(".", 1)
-            weights[part][name] = value
-        weights["fields"] = {name: state["config"][name] for name in MODEL}
-        return weights
-    weights = {}
-    for part in ("encoder", "target_encoder", "predictor"):
-        weights[part.split("_")[0]] = rename(state.get(part, {}))
-    target = weights["target"]
-    predictor = weights["predictor"]
-    if "patch_embed.weight" not in target or not predictor:
+        fields = {name: state["config"][name] for name in MODEL}
+        return {"model": state["model"], "target": state["target"], "fields": fields}
+    target = rename(state.get("target_encoder", {}))
+    model = rename(state.get("encoder", {}), "encoder.")
+    model.update(rename(state.get("predictor", {}), "predictor."))
+    if "patch_embed.weight" not in target or "predictor.predictor_embed.weight" not in model:
         found = ", ".join(list(state)[:8])
         fail(f"{path} is no V-JEPA checkpoint: no target_encoder and predictor, found {found}")
     width, _, tubelet, patch, _ = target["patch_embed.weight"].shape
@@ -1525,43 +1451,48 @@ def read_weights(path, known=None):
         fail(f"{path} cannot tell how many heads share its width of {width}: add --heads")
     if not fields["rope"]:
         tokens = target["pos_embed"].shape[1]
-        times = fields["frames"] // tubelet
-        fields["image_size"] = patch * math.isqrt(tokens // times)
+        fields["image_size"] = patch * math.isqrt(tokens * tubelet // fields["frames"])
         if math.prod(grid_of(Config(**fields))) != tokens:
             fail(f"{path} has positions for {tokens} tokens, not for 16 frames: add --frames")
-    for part, prefix in (("target", ""), ("predictor", "predictor_")):
-        depth = [name for name in weights[part] if name.endswith("norm1.weight")]
-        fields[f"{prefix}depth"] = len(depth)
-    fields["predictor_width"] = len(predictor["predictor_embed.weight"])
-    kinds = len([name for name in predictor if name.startswith("mask_tokens")])
+    fields["depth"] = len([name for name in target if "norm1.weight" in name])
+    both = [name for name in model if "norm1.weight" in name]
+    fields["predictor_depth"] = len(both) - fields["depth"]
+    fields["predictor_width"] = len(model["predictor.predictor_embed.weight"])
+    kinds = len([name for name in model if "mask_tokens" in name])
     fields["mask_blocks"] = (8, 2)[:kinds]
     fields["mask_scales"] = (0.15, 0.7)[:kinds]
-    return {**weights, "fields": fields}
+    return {"model": model, "target": target, "fields": fields}
 
 
-def rename(state):
+def rename(state, prefix=""):
     """Bring the authors' names to ours."""
     renamed = {}
     for name, value in state.items():
         name = re.sub(r"^predictor_(?=blocks|norm|pos_embed)", "", name)
         name = name.replace("patch_embed.proj.", "patch_embed.")
         if not name.endswith("rotary_emb.freqs"):
-            renamed[name] = value
+            renamed[prefix + name] = value
     return renamed
 
 
-def load_part(module, state, fields, what):
-    """Load an encoder or predictor. Its positions, which are fixed, are made for the module's grid.
+def load_networks(config, weights, path, world):
+    """Return (model, target encoder) on the device, for evaluation; without weights fresh ones.
 
-    More frames than trained on: more rows. Another size: resampled, as released.
+    Positions are fixed, so they are made for this config's clips. More frames than trained on: more
+    rows. Another size: resampled, as released.
     """
-    state = dict(state)
-    if "pos_embed" in state:
-        side = fields["image_size"] // fields["patch"]
-        trained = (module.grid[0], side, side)
-        table = sincos_3d(module.width, trained)
-        state["pos_embed"] = resample_positions(table, trained, module.grid)
-    common.load_state(module, state, what)
+    model, target = build(config)
+    for module, key in ((model, "model"), (target, "target")):
+        if not weights:
+            break
+        state = dict(weights[key])
+        trained = grid_of(replace(config, image_size=weights["fields"]["image_size"]))
+        for name, own in module.state_dict().items():
+            if name.endswith("pos_embed"):
+                table = sincos_3d(own.shape[2], trained)
+                state[name] = resample_positions(table, trained, grid_of(config))
+        common.load_state(module, state, path)
+    return model.to(world.device).eval(), target.to(world.device).eval()
 
 
 def load_encoder(path, **known):
@@ -1570,35 +1501,21 @@ def load_encoder(path, **known):
     known: heads, frames and image_size where an official file does not tell.
     """
     weights = read_weights(path, known)
-    encoder = Encoder(Config(**weights["fields"]))
-    load_part(encoder, weights["target"], weights["fields"], path)
-    return encoder.requires_grad_(False).eval()
+    config = Config(**weights["fields"])
+    return load_networks(config, weights, path, common.World())[1].requires_grad_(False)
 
 
-def load_networks(config, weights, path, world):
-    """Return (model, target encoder) on the device, for evaluation; without weights fresh ones."""
-    model, target = build(config)
-    if weights:
-        load_part(target, weights["target"], weights["fields"], f"{path}, target encoder")
-        load_part(model.encoder, weights["encoder"], weights["fields"], f"{path}, encoder")
-        load_part(model.predictor, weights["predictor"], weights["fields"], f"{path}, predictor")
-    return model.to(world.device).eval(), target.to(world.device).eval()
-
-
-def load_probe(path, heads):
+def load_probe(path, config):
     """Return an official attentive probe: `classifier` with keys pooler.* and linear.*."""
-    state = common.load_checkpoint(path).get("classifier")
-    if not state or "linear.weight" not in state:
-        fail(
-            f"{path} is no attentive probe: expected `classifier`, with keys pooler.* and linear.*"
-        )
+    state = common.load_checkpoint(path).get("classifier", {})
+    if "linear.weight" not in state:
+        fail(f"{path} is no attentive probe: expected `classifier` with pooler.* and linear.*")
     weights = {}
     for name, value in state.items():
         name = re.sub(r"^(pooler\.|cross_attention_block\.|xattn\.)+", "", name)
         if not name.startswith("proj"):  # released, but never applied
             weights[name] = value
-    classes, width = weights["linear.weight"].shape
-    probe = AttentiveProbe(width, heads, classes)
+    probe = AttentiveProbe(config, len(state["linear.weight"]))
     common.load_state(probe, weights, path)
     return probe.eval()
 
@@ -1698,44 +1615,45 @@ def check(config, world):
         fail("--shard works with bf16 and fp32, not with --precision fp16")
     if "physics" in c.eval and not physics_contexts(c):
         fail(f"--eval physics needs longer clips than --frames {c.frames}")
+    if "physics" in c.eval and next(find_pairs(c), None) is None:
+        fail(f"no videos of {c.physics} in --physics-data {c.physics_data}: see {c.physics}_pairs")
 
 
 @common.command_line
 def main(argv=None):
     """Train and evaluate; see --help."""
     config, typed = common.parse_config(Config, PRESETS, DATA_PRESETS, argv)
-    if config.init:
+    path = config.init
+    weights = None
+    if path:
         names = typed & {"heads", "frames", "image_size"}
-        weights = read_weights(config.init, {name: getattr(config, name) for name in names})
-        config = common.adopt(config, weights["fields"], typed, config.init)
+        weights = read_weights(path, {name: getattr(config, name) for name in names})
+        config = common.adopt(config, weights["fields"], typed, path)
     world = common.start_world(config.device, config.precision)
     check(config, world)
     wanted = set(config.eval.split(","))
-    pairs = find_pairs(config) if "physics" in wanted else []
     train_split, val = open_data(config, ", ".join(sorted(wanted & {"knn", "probe"})))
-    path = config.init
+    model, target = load_networks(config, weights, path, world)
     if config.train:
-        model, target = load_networks(config, weights if path else None, path, world)
         run = train(model, target, train_split, config, world)
         # what is evaluated is what was saved, in networks that are neither wrapped nor sharded
         path = run.out / "last.pt"
         weights = read_weights(path)
+        _, target = load_networks(config, weights, path, world)
     else:
         run = common.Run(config, world)
-    model, target = load_networks(config, weights, path, world)
-    shown = val or open_split(config, "val") or train_split
-    physics = config
-    if config.physics != "toy":
-        physics = replace(config, frames=PROTOCOLS[config.physics].frames)
-    if pairs:
+    shown = {}
+    if "physics" in wanted and world.rank == 0:
+        frames = config.frames if config.physics == "toy" else PROTOCOLS[config.physics][0]
+        physics = replace(config, frames=frames)
         networks = {"trained": load_networks(physics, weights, path, world)}
         networks["random"] = load_networks(physics, None, path, world)
-        evaluate_physics(networks, pairs, physics, world, run)
-        model, target = networks["trained"]
-    if world.rank == 0:
-        draw_picture(run.out / "picture.png", shown, (model, target), pairs, physics, world)
+        shown = evaluate_physics(networks, physics, world, run)
+    unseen = val or open_split(config, "val") or train_split
+    if world.rank == 0 and config.train:
+        draw_picture(run.out / "picture.png", unseen, shown, config)
     if "features" in wanted:
-        write_features(target, shown, config, world, run)
+        write_features(target, unseen, config, world, run)
     if val:
         evaluate(target, train_split, val, config, world, run)
 
