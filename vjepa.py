@@ -259,21 +259,17 @@ def rotary_table(head_width, grid, device):
     (2i, 2i+1) turn by position * 10000^(-2i/a). What is left over stays as it is.
     """
     a = head_width // 3
-    pair = torch.arange(a // 2)
-    frequencies = 10000.0 ** (-2 * pair / a)
+    channel = torch.arange(head_width)
+    axis = (channel // a).clamp(max=2)
+    inside = channel - axis * a
+    odd = inside % 2
+    turned = inside < a // 2 * 2
+    frequencies = 10000.0 ** (-(inside - odd) / a) * turned
     places = torch.cartesian_prod(*(torch.arange(side) for side in grid))  # [N, 3]
-    angles = torch.zeros(len(places), head_width)
-    partner = torch.arange(head_width)
-    sign = torch.ones(head_width)
-    for axis in range(3):
-        even = axis * a + 2 * pair
-        turn = places[:, axis, None] * frequencies
-        angles[:, even] = turn
-        angles[:, even + 1] = turn
-        partner[even] = even + 1
-        partner[even + 1] = even
-        sign[even] = -1.0
-    return angles.cos().to(device), (angles.sin() * sign).to(device), partner.to(device)
+    angles = places[:, axis] * frequencies
+    sine = angles.sin() * (2 * odd - 1)
+    partner = torch.where(turned, channel + 1 - 2 * odd, channel)
+    return angles.cos().to(device), sine.to(device), partner.to(device)
 
 
 def rotate(x, cosine, sine, partner):
@@ -646,8 +642,8 @@ def clip_indices(length, frames, step, clips=1, overlap=False, draw=None):
 
 
 def is_picture(path):
-    """Tell whether a file is a picture by its name. A folder's names can end in .jpg too."""
-    return path.suffix.lower() in PICTURES and not path.is_dir()
+    """Tell whether a file is a picture, by its name."""
+    return path.suffix.lower() in PICTURES
 
 
 def read_frames(path, choose):
@@ -672,6 +668,12 @@ def read_frames(path, choose):
     return frames[places.reshape(indices.shape)].movedim(-1, -3)
 
 
+def list_packets(video, stream):
+    """Return (time stamp, is it a key frame) of all frames that will be shown, undecoded."""
+    packets = [p for p in video.demux(stream) if p.size and not p.is_discard]
+    return [(p.pts, p.is_keyframe) for p in packets]
+
+
 def decode(path, choose):
     """Return (indices that `choose` asks for, {index: frame uint8 [H, W, 3]}) of a video file.
 
@@ -683,8 +685,7 @@ def decode(path, choose):
         stream = video.streams.best("video")
         if stream is None:
             raise ValueError("no video in it")
-        packets = [p for p in video.demux(stream) if p.size and not p.is_discard]
-        packets = [(p.pts, p.is_keyframe) for p in packets]
+        packets = list_packets(video, stream)
         indices = choose(len(packets), float(stream.average_rate or 25))
         wanted = set(indices.flatten().tolist())
         stamps = {stamp for stamp, _ in packets}
@@ -772,10 +773,10 @@ def random_crop(height, width, scale, draws, aspect=(0.75, 1.35)):
 
 def evaluation_box(height, width, size, views, view):
     """Return what evaluation sees: the centre, or one of three squares along the longer side."""
-    if views == 1:
-        ((top, left, side, _),) = common.centre_box(size, 0, width, height)
-        return round(top), round(left), round(side), round(side)
     side = min(height, width)
+    if views == 1:
+        view = 1
+        side = side if (height, width) == (size, size) else side * 7 // 8  # 224 of 256
     return (height - side) * view // 2, (width - side) * view // 2, side, side
 
 
@@ -873,10 +874,9 @@ def as_videos(split, config):
 def open_split(config, name):
     """Return the `train` or `val` Videos of --data, None where there is no val; exit 2 if empty."""
     if config.data == "toy":
-        count = 1500 if name == "train" else 500
-        labels = torch.arange(count) % len(PROPERTIES)
+        labels = torch.arange(1500 if name == "train" else 500) % len(PROPERTIES)
         videos = [PROPERTIES[label] for label in labels]
-        names = [f"{name}/{i}" for i in range(count)]
+        names = [f"{name}/{i}" for i in range(len(labels))]
         return Videos(videos, names, labels, list(PROPERTIES), config=config)
     if config.data.endswith(".csv"):
         lists = config.data if name == "train" else config.val
@@ -998,8 +998,7 @@ def train(model, target, split, config, world):
         applied = run.update(clip if step >= config.warmup * steps else None)
         # the control's target is made of pixels, and its target encoder the encoder itself
         ema.update(0.0 if pixels else momentum, applied)
-        contexts = [visible.shape[1] for visible in masks[::2]]
-        run.log(lr=lr, momentum=momentum, contexts=contexts, **spread(tokens))
+        run.log(lr=lr, momentum=momentum, **spread(tokens))
     return run
 
 
@@ -1083,8 +1082,7 @@ def inflevel_pairs(root):
                     paths.append(root / name / Path(row[f"vid{i}_path"]).name)
                     start = int(float(row[f"vid{i}_end_priming_2"])) + 1
                     with av.open(str(paths[-1])) as video:
-                        packets = [p for p in video.demux(video=0) if p.size and not p.is_discard]
-                    lengths.append(len(packets) - start)
+                        lengths.append(len(list_packets(video, video.streams[0])) - start)
                 shown = every(5, start=-min(lengths))
                 yield name, [read_frames(video, shown) for video in paths]
 
@@ -1425,43 +1423,23 @@ MODEL = "image_size frames patch tubelet width depth heads predictor_width predi
 MODEL += "rope target masks mask_blocks mask_scales".split()
 
 
-def read_weights(path, known=None):
+def read_weights(path):
     """Read a checkpoint: state dicts `model` and `target`, and `fields` of Config.
 
-    Ours, or the authors' with encoder, target_encoder and predictor. known: heads, frames and
-    image_size where an official file does not tell.
+    Ours, or the authors' with encoder, target_encoder and predictor. Theirs does not tell its
+    fields: name its preset.
     """
     state = common.load_checkpoint(path)
     if "script" in state:
         state = common.load_own_checkpoint(path, "vjepa")
-        fields = {name: state["config"][name] for name in MODEL}
-        return {"model": state["model"], "target": state["target"], "fields": fields}
-    target = rename(state.get("target_encoder", {}))
-    model = rename(state.get("encoder", {}), "encoder.")
-    model.update(rename(state.get("predictor", {}), "predictor."))
-    if "patch_embed.weight" not in target or "predictor.predictor_embed.weight" not in model:
+        state["fields"] = {name: state["config"][name] for name in MODEL}
+        return state
+    if "target_encoder" not in state or "predictor" not in state:
         found = ", ".join(list(state)[:8])
         fail(f"{path} is no V-JEPA checkpoint: no target_encoder and predictor, found {found}")
-    width, _, tubelet, patch, _ = target["patch_embed.weight"].shape
-    heads = width // 64 if width <= 1024 else 16
-    fields = {"width": width, "heads": heads, "frames": 16, "tubelet": tubelet, "patch": patch}
-    fields.update(image_size=224, rope="pos_embed" not in target, masks="multiblock")
-    fields.update(known or {})
-    if not fields["heads"]:
-        fail(f"{path} cannot tell how many heads share its width of {width}: add --heads")
-    if not fields["rope"]:
-        tokens = target["pos_embed"].shape[1]
-        fields["image_size"] = patch * math.isqrt(tokens * tubelet // fields["frames"])
-        if math.prod(grid_of(Config(**fields))) != tokens:
-            fail(f"{path} has positions for {tokens} tokens, not for 16 frames: add --frames")
-    fields["depth"] = len([name for name in target if "norm1.weight" in name])
-    both = [name for name in model if "norm1.weight" in name]
-    fields["predictor_depth"] = len(both) - fields["depth"]
-    fields["predictor_width"] = len(model["predictor.predictor_embed.weight"])
-    kinds = len([name for name in model if "mask_tokens" in name])
-    fields["mask_blocks"] = (8, 2)[:kinds]
-    fields["mask_scales"] = (0.15, 0.7)[:kinds]
-    return {"model": model, "target": target, "fields": fields}
+    model = rename(state["encoder"], "encoder.")
+    model.update(rename(state["predictor"], "predictor."))
+    return {"model": model, "target": rename(state["target_encoder"]), "fields": {}}
 
 
 def rename(state, prefix=""):
@@ -1486,22 +1464,24 @@ def load_networks(config, weights, path, world):
         if not weights:
             break
         state = dict(weights[key])
-        trained = grid_of(replace(config, image_size=weights["fields"]["image_size"]))
-        for name, own in module.state_dict().items():
-            if name.endswith("pos_embed"):
-                table = sincos_3d(own.shape[2], trained)
-                state[name] = resample_positions(table, trained, grid_of(config))
+        grid = grid_of(config)
+        for name in [name for name in state if name.endswith("pos_embed")]:
+            _, tokens, width = state[name].shape
+            side = math.isqrt(tokens // grid[0])
+            same = grid[0] * side**2 == tokens  # as many frames
+            trained = (grid[0], side, side) if same else grid
+            state[name] = resample_positions(sincos_3d(width, trained), trained, grid)
         common.load_state(module, state, path)
     return model.to(world.device).eval(), target.to(world.device).eval()
 
 
-def load_encoder(path, **known):
-    """Return the frozen target encoder of any checkpoint: video [B, 3, T, H, W] -> tokens [B, N, D].
+def load_encoder(path, **fields):
+    """Return the frozen target encoder of a checkpoint: video [B, 3, T, H, W] -> tokens [B, N, D].
 
-    known: heads, frames and image_size where an official file does not tell.
+    fields: of Config, for a file of the authors, such as **PRESETS["vit_l16"].
     """
-    weights = read_weights(path, known)
-    config = Config(**weights["fields"])
+    weights = read_weights(path)
+    config = Config(**{**fields, **weights["fields"]})
     return load_networks(config, weights, path, common.World())[1].requires_grad_(False)
 
 
@@ -1596,8 +1576,6 @@ def check(config, world):
     for name, width in (("width", c.width), ("predictor-width", c.predictor_width)):
         if width % c.heads:
             fail(f"--{name} {width} is no multiple of --heads {c.heads}")
-        if c.rope and width // c.heads < 12:
-            fail(f"--rope needs 12 channels a head: --{name} {width} leaves {width // c.heads}")
     kinds = {"multiblock", "causal", "random", "tube", "time"}
     known = {"physics", "knn", "probe", "features", "none"}
     if set(c.eval.split(",")) - known:
@@ -1626,8 +1604,7 @@ def main(argv=None):
     path = config.init
     weights = None
     if path:
-        names = typed & {"heads", "frames", "image_size"}
-        weights = read_weights(path, {name: getattr(config, name) for name in names})
+        weights = read_weights(path)
         config = common.adopt(config, weights["fields"], typed, path)
     world = common.start_world(config.device, config.precision)
     check(config, world)
