@@ -128,7 +128,7 @@ class Config:
     probe_epochs: int = 20  # passes of the attentive probe
     probe_batch: int = 0  # batch of the probe, 0 = the paper's: 256 videos, 1,024 images
     probe_clips: int = 1  # clips of a video whose tokens the probe sees together
-    probe_views: Literal[1, 3] = 1  # 1: the centre; 3: squares along the longer side, averaged
+    probe_views: int = 1  # 1: the centre; 3: squares along the longer side, averaged
 
 
 # --------------------------------------------------------------------------------------------------

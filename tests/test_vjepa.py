@@ -469,3 +469,535 @@ def test_intervals_cover():
     pairs = [(torch.zeros(1, 2).double(), torch.ones(1, 2).double())] * 10
     found = vjepa.summarise(pairs, [4])
     assert found["from"] == found["to"] == found["best"] == found["AUROC"] == pytest.approx(100)
+
+
+# -------------------------------------------------------------------------------------- toy world
+
+
+def quads(name, count, first=0):
+    """Return [count, 4, 38, 3, 32, 32]: possible, impossible, possible, impossible."""
+    stories = [story for pair in vjepa.quadruplet() for story in pair]
+    scenes = [vjepa.Scene(name, vjepa.dice("test", name, first + i), 32) for i in range(count)]
+    return np.stack([[scene.video(story) for story in stories] for scene in scenes])
+
+
+@pytest.mark.parametrize("name", vjepa.PROPERTIES)
+def test_possible_and_impossible_videos_are_made_of_the_same_frames(name):
+    scene = vjepa.Scene(name, vjepa.dice(5), 32)
+    assert (scene.frame(0, 1) == scene.frame(1, 1)).all(), "a full screen hides the state"
+    assert (scene.frame(0, 2 / 3) != scene.frame(1, 2 / 3)).any()
+    for videos in quads(name, 4):
+        possible, impossible, other, wrong = videos
+        for a, b in ((possible, impossible), (other, wrong)):
+            assert sorted(f.tobytes() for f in a) == sorted(f.tobytes() for f in b)
+            assert (a[:10] == b[:10]).all(), "a pair begins alike"
+            assert (a != b).any()
+        for stride in (1, 2):  # of the windows' starts
+            for n in (1, 2, 5):
+                starts = range(0, 38 - n + 1, stride)
+                grams = [Counter(v[t : t + n].tobytes() for t in starts) for v in videos]
+                assert grams[0] + grams[2] == grams[1] + grams[3], (n, stride)
+    assert grams[0] != grams[1]
+
+
+def test_toy_clips_are_legal_and_reproducible():
+    split = vjepa.open_split(Config(), "train")
+    _, first, _ = split.read_batch(range(10), key=("x",))
+    _, again, _ = split.read_batch(range(10), key=("x",))
+    assert first.shape == (10, 1, 16, 3, 32, 32) and torch.equal(first, again)
+    for number in range(300):
+        story = vjepa.walk(vjepa.dice(number), 16)
+        assert len(story) == 16
+        known = None
+        for phase, screen in story:
+            if 0 < phase < 1:
+                known = None
+            elif screen < 1:
+                assert known in (None, phase), "the state changed out of sight"
+                known = phase
+
+
+def test_surprise_at_the_impossible_is_what_is_counted(monkeypatch, capsys):
+    """A network that is surprised by what is impossible is right; one without memory is at chance."""
+    config = Config(width=16, depth=2, heads=2, predictor_width=16, precision="fp32")
+    monkeypatch.setattr(vjepa, "QUADRUPLETS", 2)
+    run = common.Run(config, WORLD)
+    networks = {"random": vjepa.load_networks(config, None, "", WORLD)}
+    shown = vjepa.evaluate_physics(networks, config, WORLD, run)
+    assert list(shown) == list(vjepa.PROPERTIES)
+    found = log_rows(run.out)[-1]["physics"]["random"]
+    for row in found.values():
+        assert abs(row["filtered"] - 50) <= 25
+    wrong = {pair[1].numpy().tobytes() for _, pair in vjepa.find_pairs(config)}
+
+    def oracle(model, target, video, config, world):
+        return torch.full((4, 12), 1.0 if video.numpy().tobytes() in wrong else 0.5).double()
+
+    monkeypatch.setattr(vjepa, "video_surprise", oracle)
+    vjepa.evaluate_physics(networks, config, WORLD, run)
+    for row in log_rows(run.out)[-1]["physics"]["random"].values():
+        assert row["best"] == row["AUROC"] == 100
+    assert "mean" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------- videos
+
+
+def numbered(number, size=(32, 48)):
+    """Return a frame uint8 [H, W, 3] that no other number has."""
+    coarse = np.random.default_rng(number).integers(0, 255, (4, 6, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize(size[::-1], Image.NEAREST))
+
+
+def write_video(path, count, codec="mpeg4", gop=12, b_frames=2, stamps=None, frame=numbered):
+    """Write a video of numbered frames; stamps: their times in 1/1000 s."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width = frame(0).shape[:2]
+        stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
+        stream.codec_context.gop_size = gop
+        if codec in ("mpeg4", "mpeg2video"):
+            stream.codec_context.max_b_frames = b_frames
+            stream.codec_context.bit_rate = 2_000_000
+        if stamps is not None:
+            stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for i in range(count):
+            picture = av.VideoFrame.from_ndarray(frame(i), format="rgb24")
+            if stamps is not None:
+                picture.pts, picture.time_base = stamps[i], Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+def decoded(path):
+    """Return what a decoder gives from the start on, uint8 [T, 3, H, W]."""
+    with av.open(str(path)) as video:
+        frames = [vjepa.upright(frame) for frame in video.decode(video.streams.best("video"))]
+    return np.stack(frames).transpose(0, 3, 1, 2)
+
+
+STAMPS = np.cumsum(np.random.default_rng(0).integers(20, 200, 60)).tolist()
+CONTAINERS = {
+    "a.mp4": {},
+    "b.avi": {},
+    "c.mkv": {},
+    "d.ts": {"codec": "mpeg2video"},
+    "e.avi": {"b_frames": 0},
+    "f.mkv": {"stamps": STAMPS},
+    "g.mp4": {"stamps": STAMPS},
+    "h.ts": {"codec": "mpeg2video", "gop": 100, "b_frames": 0},
+    "i.mpg": {"codec": "mpeg2video"},
+    "j.webm": {"codec": "libvpx"},
+    "k.ts": {"codec": "libx264"},
+    "l.h264": {"codec": "libx264"},
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_frames_are_the_ones_asked_for(name, tmp_path):
+    """Seeking, B-frames, any container: always the frames that decoding from the start gives."""
+    try:
+        path = write_video(tmp_path / name, 60, **CONTAINERS[name])
+    except (ValueError, av.error.FFmpegError):
+        pytest.skip("this PyAV cannot write it")
+    expected = decoded(path)
+    assert len(expected) == 60
+    r = np.random.default_rng(0)
+    for indices in (
+        np.arange(60),
+        np.array([[57, 58, 59]]),
+        np.array([0]),
+        np.arange(30, 38),
+        r.integers(0, 60, (3, 5)),
+        np.array([[50, 51, 52], [3, 3, 40]]),
+    ):
+        counts = []
+
+        def choose(count, rate, indices=indices, counts=counts):
+            counts.append(count)
+            return indices
+
+        frames = vjepa.read_frames(path, choose)
+        assert counts[-1] == 60
+        np.testing.assert_array_equal(frames, expected[indices])
+
+
+def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", 100)
+    seen = []
+    upright = vjepa.upright
+    monkeypatch.setattr(vjepa, "upright", lambda frame: seen.append(frame.pts) or upright(frame))
+    places = []
+    decode_from = vjepa.decode_from
+
+    def spied(*args):
+        places.append(args[-1])
+        return decode_from(*args)
+
+    monkeypatch.setattr(vjepa, "decode_from", spied)
+    vjepa.read_frames(path, lambda *_: np.array([97, 99]))
+    assert len(seen) == 2 and len(places) == 1, "found by one seek"
+
+
+DISPLAYS = {  # display matrix (a, b, c, d), and what it does to the picture [3, H, W]
+    "upright": ((1, 0, 0, 1), lambda x: x),
+    "turned by 90": ((0, 1, -1, 0), lambda x: np.rot90(x, -1, (1, 2))),
+    "turned by 180": ((-1, 0, 0, -1), lambda x: np.rot90(x, 2, (1, 2))),
+    "turned by 270": ((0, -1, 1, 0), lambda x: np.rot90(x, 1, (1, 2))),
+    "mirrored": ((-1, 0, 0, 1), lambda x: x[:, :, ::-1]),
+    "upside down": ((1, 0, 0, -1), lambda x: x[:, ::-1]),
+    "transposed": ((0, 1, 1, 0), lambda x: x.swapaxes(1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", DISPLAYS)
+def test_turned_and_mirrored_videos(name, tmp_path):
+    (a, b, c, d), change = DISPLAYS[name]
+    path = write_video(tmp_path / "a.mp4", 3)
+    every = lambda count, rate: np.arange(count)  # noqa: E731
+    expected = vjepa.read_frames(path, every).numpy()
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 44
+    numbers = [x << 16 for x in (a, b)] + [0] + [x << 16 for x in (c, d)] + [0, 0, 0, 1 << 30]
+    data[at : at + 36] = struct.pack(">9i", *numbers)
+    path.write_bytes(data)
+    frames = vjepa.read_frames(path, every).numpy()
+    for ours, upright in zip(frames, expected, strict=True):
+        np.testing.assert_array_equal(ours, change(upright))
+
+
+def test_short_videos_rates_and_pictures(tmp_path):
+    split = vjepa.Videos([write_video(tmp_path / "short.mp4", 3)], ["x"], torch.tensor([-1]), [])
+    split = replace(split, config=Config(step=4), clips=2)
+    clips = split.read_clips(0, None)
+    assert clips.shape == (2, 16, 3, 32, 48)
+    asked = []
+    split = replace(split, config=Config(seconds=3.2, frames=8), clips=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vjepa, "clip_indices", lambda *args: asked.append(args) or np.zeros((1, 8), int))
+        split.read_clips(0, None)
+    assert asked[0][:3] == (3, 8, 10)  # 3.2 s of 25 frames a second, 8 frames
+    for i in (9, 10, 11):
+        (tmp_path / "clip").mkdir(exist_ok=True)
+        Image.fromarray(numbered(i)).save(tmp_path / "clip" / f"{i}.png")
+    (tmp_path / "clip" / "._9.png").write_bytes(b"\0\5\x16\7")
+    frames = vjepa.read_frames(tmp_path / "clip", lambda count, rate: np.arange(count))
+    np.testing.assert_array_equal(frames[:, :, 0, 0], [numbered(i)[0, 0] for i in (9, 10, 11)])
+    picture = vjepa.read_frames(tmp_path / "clip" / "9.png", lambda count, rate: np.zeros(4, int))
+    assert picture.shape == (4, 3, 32, 48)
+
+
+def write_sound(path):
+    """Write a file with sound only."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        silence = np.zeros((1, 16000), np.float32)
+        frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_videos_are_skipped_counted_and_limited(workers, tmp_path, capsys):
+    data = tmp_path / "videos"
+    good = write_video(data / "good.mp4", 20).read_bytes()
+    broken = {"cut.mp4": good[: len(good) // 2], "empty.mp4": b"", "text.mp4": b"hello" * 100}
+    broken.update({"photo.mkv": b"\xff\xd8\xff" + bytes(500), "noise.avi": bytes(range(256)) * 20})
+    for name, content in broken.items():
+        (data / name).write_bytes(content)
+    write_sound(data / "sound.mp4")
+    (data / "._good.mp4").write_bytes(b"\0\5\x16\7")
+    (data / "wrong-name.avi").write_bytes(good)  # what a file holds counts, not its name
+    for name in (*broken, "sound.mp4"):
+        with pytest.raises(vjepa.UNREADABLE):
+            vjepa.read_frames(data / name, lambda count, rate: np.arange(count))
+    every = vjepa.read_frames(data / "wrong-name.avi", lambda count, rate: np.arange(count))
+    assert len(every) == 20
+    flags = [SCRIPT.folder.replace("--workers 0", f"--workers {workers}"), "--steps 3"]
+    assert "more than 1 %" in refused(capsys, SCRIPT, *flags, f"--data {data} --out stopped")
+    for name in ("good.mp4", "wrong-name.avi"):
+        (data / name).unlink()
+    assert "more than 1 %" in refused(capsys, SCRIPT, *flags, f"--data {data} --out none")
+
+
+def test_folders_of_pictures_are_videos(tmp_path):
+    for name in ("train/up/1", "train/up/2", "train/down/1", "val/up/3"):
+        for i in range(3):
+            path = tmp_path / "clips" / name / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(numbered(i)).save(path)
+    Image.fromarray(numbered(7)).save(tmp_path / "clips" / "train" / "down" / "still.jpg")
+    write_video(tmp_path / "clips" / "train" / "up" / "2.mp4", 3)
+    train, val = vjepa.open_data(Config(data=str(tmp_path / "clips")), "knn")
+    names = [path.relative_to(tmp_path / "clips").as_posix() for path in train.images]
+    expected = ["train/down/1", "train/down/still.jpg", "train/up/1", "train/up/2", "train/up/2.mp4"]
+    assert names == expected and train.labels.tolist() == [0, 0, 1, 1, 1]
+    assert len(val) == 1 and val.labels.tolist() == [1]
+    flat = vjepa.open_split(Config(data=str(tmp_path / "clips" / "train" / "up")), "train")
+    assert len(flat) == 3 and not flat.classes
+
+
+LISTS = {
+    "space": "{a} 0\n{b} 1\n",
+    "comma": "{a},0\n{b},1\n",
+    "tab": "{a}\t0\n{b}\t1\n",
+    "quotes": '"{a}",0\n"{b}", 1\n',
+    "header": "path,label\n{a},0\n{b},1\n",
+    "mark": "\ufeff{a} 0\r\n{b} 1\r\n",
+    "floats": "{a} 0.0\n\n{b} 1.0\n",
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_lists(kind, tmp_path):
+    a = write_video(tmp_path / "my video, 1.mp4", 3)
+    (tmp_path / "frames 2").mkdir()
+    Image.fromarray(numbered(0)).save(tmp_path / "frames 2" / "0.png")
+    text = LISTS[kind].format(a=a.name, b="frames 2")
+    (tmp_path / "list.csv").write_text(text, encoding="utf-8", newline="")
+    split = vjepa.open_split(Config(data=str(tmp_path / "list.csv")), "train")
+    assert split.images == [a, tmp_path / "frames 2"]
+    assert split.labels.tolist() == [0, 1] and split.classes == ["0", "1"]
+
+
+def test_lists_that_are_wrong(tmp_path, capsys):
+    for i in range(3):
+        write_video(tmp_path / f"{i}.mp4", 3)
+    texts = {
+        "0.mp4 0\n1.mp4\n2.mp4 1\n": "line 2",
+        "0.mp4 dog\n": "line 1",
+        "0.mp4\n": "line 1",
+        "x.mp4 0\n": "line 1: no video at",
+        "": "no videos",
+    }
+    for text, words in texts.items():
+        (tmp_path / "bad.csv").write_text(text)
+        line = refused(capsys, SCRIPT, SCRIPT.folder, f"--data {tmp_path / 'bad.csv'} --steps 1")
+        assert words in line and "path label" in line
+    (tmp_path / "a.csv").write_text("0.mp4 0\n1.mp4 1\n")
+    (tmp_path / "b.csv").write_text("1.mp4 2\n")
+    flags = [SCRIPT.folder, "--steps 1 --eval knn --out lists"]
+    here(SCRIPT, *flags, f"--data {tmp_path / 'a.csv'},{tmp_path / 'b.csv'} --val {tmp_path / 'a.csv'}")
+    assert "labels of one list" in capsys.readouterr().out, "labels of several lists are not merged"
+    flags = f"--data {tmp_path / 'a.csv'} --val {tmp_path / 'b.csv'} --steps 1 --eval knn"
+    assert "lacks" in refused(capsys, SCRIPT, SCRIPT.folder, flags)
+
+
+def test_random_clips_have_crops_of_their_own(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 40)
+    split = vjepa.Videos([path], ["a"], torch.tensor([0]), ["x"], config=Config(), clips=2)
+    still = split.read_clips(0, None)
+    assert still.shape[0] == 2
+    with pytest.MonkeyPatch.context() as patch:
+        boxes = []
+        crop = vjepa.random_crop
+        patch.setattr(vjepa, "random_crop", lambda *args: boxes.append(crop(*args)) or boxes[-1])
+        _, clips, _ = split.read_batch([0], key=("probe", 1), scale=(0.08, 0.5))
+    assert clips.shape == (1, 2, 16, 3, 32, 32)
+    assert len(boxes) == 2 and boxes[0] != boxes[1]
+    three = replace(split, clips=1, views=3)
+    _, clips, _ = three.read_batch([0])
+    whole = split.read_clips(0, None)
+    assert clips.shape[1] == 3 and len(whole) == 2
+    boxes = [vjepa.evaluation_box(32, 48, 32, 3, view) for view in range(3)]
+    assert boxes == [(0, 0, 32, 32), (0, 8, 32, 32), (0, 16, 32, 32)]
+    assert vjepa.evaluation_box(256, 340, 224, 1, 0) == (16, 58, 224, 224)
+    assert vjepa.evaluation_box(224, 224, 224, 1, 0) == (0, 0, 224, 224)
+
+
+# ------------------------------------------------------------------------------- weights and runs
+
+
+def test_official_checkpoint_in_features_and_probe_out(tmp_path):
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        for i in range(5):
+
+            def frame(number, i=i):
+                return numbered(10 * i + number, (20, 20))
+
+            path = data / split / "abcde"[i] / f"{i}.mkv"
+            write_video(path, 8, codec="ffv1", frame=frame)
+    tiny = GOLDEN / "tiny_vjepa.pth.tar"
+    shape = "--image-size 20 --patch 4 --frames 8 --width 16 --depth 2 --heads 2 --masks multiblock"
+    shape += " --predictor-width 12 --predictor-depth 1 --mask-blocks 8 2 --mask-scales 0.15 0.7"
+    flags = f"--init {tiny} {shape} --no-train --data {data} --preset toy --device cpu"
+    flags += f" --probe-init {GOLDEN / 'tiny_probe.pth.tar'} --eval features,probe --out"
+    here(SCRIPT, flags, "one")
+    run_several(f"vjepa {flags} two", ranks=2)
+    encoder = vjepa.load_encoder(tiny, **TINY)
+    for out in ("one", "two"):
+        found = np.load(f"{out}/features.npz")
+        assert list(found["labels"]) == list(range(5)) and found["paths"][0] == "val/a/0.mkv"
+        video = torch.from_numpy(decoded(data / "val" / "a" / "0.mkv"))
+        tokens = encoder(common.normalize(video).transpose(0, 1)[None])
+        np.testing.assert_allclose(found["features"][0], tokens.mean(1)[0], atol=1e-5)
+    one, two = (log_rows(out)[-1]["eval"]["trained"]["probe"] for out in ("one", "two"))
+    assert one == two
+
+
+def test_probe_and_knn_on_labelled_videos(tmp_path, capsys):
+    for split in ("train", "val"):
+        for i in range(6):
+            write_video(tmp_path / "data" / split / ("up", "down")[i % 2] / f"{i}.mp4", 12 + i)
+    flags = [SCRIPT.folder, f"--data {tmp_path / 'data'} --steps 1 --eval knn,probe"]
+    flags += ["--probe-clips 2 --probe-views 3 --probe-epochs 2 --probe-batch 4 --workers 1"]
+    here(SCRIPT, *flags, "--out folder")
+    results = log_rows("folder")[-1]["eval"]
+    assert set(results["trained"]) == {"knn", "probe"}
+    assert set(results["random"]) == set(results["pixels"]) == {"knn"}
+    assert Image.open("folder/picture.png").width > 500
+
+
+def test_probe_settings(monkeypatch, tmp_path):
+    """Image sets: batch 1,024 and weight decay 0.001; videos: 256 and 0.01; under autocast."""
+    seen = []
+    monkeypatch.setattr(common, "set_rates", lambda _, lr, decay: seen.append(decay))
+    config = Config(width=16, depth=1, heads=2, predictor_width=16, frames=4, probe_epochs=1)
+    world = common.World(dtype=torch.bfloat16)
+    _, encoder = vjepa.load_networks(config, None, "", world)
+    types = []
+    encoder.blocks[0].mlp.fc1.register_forward_hook(lambda *args: types.append(args[-1].dtype))
+    Image.fromarray(numbered(0)).save(tmp_path / "a.png")
+    for path, decay in ((tmp_path / "a.png", 0.001), (write_video(tmp_path / "a.mp4", 5), 0.01)):
+        split = vjepa.Videos([path], ["a"], torch.tensor([0]), ["x"], config=config)
+        vjepa.train_probe(encoder, split, config, world)
+        assert seen[-1] == decay
+    assert set(types) == {torch.bfloat16}
+
+
+def moved(count, start, jump=None):
+    """Return a video uint8 [T, H, W, 3] of a square that moves right, and jumps back at `jump`."""
+    video = np.full((count, 20, 24, 3), 30, np.uint8)
+    for t in range(count):
+        x = (start + t + (7 if jump is not None and t >= jump else 0)) % 18
+        video[t, 6:12, x : x + 6] = 220
+    return video
+
+
+def physics_run(name, root, code=None):
+    flags = f"--steps 1 --image-size 24 --eval physics --physics {name} --physics-data {root}"
+    here(SCRIPT, SCRIPT.small.replace("--eval none", ""), flags, f"--out {name}", code=code)
+    return log_rows(name)[-1]["physics"]["trained"] if code is None else None
+
+
+def test_intphys(tmp_path, capsys):
+    for block in ("O1", "O3"):
+        for scene in ("01", "02"):
+            starts = {1: (0, None), 2: (3, 15), 3: (3, None), 4: (0, 15)}
+            for part, (start, jump) in starts.items():
+                folder = tmp_path / "dev" / block / scene / str(part)
+                (folder / "scene").mkdir(parents=True)
+                for t, frame in enumerate(moved(40, start, jump)):
+                    Image.fromarray(frame).save(folder / "scene" / f"scene_{t + 1:03d}.png")
+                (folder / "scene" / "._scene_001.png").write_bytes(b"\0")
+                status = {"header": {"is_possible": jump is None}}
+                (folder / "status.json").write_text(json.dumps(status))
+    pairs = list(vjepa.find_pairs(Config(physics="intphys", physics_data=str(tmp_path))))
+    assert [name for name, _ in pairs] == ["O1"] * 4 + ["O3"] * 4
+    for _, (possible, impossible) in pairs:
+        assert len(possible) == len(impossible) == 20
+        assert (possible[:7] == impossible[:7]).all() and (possible[9] != impossible[9]).any()
+    assert physics_run("intphys", tmp_path).keys() == {"O1", "O3"}
+    printed = capsys.readouterr().out
+    assert "Permanence" in printed and "Continuity" in printed
+    status = tmp_path / "dev" / "O1" / "02" / "4" / "status.json"
+    status.write_text(json.dumps({"header": {"is_possible": True}}))
+    with pytest.raises(SystemExit) as stop:
+        list(vjepa.find_pairs(Config(physics="intphys", physics_data=str(tmp_path))))
+    assert stop.value.code == 2 and "O1/02" in capsys.readouterr().err
+
+
+def test_grasp(tmp_path, capsys):
+    for prefix, jump in (("P", None), ("IP", 100)):
+        for name in ("Collision", "SolidityContinuity2"):
+            for i in range(2):
+                video = moved(180, i, jump)
+                path = tmp_path / "level2" / f"{prefix}_{name}" / f"{i}.mp4"
+                write_video(path, len(video), frame=lambda t, video=video: video[t])
+                (path.parent / "._0.mp4").write_bytes(b"\0")
+    found = physics_run("grasp", tmp_path)
+    assert found.keys() == {"Collision", "SolidityContinuity2"}
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("Solidity ", "Continuity ", "Collision "))
+    (tmp_path / "level2" / "IP_Collision" / "1.mp4").unlink()
+    physics_run("grasp", tmp_path, code=2)
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_inflevel(tmp_path, capsys):
+    for name in ("continuity", "solidity", "gravity"):
+        for kind, jump, extra in (("vv", None, 0), ("vi", 120, 3)):
+            video = np.concatenate([moved(extra + 10, 0), moved(180, 2, jump)])
+            path = tmp_path / name / f"left__{name}__{kind}.mp4"
+            write_video(path, len(video), frame=lambda t, video=video: video[t])
+        columns = ("path", "end_priming_2", "label")
+        header = ", ".join(f"vid{i}_{column}" for i in (1, 2) for column in columns)
+        row = f"{name}/left__{name}__vv.mp4, 9, p, {name}/left__{name}__vi.mp4, 12, i"
+        (tmp_path / name / "pairs.csv").write_text(f"{header}\n{row}\n")
+        (tmp_path / name / "pairs.csv").rename(tmp_path / f"{name}_pairs.csv")
+    pairs = list(vjepa.find_pairs(Config(physics="inflevel", physics_data=str(tmp_path))))
+    assert [name for name, _ in pairs] == ["continuity", "solidity", "gravity"]
+    for _, (possible, impossible) in pairs:
+        assert len(possible) == len(impossible) == 36
+        differences = (possible.float() - impossible.float()).abs().mean((1, 2, 3))
+        assert differences[:24].max() < 0.5 * differences[25:].min(), "they part after 120 frames"
+    assert physics_run("inflevel", tmp_path).keys() == {"continuity", "solidity", "gravity"}
+    assert "Permanence" in capsys.readouterr().out
+
+
+def test_pixel_control_and_rotary_network(monkeypatch):
+    monkeypatch.setattr(vjepa, "QUADRUPLETS", 1)
+    small = SCRIPT.small.replace("--eval none", "--eval physics")
+    here(SCRIPT, small, "--steps 2 --out pixels --target pixels")
+    state = torch.load("pixels/last.pt", weights_only=True)
+    for name, weight in state["target"].items():
+        torch.testing.assert_close(weight, state["model"][f"encoder.{name}"])
+    here(SCRIPT, small, "--steps 2 --rope --heads 1 --masks multiblock,causal,random,tube,time --out r")
+    for out in ("pixels", "r"):
+        physics = log_rows(out)[-1]["physics"]
+        assert physics.keys() == {"trained", "random"}
+        assert all(found.keys() == set(vjepa.PROPERTIES) for found in physics.values())
+        assert np.asarray(Image.open(f"{out}/picture.png")).std() > 20
+
+
+def test_gradients_are_clipped_apart_and_after_the_warmup(monkeypatch):
+    clip, seen = torch.nn.utils.clip_grad_norm_, []
+
+    def watched(parameters, limit):
+        parameters = list(parameters)
+        clip(parameters, limit)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        seen.append((len(parameters), norm.item()))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    here(SCRIPT, SCRIPT.small, "--steps 4 --warmup 0.5 --clip 1e-5 --out clipped")
+    assert len(seen) == 4 and seen[0][0] != seen[1][0], "encoder and predictor, in the last two steps"
+    assert all(norm == pytest.approx(1e-5, rel=0.02) for _, norm in seen), seen
+
+
+def test_vjepa_learns():
+    """In a minute on toy videos: what is in view is expected to stay, and the target does not collapse.
+
+    (That hidden things stay, which makes the physics, takes 1,000 steps.)
+    """
+    rows = learn(SCRIPT, "--steps 200 --eval none --workers 0")
+    assert rows[-1]["feature_std"] > 0.1 and rows[-1]["feature_rank"] > 3, "collapsed"
+    weights = vjepa.read_weights("learnt/last.pt")
+    config = Config(**weights["fields"])
+    networks = vjepa.load_networks(config, weights, "learnt/last.pt", WORLD)
+    right = []
+    for name in ("continuity", "colour", "solidity"):
+        for number in range(20):
+            scene = vjepa.Scene(name, vjepa.dice("learns", name, number), 32)
+            state = number % 2
+            stays = scene.video([(state, 0)] * 16)
+            swaps = scene.video([(state, 0)] * 8 + [(1 - state, 0)] * 8)
+            possible, impossible = (
+                vjepa.video_surprise(*networks, video, config, WORLD)[2] for video in (stays, swaps)
+            )
+            right.append(bool(possible < impossible))
+    assert np.mean(right) > 0.7, f"{np.mean(right)} of 60 pairs right: chance 0.5, error 0.06"
