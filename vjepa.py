@@ -1021,9 +1021,12 @@ PROTOCOLS = {
     "inflevel": (32, 5, (4, 8, 12, 16, 20), (0.5, 2.0)),
 }
 # the categories that a property counts for, where its name does not say so
-CATEGORIES = {"O1": "Permanence", "O2": "Shape", "O3": "Continuity", "continuity": "Permanence"}
-CATEGORIES.update(solidity="Solidity", gravity="Gravity", Unchangeableness="Colour")
-CATEGORIES.update(ObjectPermanence="Permanence")
+CATEGORIES = {
+    "toy": {},
+    "intphys": {"O1": "Permanence", "O2": "Shape", "O3": "Continuity"},
+    "grasp": {"ObjectPermanence": "Permanence", "Unchangeableness": "Colour"},
+    "inflevel": {"continuity": "Permanence", "solidity": "Solidity", "gravity": "Gravity"},
+}
 QUADRUPLETS = 20  # a property of the toy
 
 
@@ -1074,7 +1077,8 @@ def inflevel_pairs(root):
     Frames count from the end of priming on. The longer video drops its first ones.
     """
     for name in ("continuity", "solidity", "gravity"):
-        for path in sorted(root.glob(f"**/[!.]*{name}*.csv"))[:1]:
+        lists = [*root.glob(f"*{name}*.csv"), *root.glob(f"{name}/*.csv")]
+        for path in sorted(lists)[-1:]:  # hidden ones come first
             for row in csv.DictReader(path.open(newline=""), skipinitialspace=True):
                 paths = []
                 lengths = []
@@ -1202,7 +1206,8 @@ def evaluate_physics(networks, config, world, run):
         results[name] = dict(rows)
         categories = {}
         for key, row in rows.items():
-            words = CATEGORIES.get(key.rstrip("23"), key)
+            name_only = re.sub(r"(?<=[a-z])\d", "", key)  # GRASP has Inertia and Inertia2
+            words = CATEGORIES[config.physics].get(name_only, name_only)
             for category in re.findall("[A-Z][a-z]+", words):
                 categories.setdefault(category, []).append(row["best"])
         columns = list(row)
