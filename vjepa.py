@@ -13,23 +13,21 @@ that has learned how objects behave is more surprised by a video in which one va
 screen than by the same frames in a possible order. Psychologists test infants in this way.
 
     clip [B, 3, T, S, S] -> tubelets [B, N, 3*t*p*p]
-      |-- visible tubelets -- encoder --> [B, K, D] --. + mask tokens at the hidden places
-      |                         : EMA                 '-> predictor --> predictions [B, Kp, D] -- L1
-      |                         v                                                                loss
-      '-- all tubelets -- target encoder --> [B, N, D] -> hidden places, normed [B, Kp, D] ------'
-
+      |-- visible tubelets - encoder -> [B, K, D] --. + mask tokens at the hidden places
+      |                       : EMA                 '-> predictor -> predictions [B, Kp, D] -- L1
+      |                       v                                                               loss
+      '-- all tubelets - target encoder -> [B, N, D] -> hidden places, normed [B, Kp, D] -----'
     surprise: the visible tubelets are those of the window's first frames
 
-    python vjepa.py                                         # toy videos, and surprise at them
-    python vjepa.py --data ~/videos                         # ViT-S/16 on any videos, one GPU
+    python vjepa.py                                    # toy videos, and surprise at them
+    python vjepa.py --data ~/videos                    # ViT-S/16 on any videos, one GPU
     torchrun --nproc-per-node 8 vjepa.py --data k710.csv,ssv2.csv --preset vit_l16
-    python vjepa.py --init vitl16.pth.tar --no-train --eval physics --physics intphys --physics-data D
+    python vjepa.py --preset vit_l16 --init vitl16.pth.tar --no-train --data kinetics
 
 Departures. From the paper, with the released code: weight decay along a cosine; masks cut by
-keeping the first tokens, so late frames are dropped; no flips for probes; plain initial weights.
-From the code: random draws depend on the seed and the micro-batch only; a block that would leave
-nothing visible is left out; gradients are clipped from the end of the warm-up on, not an epoch
-later; probes see random crops without RandAugment and erasing; shorter videos are not padded.
+keeping the first tokens, so late frames are dropped; probes without flips. From the code: draws
+depend on the seed and the micro-batch only; blocks that would hide all hide less; clipping starts
+with the end of the warm-up, not an epoch later; probes see crops without RandAugment and erasing.
 """
 
 import copy
@@ -152,17 +150,17 @@ def mask_kinds(config):
     return kinds
 
 
-def block_size(step, grid, scale, aspect=(0.75, 1.5)):
+def block_size(step, grid, scale):
     """Return (height, width) of a block in tokens, the same for all clips of a step.
 
-    scale: its share of the frame; aspect: range of height / width.
+    scale: its share of the frame. Its height is 0.75 to 1.5 times its width.
     """
-    # seeded by the step alone, as in the released code: all its ranks agree
-    # the first two draws decide its length and its area, which are fixed in all configurations
+    # Seeded by the step alone, as in the released code: all its ranks agree. The first two draws
+    # decide length and area, which are fixed in all configurations.
     u = torch.rand(3, generator=torch.Generator().manual_seed(step))[2].item()
     _, rows, columns = grid
     area = int(rows * columns * scale)
-    ratio = aspect[0] + u * (aspect[1] - aspect[0])
+    ratio = 0.75 + u * 0.75
     height = min(rows, max(1, round(math.sqrt(area * ratio))))
     width = min(columns, max(1, round(math.sqrt(area / ratio))))
     if (height, width) == (rows, columns):
@@ -237,7 +235,7 @@ def sincos_3d(width, grid):
 
     Each axis gets a third of the channels, rounded up; the last ones are cut off.
     """
-    axes = np.mgrid[: grid[0], : grid[1], : grid[2]].reshape(3, -1)
+    axes = np.indices(grid).reshape(3, -1)
     third = 2 * math.ceil(width / 6)
     parts = [common.sincos_1d(third, axis) for axis in axes]
     return torch.cat(parts, dim=1)[None, :, :width].float()
@@ -273,7 +271,7 @@ def rotary_table(head_width, grid, device):
 
 
 def rotate(x, cosine, sine, partner):
-    """Turn queries or keys x [B, H, N, D/H] by what `rotary_table` gives, [N, D/H] or [B, 1, N, D/H]."""
+    """Turn queries or keys x [B, H, N, D/H] by what `rotary_table` gives."""
     return (x * cosine + x[..., partner] * sine).to(x.dtype)
 
 
@@ -300,14 +298,16 @@ class RotaryBlock(Block):
 
     def forward(self, x, queries=None, rotation=None):
         """As `Block`; rotation: what `rotate` takes."""
-        qkv = self.attn.qkv(self.norm1(x)).unflatten(2, (3, self.attn.heads, -1))
+        qkv = self.attn.qkv(self.norm1(x))
+        qkv = qkv.unflatten(2, (3, self.attn.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, D/H]
         q = rotate(q, *rotation)
         k = rotate(k, *rotation)
         if queries is not None:
             q = q[:, :, -queries:]
             x = x[:, -queries:]
-        x = x + self.attn.proj(common.attend(q, k, v).transpose(1, 2).flatten(2))
+        attended = common.attend(q, k, v).transpose(1, 2)
+        x = x + self.attn.proj(attended.flatten(2))
         return x + self.mlp(self.norm2(x))
 
 
@@ -350,8 +350,11 @@ class Transformer(nn.Module):
 
 def to_tubelets(video, tubelet, patch):
     """Cut videos [B, 3, T, H, W] into tubelets [B, N, 3*t*p*p], channel-major, in raster order."""
-    x = video.unflatten(4, (-1, patch)).unflatten(3, (-1, patch)).unflatten(2, (-1, tubelet))
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(1, 3).flatten(2)
+    x = video.unflatten(4, (-1, patch))
+    x = x.unflatten(3, (-1, patch))
+    x = x.unflatten(2, (-1, tubelet))  # [B, 3, T', t, H', p, W', p]
+    x = x.permute(0, 2, 4, 6, 1, 3, 5, 7)
+    return x.flatten(1, 3).flatten(2)
 
 
 class Encoder(Transformer):
@@ -425,7 +428,7 @@ class VJEPA(nn.Module):
                 keys.copy_(queries)
 
     def forward(self, tubelets, *masks):
-        """tubelets [B, N, 3*t*p*p], masks of `sample_masks` -> predictions of each kind [B, Kp, D]."""
+        """tubelets [B, N, 3*t*p*p], masks of `sample_masks` -> list of predictions [B, Kp, D]."""
         predictions = []
         for kind in range(len(masks) // 2):
             context, hidden = masks[2 * kind : 2 * kind + 2]
@@ -447,12 +450,21 @@ def build(config):
 
 
 def pixel_targets(tubelets):
-    """Return the control's targets: pixels [B, N, t*p*p*3], each colour of a tubelet at mean 0, std 1."""
+    """Return the control's targets, pixels [B, N, t*p*p*3].
+
+    Each colour of a tubelet is brought to mean 0 and std 1.
+    """
     std = common.STD.view(3, 1).to(tubelets.device)
     pixels = tubelets.float().unflatten(2, (3, -1)) * std  # [B, N, 3, t*p*p]
     pixels = pixels - pixels[..., :1]  # else rounding counts where a tubelet is nearly flat
-    pixels = (pixels - pixels.mean(3, keepdim=True)) / (pixels.std(3, keepdim=True) + 1e-6)
+    spread = pixels.std(3, keepdim=True) + 1e-6
+    pixels = (pixels - pixels.mean(3, keepdim=True)) / spread
     return pixels.transpose(2, 3).flatten(2)
+
+
+def normed(tokens, pixels):
+    """Return what is to be predicted, [B, N, D]: features are normed, pixels are already."""
+    return tokens if pixels else F.layer_norm(tokens.float(), tokens.shape[-1:])
 
 
 def vjepa_loss(predictions, tokens, hidden, pixels=False):
@@ -460,7 +472,7 @@ def vjepa_loss(predictions, tokens, hidden, pixels=False):
 
     predictions: [B, Kp, D] of each kind; tokens [B, N, D]; hidden: int64 [B, Kp] of each kind.
     """
-    wanted = tokens if pixels else F.layer_norm(tokens.float(), tokens.shape[-1:])
+    wanted = normed(tokens, pixels)
     losses = []
     for prediction, places in zip(predictions, hidden, strict=True):
         error = prediction.float() - gather_tokens(wanted, places)
@@ -500,7 +512,8 @@ class Scene:
         self.shapes = shapes if name == "shape" else shapes[:1] * 2
         self.colours = colours if name == "colour" else colours[:1] * 2
         self.screen = draws.choice(SCREENS)
-        self.sky, self.ground = (tuple(draws.choices(range(60, 180), k=3)) for _ in range(2))
+        self.sky = tuple(draws.choices(range(60, 180), k=3))
+        self.ground = tuple(draws.choices(range(60, 180), k=3))
 
     def frame(self, phase, screen):
         """Draw a frame, uint8 [S, S, 3], at four times its size."""
@@ -616,11 +629,12 @@ def dice(*key):
 
 
 def clip_indices(length, frames, step, clips=1, overlap=False, draw=None):
-    """Choose the frames of a video that make up its clips, int64 [clips, frames]: the released sampler.
+    """Choose the frames of a video that make up its clips, int64 [clips, frames].
 
-    One clip from each of `clips` equal parts. It ends where draw(low, high) says, low <= . < high,
-    or is the first of its part. A part that is too short repeats its last frame, or with `overlap`
-    clips overlap. First and last frame are both included: steps are a little longer than `step`.
+    The released sampler. One clip from each of `clips` equal parts. It ends where draw(low, high)
+    says, low <= . < high, or is the first of its part. A part that is too short repeats its last
+    frame, or with `overlap` clips overlap. First and last frame are both included, so steps are a
+    little longer than `step`.
     """
     part = length // clips
     span = frames * step
@@ -647,7 +661,7 @@ def is_picture(path):
 
 
 def read_frames(path, choose):
-    """Read the frames that choose(count, frames a second) asks for, int64 [...]: uint8 [..., 3, H, W].
+    """Read the frames that choose(count, frames a second) returns, int64 [...]: [..., 3, H, W].
 
     path: a video, a folder of pictures, or a picture: a video of one frame. Raises UNREADABLE.
     """
@@ -748,7 +762,7 @@ def upright(frame):
 
 
 def centre_crop(height, width, aspect):
-    """Return (top, left, height, width) of the largest central part with width / height in `aspect`."""
+    """Return (top, left, height, width) of the largest centre with width / height in `aspect`."""
     h = height
     w = width
     if width / height < aspect[0]:
@@ -762,7 +776,7 @@ def random_crop(height, width, scale, draws, aspect=(0.75, 1.35)):
     """Draw a part of a frame, (top, left, height, width), in the released order of draws."""
     for _ in range(10):
         area = height * width * draws.uniform(*scale)
-        ratio = math.exp(draws.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        ratio = math.exp(draws.uniform(*map(math.log, aspect)))
         w = round(math.sqrt(area * ratio))
         h = round(math.sqrt(area / ratio))
         if w <= width and h <= height:
@@ -801,7 +815,7 @@ class Videos(common.Split):
     views: int = 1
 
     def read_clips(self, index, draws):
-        """Return whole frames of a video's clips, uint8 [C, T, 3, H, W]; draws: None = not random."""
+        """Return a video's clips, uint8 [C, T, 3, H, W]; draws: None = not random."""
         c = self.config
         video = self.images[index]
         if isinstance(video, str):
@@ -818,7 +832,10 @@ class Videos(common.Split):
         return read_frames(video, choose)
 
     def read_views(self, index, draws, scale, flip):
-        """Return a video's clips in all views, uint8 [V * C, T, 3, S, S]. Random ones differ in crop."""
+        """Return a video's clips in all views, uint8 [V * C, T, 3, S, S].
+
+        Each random clip has a crop of its own.
+        """
         size = self.config.image_size
         parts = []
         clips = self.read_clips(index, draws)
@@ -885,7 +902,7 @@ def open_split(config, name):
 
 
 def read_lists(lists, config):
-    """Read lists `a.csv,b.csv`, a path and a label a line: by space, comma or tab, with a header or not."""
+    """Read lists `a.csv,b.csv`: lines of path and label, by space, comma or tab."""
     videos = []
     labels = []
     for path in lists.split(","):
@@ -894,12 +911,9 @@ def read_lists(lists, config):
             fail(f"no data at {path}: expected a list with one `path label` a line")
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
             fields = re.fullmatch(r'\s*"?(.+?)"?\s*[\s,]\s*"?(-?\d+)(?:\.0*)?"?\s*', line)
-            header = number == 1 and re.fullmatch(r'"?\w+"?[\s,]+"?\w+"?\s*', line)
+            header = number == 1 and "." not in line  # no name of a file
             if fields:
-                video = path.parent / fields[1].replace('""', '"')
-                if number < 3 and not video.exists():
-                    fail(f"{path}, line {number}: no video at {video}; expected `path label`")
-                videos.append(video)
+                videos.append(path.parent / fields[1].replace('""', '"'))
                 labels.append(int(fields[2]))
             elif line.strip() and not header:
                 fail(f"{path}, line {number}: expected `path label`, the label a number: {line}")
@@ -911,7 +925,7 @@ def read_lists(lists, config):
 
 
 def open_data(config, wanted):
-    """Return the (train, val) Videos of --data; wanted: what needs labels. val is None without them."""
+    """Return the (train, val) Videos of --data; val is None where what is `wanted` lacks labels."""
     if config.data != "toy" and not config.data.endswith(".csv"):
         return [as_videos(split, config) for split in common.open_data(config.data, wanted)]
     train = open_split(config, "train")
@@ -958,7 +972,8 @@ def schedules(config, step, steps):
 
 def train(model, target, split, config, world):
     """Train (model, target encoder) on Videos. Returns the run; its last.pt holds the result."""
-    steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
+    an_epoch = max(1, len(split) // config.batch)
+    steps = config.steps or max(1, int(config.epochs * an_epoch))
     pixels = config.target == "pixels"
     model.to(world.device)
     target.to(world.device)
@@ -1013,12 +1028,12 @@ def spread(tokens):
 # --------------------------------------------------------------------------------------------------
 
 
-# frames a window, every so many frames, contexts, range of width / height that is not cut square
+# frames a window, and contexts
 PROTOCOLS = {
-    "toy": (16, 1, (4, 6, 8, 10), (1.0, 1.0)),
-    "intphys": (16, 2, (2, 4, 6, 8, 10), (1.0, 1.0)),
-    "grasp": (16, 10, (2, 4, 6, 8, 10), (1.0, 1.0)),
-    "inflevel": (32, 5, (4, 8, 12, 16, 20), (0.5, 2.0)),
+    "toy": (16, range(4, 11, 2)),
+    "intphys": (16, range(2, 11, 2)),
+    "grasp": (16, range(2, 11, 2)),
+    "inflevel": (32, range(4, 21, 4)),
 }
 # the categories that a property counts for, where its name does not say so
 CATEGORIES = {
@@ -1051,7 +1066,7 @@ def toy_pairs(size):
 
 
 def intphys_pairs(root):
-    """Read O1/SCENE/1 to 4, each with scene/*.png and status.json; those that part last are a pair."""
+    """Read O1/SCENE/1 to 4, with scene/*.png and status.json. Those that part last are a pair."""
     for path in sorted(root.glob("**/O[123]/[!.]*/1/status.json")):
         scene = path.parents[1]
         videos = [read_frames(scene / part / "scene", every(2, -1)) for part in "1234"]
@@ -1122,8 +1137,7 @@ def surprise(model, target, windows, contexts, config):
     kind = names.index("time") if "time" in names else 0
     pixels = c.target == "pixels"
     tubelets = to_tubelets(windows, c.tubelet, c.patch)
-    tokens = pixel_targets(tubelets) if pixels else target(tubelets)
-    wanted = tokens if pixels else F.layer_norm(tokens.float(), tokens.shape[-1:])
+    wanted = normed(pixel_targets(tubelets) if pixels else target(tubelets), pixels)
     places = torch.arange(tubelets.shape[1], device=windows.device).expand(len(windows), -1)
     rows = []
     for context in contexts:
@@ -1131,7 +1145,8 @@ def surprise(model, target, windows, contexts, config):
         encoded = model.encoder(tubelets, places[:, :known])
         future = places[:, known:]
         predictions = model.predictor(encoded, places[:, :known], future, kind)
-        rows.append((predictions.float() - wanted[:, known:]).abs().mean((1, 2)))
+        error = predictions.float() - wanted[:, known:]
+        rows.append(error.abs().mean((1, 2)))
     return torch.stack(rows)
 
 
@@ -1139,7 +1154,9 @@ def video_surprise(model, target, video, config, world):
     """Return the surprise at a video, uint8 [T, 3, H, W]: every second window, float64 [K, W]."""
     if len(video) < config.frames:
         raise ValueError(f"{len(video)} frames are less than a window of {config.frames}")
-    box = centre_crop(*video.shape[-2:], PROTOCOLS[config.physics][3])
+    # InfLevel's wide frames are squashed, all others are cut to a square
+    aspect = (0.5, 2.0) if config.physics == "inflevel" else (1.0, 1.0)
+    box = centre_crop(*video.shape[-2:], aspect)
     frames = crop_resize(video.to(world.device).float(), box, config.image_size)
     windows = common.normalize(frames).unfold(0, config.frames, 2)  # [W, 3, S, S, T]
     rows = []
@@ -1159,7 +1176,7 @@ def aggregate(surprise):
 
 
 def auroc(possible, impossible):
-    """Return the share of all (possible, impossible) in which the possible surprises less, ties half."""
+    """Return the share of all (possible, impossible) whose possible surprises less, ties half."""
     difference = impossible[None, :] - possible[:, None]
     return ((difference.sign() + 1) / 2).mean().item()
 
@@ -1203,18 +1220,22 @@ def evaluate_physics(networks, config, world, run):
     results = {}
     for name, found in surprises.items():
         rows = {key: summarise(pairs, physics_contexts(config)) for key, pairs in found.items()}
-        results[name] = dict(rows)
+        results[name] = rows
         categories = {}
         for key, row in rows.items():
             name_only = re.sub(r"(?<=[a-z])\d", "", key)  # GRASP has Inertia and Inertia2
             words = CATEGORIES[config.physics].get(name_only, name_only)
             for category in re.findall("[A-Z][a-z]+", words):
                 categories.setdefault(category, []).append(row["best"])
-        columns = list(row)
-        rows["mean"] = {c: np.mean([row[c] for row in rows.values()]) for c in columns}
-        rows.update({key: {"best": np.mean(best)} for key, best in categories.items()})
+        table = {}
+        for key, row in rows.items():
+            for column, value in row.items():
+                table.setdefault(column, {})[key] = value
+        for numbers in table.values():
+            numbers["mean"] = np.mean(list(numbers.values()))
+        table["best"].update({key: np.mean(best) for key, best in categories.items()})
         common.note(f"surprise of the {name} network, {config.physics}: pairs right, chance is 50")
-        run.report({c: {key: row[c] for key, row in rows.items() if c in row} for c in columns})
+        run.report(table)
     common.note("best: the highest over contexts, chosen on these videos, as the paper reports it")
     run.write(physics=results)
     return shown
@@ -1222,7 +1243,7 @@ def evaluate_physics(networks, config, world, run):
 
 def physics_contexts(config):
     """Return the context lengths of --physics, in frames."""
-    return [c for c in PROTOCOLS[config.physics][2] if c < config.frames]
+    return [c for c in PROTOCOLS[config.physics][1] if c < config.frames]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1231,7 +1252,7 @@ def physics_contexts(config):
 
 
 class AttentiveProbe(nn.Module):
-    """The papers' readout of frozen features: a query reads all tokens, a linear layer names the class.
+    """The papers' readout of frozen features: a query reads all tokens, a linear layer follows.
 
     As released: the query is not normed, and its attention has no output projection.
     """
@@ -1256,13 +1277,14 @@ class AttentiveProbe(nn.Module):
         """[B, N, D] -> [B, 1, D]."""
         query = self.query_tokens.expand(len(tokens), -1, -1)
         q = self.q(query).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(self.norm1(tokens)).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        kv = self.kv(self.norm1(tokens)).unflatten(2, (2, self.heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4)  # [B, H, N, D/H]
         query = query + common.attend(q, k, v).transpose(1, 2).flatten(2)
         return query + self.mlp(self.norm2(query))
 
 
 def encode(encoder, clips):
-    """Return frozen tokens of normalised clips [B, C, T, 3, S, S]: [B, C, N, D], after the final norm."""
+    """Return frozen tokens [B, C, N, D] of normalised clips [B, C, T, 3, S, S]."""
     videos = clips.flatten(0, 1).transpose(1, 2)
     return encoder(videos).float().unflatten(0, clips.shape[:2])
 
@@ -1316,7 +1338,8 @@ def probe_accuracy(probe, encoder, val, config, world):
 
     def score(clips):
         tokens = encode(encoder, clips).unflatten(1, (views, -1)).flatten(2, 3)  # [B, V, C*N, D]
-        return probe(tokens.flatten(0, 1)).softmax(1).unflatten(0, (-1, views)).mean(1)
+        shares = probe(tokens.flatten(0, 1)).softmax(1)
+        return shares.unflatten(0, (-1, views)).mean(1)
 
     shown = replace(val, clips=config.probe_clips, views=views)
     batch = max(1, 32 // (config.probe_clips * views))
@@ -1337,7 +1360,7 @@ def pool(encoder, clips):
 
 
 def evaluate(encoder, train, val, config, world, run):
-    """Run the probe and kNN on the encoder, kNN also on a random one and on pixels of the first frame."""
+    """Run probe and kNN on the encoder; kNN on a random one and on the first frame's pixels."""
     results = {"trained": {}}
     if "knn" in config.eval:
         random_encoder = build(config)[1].to(world.device).eval()
@@ -1400,13 +1423,14 @@ def draw_picture(path, split, shown, config):
     shown: of `evaluate_physics`. A window's surprise, from the shortest context, is drawn at the
     middle of what it predicts.
     """
+    grid = grid_of(config)
     _, clips, _ = split.read_batch([0])
     clip = clips[0, 0, :: config.tubelet]  # [T', 3, S, S]
     rows = [strip(clip)]
     for visible in sample_masks(replace(config, micro=1, batch=1), 1)[::2]:
-        seen = torch.zeros(math.prod(grid_of(config)))
-        seen[visible[0]] = 1
-        seen = F.interpolate(seen.view(1, *grid_of(config)), size=clip.shape[2:])[0]
+        seen = torch.zeros(1, math.prod(grid))
+        seen[0, visible[0]] = 1
+        seen = F.interpolate(seen.view(1, *grid), clip.shape[2:])[0]
         rows.append(strip(torch.where(seen[:, None] > 0, clip, 200).byte()))
     for pair, surprises in shown.values():
         curves = []

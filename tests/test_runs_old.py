@@ -27,7 +27,6 @@ import iwm
 import msn
 import pixel_vit
 import pmsn
-import vjepa
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -66,7 +65,6 @@ SCRIPTS = {
     "msn": Script(msn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS], "msn_loss", noise=NORMED),
     "pixel_vit": Script(pixel_vit, [*TINY, *PIXELS], [*TINY, *PAINTED], "classification_loss"),
     "pmsn": Script(pmsn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS, "--imbalance", "0"], "pmsn_loss", noise=NORMED),
-    "vjepa": Script(vjepa, [*TINY, *CLIPS], [*TINY, *CLIPS, *VIEWS[:4]], "vjepa_loss", stream=(), probes="knn,probe"),
 }
 
 
@@ -74,7 +72,6 @@ SCRIPTS = {
 def script(request, monkeypatch):
     """Each script in turn, without those parts of two reports that take a second, which other tests run whole."""
     monkeypatch.setattr(pmsn, "epoch_assignments", functools.partial(pmsn.epoch_assignments, steps=4))
-    monkeypatch.setattr(vjepa, "picture_surprise", lambda *_: None)
     return SCRIPTS[request.param]
 
 
@@ -464,11 +461,6 @@ MORE_SETTINGS = {
                   ("--task diffusion --permute 3", "--permute"), ("--task mae --mask-ratio 1", "--mask-ratio")],
     "pmsn": [("--prior cubic", "power-law"), ("--imbalance 0.5", "--imbalance"), ("--prior-kl up", "reverse"),
              ("--classes-per-batch 3", "--classes-per-batch"), ("--train-list none.txt", "none.txt")],
-    "vjepa": [("--group 48", "--batch 32"), ("--masks funny", "multiblock"), ("--frames 15", "--tubelet"),
-              ("--mask-scales 0.01", "nothing"), ("--mask-scales 0.99", "all"), ("--rope --heads 16", "--rope"),
-              ("--masks random --mask-ratio 1", "--mask-ratio"), ("--time-context 0.5 1", "--time-context"),
-              ("--mask-blocks 8 2", "--mask-scales"), ("--physics-contexts 3", "--physics-contexts"),
-              ("--physics nowhere", "IntPhys"), ("--target edges", "pixels")],
 }  # fmt: skip
 
 
