@@ -631,7 +631,6 @@ MORE_SETTINGS = {
         ("--masks funny", "multiblock"),
         ("--frames 15", "--tubelet"),
         ("--mask-scales 0.2 0.3", "--mask-blocks"),
-        ("--rope --heads 8", "12 channels"),
         ("--frames 4 --eval physics", "--frames"),
         ("--eval physics --physics grasp", "--physics-data"),
     ],
