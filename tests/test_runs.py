@@ -26,6 +26,7 @@ import iwm
 import msn
 import pmsn
 import llip
+import vjepa
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -83,6 +84,10 @@ SCRIPTS = {
         score=("zeroshot", "top1"),
         toy_score=("retrieval", "i2t R@10"),
     ),
+CLIPS = "--preset toy --image-size 32 --patch 8 --frames 4 "
+SCRIPTS = {
+    "ijepa": Script(ijepa, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
+    "vjepa": Script(vjepa, TINY + PREDICTOR, TINY + PREDICTOR + CLIPS, "vjepa_loss", "knn,probe"),
 }
 
 
@@ -696,6 +701,13 @@ MORE_SETTINGS = {
         ("--train-list absent.txt", "absent.txt"),
         ("--classes-per-batch 3", "--classes-per-batch"),
         ("--classes-per-batch 16", "10 classes"),
+    "vjepa": [
+        ("--micro 24", "--batch 32"),
+        ("--masks funny", "multiblock"),
+        ("--frames 15", "--tubelet"),
+        ("--mask-scales 0.2 0.3", "--mask-blocks"),
+        ("--frames 4 --eval physics", "--frames"),
+        ("--eval physics --physics grasp", "--physics-data"),
     ],
 }
 

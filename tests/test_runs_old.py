@@ -29,6 +29,7 @@ import flexpredict
 import iwm
 import pixel_vit
 import vjepa
+import pmsn
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -63,6 +64,7 @@ PAINTED = "--task mae --image-size 32 --patch 8 --decoder-width 16 --decoder-hea
 SCRIPTS = {
     "pixel_vit": Script(pixel_vit, [*TINY, *PIXELS], [*TINY, *PAINTED], "classification_loss"),
     "vjepa": Script(vjepa, [*TINY, *CLIPS], [*TINY, *CLIPS, *VIEWS[:4]], "vjepa_loss", stream=(), probes="knn,probe"),
+    "pmsn": Script(pmsn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS, "--imbalance", "0"], "pmsn_loss", noise=NORMED),
 }
 
 
@@ -70,6 +72,7 @@ SCRIPTS = {
 def script(request, monkeypatch):
     """Each script in turn, without those parts of two reports that take a second, which other tests run whole."""
     monkeypatch.setattr(vjepa, "picture_surprise", lambda *_: None)
+    monkeypatch.setattr(pmsn, "epoch_assignments", functools.partial(pmsn.epoch_assignments, steps=4))
     return SCRIPTS[request.param]
 
 
@@ -404,6 +407,8 @@ MORE_SETTINGS = {
               ("--masks random --mask-ratio 1", "--mask-ratio"), ("--time-context 0.5 1", "--time-context"),
               ("--mask-blocks 8 2", "--mask-scales"), ("--physics-contexts 3", "--physics-contexts"),
               ("--physics nowhere", "IntPhys"), ("--target edges", "pixels")],
+    "pmsn": [("--prior cubic", "power-law"), ("--imbalance 0.5", "--imbalance"), ("--prior-kl up", "reverse"),
+             ("--classes-per-batch 3", "--classes-per-batch"), ("--train-list none.txt", "none.txt")],
 }  # fmt: skip
 
 
