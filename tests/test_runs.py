@@ -67,6 +67,7 @@ VIEWS = "--image-size 32 --patch 8 --focal-size 16 "
 NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")
 TEXT = "--text-width 16 --text-depth 1 --text-heads 2 --embedding 16 --mix-heads 2 "
 TEXT += "--mixture-tokens 3 --merges 30 "
+CLIPS = "--preset toy --image-size 32 --patch 8 --frames 4 "
 SCRIPTS = {
     "ijepa": Script(ijepa, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
     "iwm": Script(iwm, TINY + PREDICTOR, TINY + PREDICTOR + HIDDEN, "iwm_loss"),
@@ -84,9 +85,6 @@ SCRIPTS = {
         score=("zeroshot", "top1"),
         toy_score=("retrieval", "i2t R@10"),
     ),
-CLIPS = "--preset toy --image-size 32 --patch 8 --frames 4 "
-SCRIPTS = {
-    "ijepa": Script(ijepa, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
     "vjepa": Script(vjepa, TINY + PREDICTOR, TINY + PREDICTOR + CLIPS, "vjepa_loss", "knn,probe"),
 }
 
@@ -701,6 +699,7 @@ MORE_SETTINGS = {
         ("--train-list absent.txt", "absent.txt"),
         ("--classes-per-batch 3", "--classes-per-batch"),
         ("--classes-per-batch 16", "10 classes"),
+    ],
     "vjepa": [
         ("--micro 24", "--batch 32"),
         ("--masks funny", "multiblock"),
