@@ -20,6 +20,7 @@ from helpers import kill_when, log_rows, run, run_several, start, wait_for
 from PIL import Image, PngImagePlugin
 
 import common
+import dinov2
 import ijepa
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,6 +41,7 @@ class Script:
     loss: str  # the function whose value is poisoned
     probes: str = "knn,linear"
     noise: tuple = ()
+    slow: str = "--lr 1e-5 --lr-start 1e-5"  # flags of a small, steady learning rate
 
     @property
     def name(self):
@@ -51,7 +53,16 @@ TINY = "--width 16 --depth 2 --heads 2 --batch 16 --eval none --log-every 1 --de
 TINY += "--no-compile --precision fp32 --workers 0 "
 PREDICTOR = "--micro 8 --predictor-width 16 --predictor-depth 2 "
 BLOCKS = "--image-size 32 --patch 8 --min-context 2 --target-scale 0.1 0.15 "
+HEADS = "--head-hidden 16 --bottleneck 8 --prototypes 16 --ibot-hidden 16 --ibot-bottleneck 8 "
+HEADS += "--ibot-prototypes 12 --local-crops 2 --koleo-group 4 "
 SCRIPTS = {
+    "dinov2": Script(
+        dinov2,
+        TINY + HEADS,
+        TINY + HEADS + "--image-size 32 --local-size 16 --patch 8 ",
+        "total_loss",
+        slow="--lr 1e-5 --warmup 0 --freeze-last 0",
+    ),
     "ijepa": Script(ijepa, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
 }
 
@@ -165,7 +176,7 @@ def test_a_signal_ends_an_evaluation_at_once():
 
 
 # AdamW's first steps turn rounding into signs where a gradient is near 0: a small lr hides that
-FOUR_STEPS = "--steps 4 --lr 1e-5 --lr-start 1e-5"
+FOUR_STEPS = "--steps 4"
 
 
 ranks = pytest.mark.xdist_group("ranks")  # in one process, since they share the runs below
@@ -176,7 +187,7 @@ def on_two_ranks(tmp_path_factory):
     """Return a folder with runs of every script on two ranks: NAME/two, NAME/shard."""
     folder, lines = tmp_path_factory.mktemp("ranks"), []
     for name, script in SCRIPTS.items():
-        flags = f"{name} {script.small} {FOUR_STEPS} --out {folder}/{name}/"
+        flags = f"{name} {script.small} {script.slow} {FOUR_STEPS} --out {folder}/{name}/"
         shard = f"{flags}shard --shard --save-every 2 --steps"
         lines += [f"{flags}two", f"{shard} 2", f"{shard} 4 --resume --eval knn"]
     run_several(*lines, ranks=2)
@@ -186,7 +197,7 @@ def on_two_ranks(tmp_path_factory):
 @ranks
 def test_two_ranks_are_one_process(script, on_two_ranks):
     """Same losses, gradients and weights on two ranks, with DDP and FSDP2; a sharded run resumes."""
-    here(script, script.small, FOUR_STEPS, "--out one --eval knn")
+    here(script, script.small, script.slow, FOUR_STEPS, "--out one --eval knn")
     found = on_two_ranks / script.name
     assert_same("one", found / "two", tolerance=1e-5, without=script.noise)
     one, two = log_rows("one"), log_rows(found / "two")
@@ -201,7 +212,7 @@ def test_two_ranks_are_one_process(script, on_two_ranks):
 @ranks
 def test_sharded_steps_are_those_of_one_process(script, on_two_ranks):
     """Resuming with another number of steps changes the schedule, so only two steps are compared."""
-    here(script, script.small, "--steps 2 --lr 1e-5 --lr-start 1e-5 --out one")
+    here(script, script.small, script.slow, "--steps 2 --out one")
     for a, b in zip(log_rows("one")[:2], log_rows(on_two_ranks / script.name / "shard")[:2]):
         assert b["loss"] == pytest.approx(a["loss"], rel=5e-5)
     knn = log_rows(on_two_ranks / script.name / "shard")[-1]["eval"]["trained"]["knn"]
@@ -639,6 +650,13 @@ SETTINGS = [
     ("--no-train", "--init"),
 ]
 MORE_SETTINGS = {
+    "dinov2": [
+        ("--local-size 10", "--local-size"),
+        ("--koleo-group 48", "--koleo-group"),
+        ("--mask-ratio 0.9 0.1", "--mask-ratio"),
+        ("--centering funny", "sinkhorn"),
+        ("--shard --precision fp16", "fp16"),
+    ],
     "ijepa": [("--micro 48", "--batch 64"), ("--targets 30", "context"), ("--batch 10", "--micro")],
 }
 
