@@ -112,7 +112,7 @@ class Config:
     steps: int = 0  # length of the run in steps, wins over --epochs
     warmup: float = 0.1  # share in which the learning rate rises from 0
     lr: float = 4e-3  # learning rate for a batch of 1024; the peak is lr * sqrt(batch / 1024)
-    lr_decay: float = 1.0  # factor of the learning rate a block, from the last to the first
+    lr_decay: float = 1.0  # learning rates shrink by this factor a block, from last to first
     freeze_last: float = 0.01  # share in which the prototypes stay as they are
     weight_decay: float = 0.04  # weight decay at the start
     weight_decay_final: float = 0.4  # weight decay at the end
