@@ -132,9 +132,9 @@ class Config:
     workers: int = 0  # loading processes a rank, 0 = load between the steps
 
     # evaluation
-    eval: str = "knn,linear"  # comma-separated: knn, linear, features, picture
+    eval: str = "knn,linear"  # comma-separated: knn, linear, head, features, picture
     eval_size: int = 0  # side of evaluated images, pixels; 0 = image_size, 224 for released weights
-    linear_head: str = ""  # a released linear head (.pth) to evaluate with --init
+    linear_head: str = ""  # a released linear head (.pth), for --eval head
     tokens: bool = False  # --eval features also writes the patch tokens
     probe_augment: bool = False  # probe on random crops, each encoded anew
     probe_epochs: int = 10  # passes of the linear probe
@@ -175,21 +175,17 @@ def saturation(images, factors):
 
 
 def hue(images, turns):
-    """Shift the hue as PIL does, through 8-bit HSV: images [B, 3, H, W], turns [B]."""
+    """Shift the hue: images [B, 3, H, W], turns [B]. PIL's goes through 8-bit HSV, so it rounds."""
     thirds = 2.0 * torch.arange(3, device=images.device)[:, None, None]  # in sixths of a turn
     value = images.amax(1, keepdim=True)  # [B, 1, H, W]
     span = value - images.amin(1, keepdim=True)
     # where red is largest: green - blue; green: blue - red, a third on; blue: red - green
     difference = images.roll(-1, 1) - images.roll(-2, 1)
     sixths = thirds + difference / span.clamp(min=1e-6)
-    sixths = sixths.where(images == value, -1.0).amax(1, keepdim=True)
-    angle = (255 * (sixths / 6 + 1).frac()).floor() + (255 * turns).trunc()[:, None, None, None]
-    angle = 256 * (angle / 256 + 1).frac()  # modulo 256
-    colour = (255 * span / value.clamp(min=1e-6)).floor() / 255  # saturation
+    sixths = sixths.where(images == value, -9.0).amax(1, keepdim=True)
     # each channel falls and rises once in a turn
-    k = 6 * ((5 - thirds + 6 / 255 * angle) / 6).frac()  # [B, 3, H, W]
-    depth = torch.minimum(k, 4 - k).clamp(0, 1)
-    return (value * (1 - colour * depth)).round()
+    k = (5 - thirds + sixths + 6 * turns[:, None, None, None]) % 6  # [B, 3, H, W]
+    return (value - span * torch.minimum(k, 4 - k).clamp(0, 1)).round()
 
 
 def grey(images, amounts):
@@ -533,11 +529,8 @@ class DINOv2(nn.Module):
         tokens = self.encoder(crops, masks, kept[0])
         cls = tokens[:, 0]
         patches = tokens[:, 1 + self.encoder.registers :].flatten(0, 1)[places]
-        patch_head = self.ibot_head if hasattr(self, "ibot_head") else self.dino_head
-        patch_logits = patch_head(patches)
-        if local is None:
-            return cls, self.dino_head(cls), None, patch_logits
-        local_cls = self.encoder(local, kept=kept[1])[:, 0]
+        patch_logits = getattr(self, "ibot_head", self.dino_head)(patches)
+        local_cls = cls[:0] if local is None else self.encoder(local, kept=kept[1])[:, 0]
         logits = self.dino_head(torch.cat([cls, local_cls]))
         return cls, logits[: len(cls)], logits[len(cls) :], patch_logits
 
@@ -587,8 +580,8 @@ def softmax_centering(logits, centre, temperature, momentum=0.9):
     logits = logits.float()
     count = logits.new_full((1,), len(logits))
     total = common.mean_over_ranks(torch.cat([logits.sum(0), count]))
-    mean = total[None, :-1] / total[-1].clamp(min=1e-6)
-    following = torch.where(total[-1] > 0, torch.lerp(mean, centre, momentum), centre)
+    mean = total[None, :-1] / total[-1].clamp(min=1e-6)  # of no rows: 0
+    following = torch.lerp(mean, centre, momentum)
     return ((logits - centre) / temperature).softmax(-1), following
 
 
@@ -615,7 +608,7 @@ def koleo_loss(x, group, eps=1e-8, closest=1e-3):
     images would count -log(0). The released code has no such guard.
     """
     x = F.normalize(x.float(), dim=-1, eps=eps).view(-1, group, x.shape[-1])
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad():
         similarity = x @ x.mT
         similarity.diagonal(dim1=1, dim2=2).fill_(-1)
         nearest = similarity.argmax(-1, keepdim=True).expand_as(x)
@@ -641,7 +634,8 @@ def total_loss(student, targets, patch_targets, weights, config):
     group = min(config.koleo_group, config.batch)
     koleo = 2 * koleo_loss(cls, group)  # the sum over both crops
     terms = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot, "koleo": koleo}
-    return dino_global + dino_local + ibot + 0.1 * koleo, terms
+    loss = dino_global + dino_local + ibot + 0.1 * koleo
+    return loss, {name: term.detach() for name, term in terms.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -659,7 +653,7 @@ def make_views(split, config, rank, ranks, step):
     c = config
     share = c.batch // ranks
     mine = range(rank * share, (rank + 1) * share)
-    indices = common.micro_batch_indices(step, c.batch, len(split), c.seed)
+    indices = common.micro_batch_indices(step, c.batch, len(split), c.seed)[mine.start : mine.stop]
     scales = [c.global_scale] * 2 + [c.local_scale] * c.local_crops
     sizes = [c.image_size] * 2 + [c.local_size] * c.local_crops
 
@@ -667,8 +661,7 @@ def make_views(split, config, rank, ranks, step):
         generator = common.generator(c.seed, "crops", step, mine[i])
         return [common.random_crop(width, height, scale, generator) for scale in scales]
 
-    mine_indices = [indices[i] for i in mine]
-    _, *crops, bad = split.read_batch(mine_indices, boxes, sizes, Image.BICUBIC)
+    _, *crops, bad = split.read_batch(indices, boxes, sizes, Image.BICUBIC)
     if c.teacher:
         patches = (c.image_size // c.patch) ** 2
         keys = torch.rand(2, c.batch, patches, generator=common.generator(c.seed, "tokens", step))
@@ -729,19 +722,16 @@ def make_optimizer(model, config):
         if parameter.requires_grad:
             rule = parameter_rule(name, config.depth, config.lr_decay)
             members.setdefault(rule, []).append(parameter)
-    groups = []
-    for (multiplier, decayed, last_layer), parameters in members.items():
-        rule = {"multiplier": multiplier, "decayed": decayed, "last_layer": last_layer}
-        groups.append({"params": parameters, **rule})
+    groups = [{"params": members[rule], "rule": rule} for rule in members]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def set_rates(optimizer, now):
     """Set this step's learning rates and weight decays."""
     for group in optimizer.param_groups:
-        lr = now["last_layer_lr"] if group["last_layer"] else now["lr"]
-        group["lr"] = group["multiplier"] * lr
-        group["weight_decay"] = now["weight_decay"] * group["decayed"]
+        multiplier, decayed, last_layer = group["rule"]
+        group["lr"] = multiplier * now["last_layer_lr" if last_layer else "lr"]
+        group["weight_decay"] = now["weight_decay"] * decayed
 
 
 def clip_gradients(model, limit=3.0):
@@ -760,15 +750,13 @@ def train(model, target, frozen, split, config, world):
     if c.recompute:
         for block in model.encoder.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    networks = []
-    for part in (model, target, frozen or target):
-        if part not in networks:
-            part.to(world.device)
-            if c.compile:
-                part.compile(dynamic=True)  # the number of masked patches changes
-            part = common.distribute(part, world, c.shard)
-        networks.append(part)
-    network, target, teacher = networks
+    for part in filter(None, (model, target, frozen)):
+        part.to(world.device)
+        if c.compile:
+            part.compile(dynamic=True)  # the number of masked patches changes
+    network = common.distribute(model, world, c.shard)  # DDP hides the parts that `model` has
+    target = common.distribute(target, world, c.shard)
+    teacher = common.distribute(frozen, world, c.shard) if frozen else target
     optimizer = make_optimizer(model, c)
     ema = common.EMA(target, model)
     patch_prototypes = c.ibot_prototypes if c.separate_heads else c.prototypes
@@ -792,11 +780,11 @@ def train(model, target, frozen, split, config, world):
         with world.autocast():
             with torch.no_grad():
                 _, logits, _, patch_logits = teacher(crops, places)
-            targets, patch_targets, next_centres = teacher_targets(
-                c, logits, patch_logits, centres, now["teacher_temp"]
-            )
             student = network(crops, places, local, None if frozen else masks, kept)
-            loss, terms = total_loss(student, targets, patch_targets, weights, c)
+        temperature = now["teacher_temp"]
+        found = teacher_targets(c, logits, patch_logits, centres, temperature)
+        targets, patch_targets, next_centres = found
+        loss, terms = total_loss(student, targets, patch_targets, weights, c)
         run.backward(loss)
         applied = run.update(clip=lambda: clip_gradients(model))
         ema.update(now["momentum"], applied)
@@ -821,71 +809,65 @@ PROBE_LRS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3
 
 
 def encode(encoder, images):
-    """Return features of images [B, 3, S, S]: [B, L + 1, D].
+    """Return features of images [B, 3, S, S]: [B, 1 + L, D].
 
-    The class tokens of the last L = 4 blocks, oldest first, then the mean patch token of the last.
+    The mean patch token of the last block, then the class tokens of the last L = 4, oldest first.
     """
     layers = encoder(images, layers=4)
     patches = layers[-1][:, 1 + encoder.registers :]
-    return torch.stack([*(x[:, 0] for x in layers), patches.mean(1)], dim=1)
+    return torch.stack([patches.mean(1), *(x[:, 0] for x in layers)], dim=1)
 
 
-def best_knn(bank, labels, queries, query_labels):
+def best_knn(bank, labels, queries, wanted):
     """Return the top-1 of kNN in percent: the best of the paper's numbers of neighbours."""
-    found = []
-    for k in (10, 20, 100, 200):
-        scores = common.knn(bank, labels, queries, k)
-        found.append(common.top1(scores, query_labels))
-    return max(found)
+    scores = [common.knn(bank, labels, queries, k) for k in (10, 20, 100, 200)]
+    return max(common.top1(score, wanted) for score in scores)
 
 
 def linear_probe(batches, steps, val, labels, classes, config):
     """Return the best top-1 on val in percent of the paper's grid of linear heads, and its name.
 
     Heads see one block or all L, with and without the mean patch, at each rate. All are trained at
-    once by SGD, as one weight [H, C, (L + 1) * D + 1], its last column the bias.
-    batches(epoch) yields (features [B, L + 1, D], labels), `steps` in all; val [V, L + 1, D].
+    once by SGD, as one weight [H, C, (1 + L) * D + 1], its last column the bias.
+    batches(epoch) yields (features [B, 1 + L, D], labels), `steps` in all; val [V, 1 + L, D].
     """
-    blocks, width = val.shape[1] - 1, val.shape[2]
-    names = []
-    seen = []
-    for lr in PROBE_LRS:
-        for last in (1, blocks):
-            for patches in (False, True):
-                names.append(f"lr {lr:g}, {last} blocks, mean patch: {patches}")
-                seen.append([False] * (blocks - last) + [True] * last + [patches])
-    seen = torch.tensor(seen, device=val.device).repeat_interleave(width, 1)  # [H, (L + 1) * D]
-    rates = torch.tensor(PROBE_LRS, device=val.device).repeat_interleave(4)[:, None, None]
-    rates = rates * config.probe_batch / 256
+    blocks = val.shape[1] - 1
+    grid = [PROBE_LRS, (1.0, blocks), (0.0, 1.0)]  # rate, blocks, whether the mean patch
+    heads = torch.cartesian_prod(*(torch.tensor(values, device=val.device) for values in grid))
+    rates, last, mean = heads.T[..., None]  # each [H, 1]
+    place = torch.arange(blocks + 1, device=val.device)
+    seen = (place > blocks - last) | (place < mean)  # [H, 1 + L]
+    seen = F.pad(seen.repeat_interleave(val.shape[2], 1), (0, 1), value=True)[:, None]
     generator = common.generator(config.seed, "probe")
-    weight = 0.01 * torch.randn(len(names), classes, seen.shape[1], generator=generator)
-    weight = F.pad(weight.to(val.device) * seen[:, None], (0, 1)).requires_grad_()
-    seen = F.pad(seen, (0, 1), value=True)[:, None]
+    weight = 0.01 * torch.randn(len(heads), classes, seen.shape[2], generator=generator)
+    weight[..., -1] = 0.0
+    weight = (weight.to(val.device) * seen).requires_grad_()
     velocity = torch.zeros_like(weight)
     done = 0
 
     def scores(x):
-        """Return the scores [B, H, C] of features [B, L + 1, D]."""
+        """Return the scores [B, H, C] of features [B, 1 + L, D]."""
         x = F.pad(x.flatten(1), (0, 1), value=1.0)
         return (x @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2])
 
     for epoch in range(config.probe_epochs):
         for x, y in batches(epoch):
-            y = y[:, None].expand(-1, len(names))
+            y = y[:, None].expand(-1, len(heads))
             loss = F.cross_entropy(scores(x).transpose(1, 2), y, reduction="sum") / len(x)
             (gradient,) = torch.autograd.grad(loss, weight)
             velocity.mul_(0.9).add_(gradient * seen)
-            factor = common.cosine_schedule(done, steps, 1.0, 0.0)
-            weight.data.sub_(rates * factor * velocity)
+            factor = common.cosine_schedule(done, steps, config.probe_batch / 256, 0.0)
+            weight.data.sub_(factor * rates[..., None] * velocity)
             done += 1
     with torch.no_grad():
-        best = torch.cat([scores(x).argmax(2) for x in val.split(512)])  # [V, H]
-    accuracy = 100 * (best == labels[:, None]).float().mean(0)
-    return accuracy.max().item(), names[int(accuracy.argmax())]
+        found = torch.cat([scores(x).argmax(2) for x in val.split(512)])  # [V, H]
+    accuracy = 100 * (found == labels[:, None]).float().mean(0)
+    lr, last, mean = heads[accuracy.argmax()].tolist()
+    return accuracy.max().item(), f"lr {lr:g}, {last:g} blocks, {mean:g} mean patch"
 
 
 def head_scores(path, features):
-    """Return the scores [N, C] of a released linear head on features [N, L + 1, D].
+    """Return the scores [N, C] of a released linear head on features [N, 1 + L, D].
 
     Its weight is [C, 2 D], for class token and mean patch, or [C, 5 D], for four blocks.
     """
@@ -896,7 +878,7 @@ def head_scores(path, features):
     inputs = columns // features.shape[2]
     if columns % features.shape[2] or inputs not in (2, features.shape[1]):
         fail(f"{path} takes {columns} numbers, not what a width of {features.shape[2]} gives")
-    x = features[:, -inputs:].flatten(1)
+    x = features.roll(-1, 1)[:, -inputs:].flatten(1)  # there the mean patch comes last
     return x @ head["weight"].to(x).T + head["bias"].to(x)
 
 
@@ -918,58 +900,58 @@ class RandomCrops(common.Split):
         return index, torch.where(flips, pixels.flip(3), pixels), bad
 
 
-def evaluate_one(encoder, train, val, config, world):
-    """Return {evaluation: top-1 in percent} of an encoder; on rank 0."""
+def evaluate_one(read, train, val, config, world):
+    """Return {evaluation: top-1 in percent} of `read`, images -> [B, 1 + L, D]; on rank 0."""
     c = config
-    read = functools.partial(encode, encoder)
-    test, labels, _ = common.extract(read, val, c, world)
-    result = {}
-    bank = None
-    if "knn" in c.eval or not c.probe_augment:
-        bank, bank_labels, _ = common.extract(read, train, c, world)
-    if "knn" in c.eval and world.rank == 0:
-        result["knn"] = best_knn(bank[:, -2], bank_labels, test[:, -2], labels)
-    if "linear" in c.eval:
+
+    def extract(split):
+        return common.extract(read, split, c, world)[:2]
+
+    def batches(epoch):
+        """Yield the probe's batches on rank 0; the others help to encode."""
+        features = bank
         if c.probe_augment:
-            bank = None  # an epoch's features take its place
-
-        def batches(epoch):
-            features = bank
-            targets = train.labels
-            if c.probe_augment:
-                crops = RandomCrops(**vars(train), key=(c.seed, "probe", epoch))
-                features, targets, _ = common.extract(read, crops, c, world)
-            else:
-                targets = bank_labels
-            if world.rank == 0:
-                yield from common.shuffled_batches(features, targets, c.probe_batch, c.seed)(epoch)
-
+            features = extract(RandomCrops(**vars(train), key=(c.seed, "probe", epoch)))
         if world.rank == 0:
-            steps = c.probe_epochs * math.ceil(len(train) / c.probe_batch)
-            probe = linear_probe(batches, steps, test, labels, len(train.classes), c)
-            result["linear"], head = probe
-            common.note(f"linear: the best head has {head}")
-        elif c.probe_augment:  # encode for rank 0
-            for epoch in range(c.probe_epochs):
-                list(batches(epoch))
-    if c.linear_head and world.rank == 0:
-        scores = head_scores(c.linear_head, test)
-        result["linear_head"] = common.top1(scores, labels)
+            yield from common.shuffled_batches(*features, c.probe_batch, c.seed)(epoch)
+
+    test, labels = extract(val)
+    result = {}
+    if "knn" in c.eval or not c.probe_augment:
+        bank = extract(train)
+    if "knn" in c.eval and world.rank == 0:
+        result["knn"] = best_knn(bank[0][:, -1], bank[1], test[:, -1], labels)
+    if "linear" in c.eval and world.rank == 0:
+        steps = c.probe_epochs * math.ceil(len(train) / c.probe_batch)
+        probe = linear_probe(batches, steps, test, labels, len(train.classes), c)
+        result["linear"], head = probe
+        common.note(f"linear: the best head has {head}")
+    elif "linear" in c.eval:
+        for epoch in range(c.probe_epochs):
+            list(batches(epoch))
+    if "head" in c.eval and world.rank == 0:
+        result["head"] = common.top1(head_scores(c.linear_head, test), labels)
     return result
 
 
+def as_evaluated(config):
+    """Return the config with the size of evaluated images."""
+    return replace(config, image_size=config.eval_size or config.image_size)
+
+
 def evaluate(encoder, train, val, config, world, run):
-    """Run --eval on the encoder, and beside it on a random encoder and, for kNN, on raw pixels."""
+    """Run --eval on the encoder, and beside it on a random encoder and on raw pixels."""
     random = build(config)[0].encoder.to(world.device).eval()
-    sized = replace(config, image_size=config.eval_size or config.image_size)
-    plain = replace(sized, probe_augment=False, linear_head="")  # baselines are encoded once
-    results = {"trained": evaluate_one(encoder, train, val, sized, world)}
-    results["random"] = evaluate_one(random, train, val, plain, world)
-    if "knn" in config.eval:
-        bank, bank_labels, _ = common.extract(common.raw_pixels, train, sized, world)
-        test, labels, _ = common.extract(common.raw_pixels, val, sized, world)
-        if world.rank == 0:
-            results["pixels"] = {"knn": best_knn(bank, bank_labels, test, labels)}
+    sized = as_evaluated(config)
+    # baselines are encoded once
+    plain = replace(sized, probe_augment=False, eval=config.eval.replace("head", ""))
+    results = {}
+    for name, read, c in (
+        ("trained", functools.partial(encode, encoder), sized),
+        ("random", functools.partial(encode, random), plain),
+        ("pixels", lambda images: common.raw_pixels(images)[:, None], plain),
+    ):
+        results[name] = evaluate_one(read, train, val, c, world)
     run.report(results)
 
 
@@ -978,12 +960,10 @@ def write_features(encoder, split, config, world, run):
 
     def read(images):
         tokens = encoder(images)
-        if config.tokens:  # without registers
-            return torch.cat([tokens[:, :1], tokens[:, 1 + encoder.registers :]], dim=1)
-        return tokens[:, :1]
+        patches = tokens[:, 1 + encoder.registers :]
+        return torch.cat([tokens[:, :1], patches], dim=1) if config.tokens else tokens[:, :1]
 
-    sized = replace(config, image_size=config.eval_size or config.image_size)
-    features, labels, names = common.extract(read, split, sized, world)
+    features, labels, names = common.extract(read, split, as_evaluated(config), world)
     if world.rank == 0:
         arrays = {"features": features[:, 0].cpu(), "labels": labels.cpu(), "paths": names}
         if config.tokens:
@@ -998,24 +978,22 @@ def write_features(encoder, split, config, world, run):
 
 
 def principal_components(x, count):
-    """Return the first principal components of rows x [N, D]: ([count, D], scores [N, count],
-    singular values [count]).
+    """Return the first principal components of rows x [N, D]: [count, D], and scores [N, count].
 
     Their sign is arbitrary; here the entry of largest magnitude is positive.
     """
     x = x - x.mean(0)
-    values, vectors = torch.linalg.eigh(x.T @ x)  # ascending
-    components = vectors.T.flip(0)[:count]
+    components = torch.linalg.eigh(x.T @ x).eigenvectors.T.flip(0)[:count]
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
     components = components * largest.sign()
-    return components, x @ components.T, values.flip(0)[:count].clamp(min=0).sqrt()
+    return components, x @ components.T
 
 
 def pca_colours(features):
-    """Return the colours of the paper's figure 1, [M, N, 3] in 0..1, and the foreground [M, N].
+    """Return the colours of the paper's figure 1, [M, N, 3] in 0..1, of patches [M, N, D].
 
-    features [M, N, D], patches of M images. Foreground are patches with a positive first component.
-    Their own first three components become red, green and blue; the rest is black.
+    Foreground are patches with a positive first component. Their own first three components
+    become red, green and blue; the rest is black.
     """
     flat = features.flatten(0, 1)
     foreground = principal_components(flat, 1)[1][:, 0] >= 0
@@ -1024,7 +1002,7 @@ def pca_colours(features):
     span = scores.amax(0) - low
     rgb = flat.new_zeros(len(flat), 3)
     rgb[foreground] = (scores - low) / span.clamp(min=1e-12)
-    return rgb.unflatten(0, features.shape[:2]), foreground.view(features.shape[:2])
+    return rgb.unflatten(0, features.shape[:2])
 
 
 @torch.no_grad()
@@ -1039,7 +1017,7 @@ def draw_picture(path, encoder, images, crops=(), rows=6):
     cls = F.normalize(tokens[:, 0], dim=1)
     similarity = cls @ cls.T - 2 * torch.eye(len(cls), device=cls.device)  # not itself
     nearest = similarity.topk(min(3, len(cls))).indices
-    rgb, _ = pca_colours(tokens[:rows, 1 + encoder.registers :])
+    rgb = pca_colours(tokens[:rows, 1 + encoder.registers :])
     side = images.shape[3] // encoder.patch
     rgb = rgb.transpose(1, 2).unflatten(2, (-1, side))  # [rows, 3, side, side]
     rgb = (rgb - common.MEAN.to(rgb.device)) / common.STD.to(rgb.device)
@@ -1051,9 +1029,8 @@ def draw_picture(path, encoder, images, crops=(), rows=6):
 
 def draw_images(encoder, split, config, world, run):
     """Draw the picture of a Split's images, without crops."""
-    size = config.eval_size or config.image_size
     indices = list(range(min(64, len(split))))
-    _, pixels, _ = common.centre_crops(split, size, indices)
+    _, pixels, _ = common.centre_crops(split, as_evaluated(config).image_size, indices)
     images = common.normalize(pixels.to(world.device))
     draw_picture(run.out / "picture.png", encoder, images)
 
@@ -1232,12 +1209,12 @@ def spherical_kmeans(x, centroids, iterations=10):
     return centroids
 
 
-def retrieve_by_cluster(query_clusters, pool_clusters, more_than=3, take=10_000, seed=0):
+def retrieve_by_cluster(query_clusters, pool_clusters, more_than=3, take=10_000):
     """Return pool images of the clusters that hold more than `more_than` queries, ascending.
 
     Up to `take` of each, at random. query_clusters [Q], pool_clusters [N]: cluster numbers.
     """
-    order = torch.randperm(len(pool_clusters), generator=common.generator(seed, "clusters"))
+    order = torch.randperm(len(pool_clusters), generator=common.generator("clusters"))
     order = order.to(pool_clusters.device)
     chosen = (query_clusters.bincount() > more_than).nonzero()[:, 0]
     found = [order[pool_clusters[order] == cluster][:take] for cluster in chosen]
@@ -1257,25 +1234,30 @@ def read_features(path, width=0):
     return features.to("cuda" if torch.cuda.is_available() else "cpu"), names
 
 
+CURATION = {
+    "--out": ("curated.txt", "list of names, for --list"),
+    "--k": (64, "neighbours looked at for duplicates"),
+    "--self-threshold": (0.85, "cosine of duplicates; paper 0.6, with SSCD"),
+    "--threshold": (0.85, "cosine to refs of what is dropped; paper 0.45, with SSCD"),
+    "--per-query": (0, "images retrieved for a query; 0 = by cluster"),
+    "--clusters": (1000, "clusters of the pool; paper 100,000"),
+    "--per-cluster": (100, "images of each cluster with more than 3 queries; paper 10,000"),
+}
+
+
 def curate(argv):
     """Choose images of --pool by their features: no near-duplicates, nothing like --refs, and if
     there are --queries only what is near them. Write their names to --out."""
     parser = argparse.ArgumentParser(prog="dinov2.py curate", description=curate.__doc__)
     parser.error = fail
-    add = parser.add_argument
-    add("--pool", required=True, help="features.npz of the images to choose from")
-    add("--refs", nargs="+", default=[], help="of images that must not be chosen, test sets")
-    add("--queries", nargs="+", default=[], help="of images like which more are wanted")
-    add("--out", default="curated.txt", help="list of names, for --list")
-    add("--k", type=int, default=64, help="neighbours looked at for duplicates")
-    add("--self-threshold", type=float, default=0.85, help="cosine of duplicates; SSCD: 0.6")
-    add("--threshold", type=float, default=0.85, help="cosine to references; SSCD: 0.45")
-    add("--direct", action="store_true", help="drop what resembles a reference, not components")
-    add("--per-query", type=int, default=0, help="images a query; 0 = by cluster")
-    add("--clusters", type=int, default=1000, help="clusters of the pool; paper 100,000")
-    add("--more-than", type=int, default=3, help="clusters with more queries than this count")
-    add("--per-cluster", type=int, default=100, help="images of each cluster; paper 10,000")
-    add("--seed", type=int, default=0, help="seed of centroids and draws")
+    parser.add_argument("--pool", required=True, help="features.npz of the images to choose from")
+    parser.add_argument(
+        "--refs", nargs="+", default=[], help="of test sets, which must stay unseen"
+    )
+    parser.add_argument("--queries", nargs="+", default=[], help="of images to find more like")
+    parser.add_argument("--direct", action="store_true", help="drop no components, only neighbours")
+    for flag, (default, text) in CURATION.items():
+        parser.add_argument(flag, type=type(default), default=default, help=text)
     options = parser.parse_args(argv)
     pool, names = read_features(options.pool)
     refs = [read_features(path, pool.shape[1])[0] for path in options.refs]
@@ -1290,17 +1272,14 @@ def curate(argv):
         kept = kept[rest]
     if queries:
         pool = pool[kept]
-        order = torch.randperm(len(pool), generator=common.generator(options.seed, "centroids"))
-        if not options.per_query:
+        if options.per_query:
+            found = [neighbours(x, pool, options.per_query)[1].flatten() for x in queries]
+        else:
+            order = torch.randperm(len(pool), generator=common.generator("centroids"))
             centroids = spherical_kmeans(pool, pool[order[: options.clusters].to(pool.device)])
             clusters = assign(pool, centroids)
-        found = []
-        for x in queries:
-            if options.per_query:
-                found.append(neighbours(x, pool, options.per_query)[1].flatten())
-            else:
-                limits = options.more_than, options.per_cluster, options.seed
-                found.append(retrieve_by_cluster(assign(x, centroids), clusters, *limits))
+            near = [assign(x, centroids) for x in queries]
+            found = [retrieve_by_cluster(x, clusters, take=options.per_cluster) for x in near]
         kept = kept[torch.cat(found).unique()]
     with common.replacing(Path(options.out)) as file:
         file.write("".join(names[i] + "\n" for i in kept).encode(errors="surrogateescape"))
@@ -1451,7 +1430,6 @@ PRESETS = {
         "workers": 8,
     },
     "folder": FOLDER,
-    "folder_b": {**FOLDER, **BASE, "batch": 64},
     "vitl16_short": {**SHORT, **LARGE},
     "vitl14": {**LONG, **LARGE},
     "vitg14": LARGEST,
@@ -1470,27 +1448,20 @@ HERE = f"{HERE} workers eval eval_size linear_head".split()
 def check(config, world):
     """Refuse what would fail late or silently (exit 2)."""
     c = config
-    for name in ("image_size", "local_size", "eval_size"):
-        if getattr(c, name) % c.patch:
-            flag = name.replace("_", "-")
-            fail(f"--{flag} {getattr(c, name)} is no multiple of --patch {c.patch}")
+    for name in ("image_size", "eval_size", "local_size"):
+        if (c.train or name != "local_size") and getattr(c, name) % c.patch:
+            fail(f"{name} {getattr(c, name)} is no multiple of --patch {c.patch}")
     if c.width % c.heads:
         fail(f"--width {c.width} must be a multiple of --heads {c.heads}")
-    known = {"knn", "linear", "features", "picture", "none"}
+    known = {"knn", "linear", "head", "features", "picture", "none"}
     if set(c.eval.split(",")) - known:
         fail(f"--eval {c.eval} must name some of {', '.join(sorted(known))}")
     if not c.train and not c.init:
         fail("--no-train needs weights to evaluate: add --init")
-    if c.train and c.batch % world.size:
-        fail(f"--batch {c.batch} does not divide over {world.size} ranks")
-    share = c.batch // world.size
     group = min(c.koleo_group, c.batch)
-    if c.train and share % group:
-        advice = f"change --batch, or the group to {math.gcd(share, group)}"
-        fail(f"a rank has {share} images, no multiple of --koleo-group {group}: {advice}")
-    low, high = c.mask_ratio
-    if not low <= high < 1:
-        fail(f"--mask-ratio {low:g} {high:g} must be two rising shares below 1")
+    if c.train and c.batch % (group * world.size):
+        ranks = f"{world.size} ranks with --koleo-group {group}"
+        fail(f"--batch {c.batch} does not divide over {ranks}: change one of them")
     if c.shard and world.dtype == torch.float16:
         fail("--shard works with bf16 and fp32, not with --precision fp16")
 
@@ -1499,12 +1470,13 @@ def adopt_init(config, typed):
     """Take over what --init decides: (weights, config). In training ours decides everything."""
     weights = read_weights(config.init, config.heads if "heads" in typed else 0)
     fields = weights["fields"]
-    if "config" in weights and config.train:
-        settings = {name: value for name, value in weights["config"].items() if name not in HERE}
-        config = replace(config, **{k: v for k, v in settings.items() if k not in typed})
-    elif "config" not in weights and config.train:
+    ours = weights.get("config", {})
+    if config.train:
+        kept = {*typed, *HERE}
+        config = replace(config, **{k: v for k, v in ours.items() if k not in kept})
+    if not ours and config.train:
         fields.pop("image_size")  # released weights are interpolated to the size that we train at
-    elif "config" not in weights and "eval_size" not in typed:
+    elif not ours and "eval_size" not in typed:
         config = replace(config, eval_size=224 // fields["patch"] * fields["patch"])
     return weights, common.adopt(config, fields, typed, config.init)
 
@@ -1526,8 +1498,8 @@ def main(argv=None):
     world = common.start_world(config.device, config.precision)
     check(config, world)
     wanted = set(config.eval.split(","))
-    labelled = sorted(wanted & {"knn", "linear"}) + ["linear_head"] * bool(config.linear_head)
-    train_split, val = common.open_data(config.data, ", ".join(labelled), "textures")
+    labelled = ", ".join(sorted(wanted - {"features", "picture", "none"}))
+    train_split, val = common.open_data(config.data, labelled, "textures")
     if config.list:
         train_split = train_split.listed(config.list)
     model, target = build(config)
@@ -1550,7 +1522,7 @@ def main(argv=None):
         draw_images(target.encoder, any_split, config, world, run)
     if "features" in wanted:
         write_features(target.encoder, any_split, config, world, run)
-    if val and labelled:
+    if val:
         evaluate(target.encoder, train_split, val, config, world, run)
 
 

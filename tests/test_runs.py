@@ -651,9 +651,8 @@ SETTINGS = [
 ]
 MORE_SETTINGS = {
     "dinov2": [
-        ("--local-size 10", "--local-size"),
+        ("--local-size 10", "local_size 10"),
         ("--koleo-group 48", "--koleo-group"),
-        ("--mask-ratio 0.9 0.1", "--mask-ratio"),
         ("--centering funny", "sinkhorn"),
         ("--shard --precision fp16", "fp16"),
     ],
