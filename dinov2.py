@@ -37,6 +37,7 @@ curation follow the paper's text: their code was not released.
 import argparse
 import copy
 import functools
+import itertools
 import math
 import random
 import re
@@ -89,12 +90,11 @@ class Config:
     ibot_hidden: int = 128  # hidden width of the iBOT head
     ibot_bottleneck: int = 32  # width of the iBOT head before the prototypes
 
-    # views and masks
+    # views
     local_crops: int = 4  # V, local crops of an image
     global_scale: tuple[float, float] = (0.32, 1.0)  # area of a global crop, share of the image
     local_scale: tuple[float, float] = (0.05, 0.32)  # area of a local crop, share of the image
     blur: bool = True  # blur and solarize crops; not for images of a few pixels
-    mask_ratio: tuple[float, float] = (0.1, 0.5)  # masked share of the patches of masked crops
 
     # loss
     koleo_group: int = 32  # images among which KoLeo looks for neighbours, at most the batch
@@ -133,7 +133,6 @@ class Config:
 
     # evaluation
     eval: str = "knn,linear"  # comma-separated: knn, linear, head, features, picture
-    eval_size: int = 0  # side of evaluated images, pixels; 0 = image_size, 224 for released weights
     linear_head: str = ""  # a released linear head (.pth), for --eval head
     tokens: bool = False  # --eval features also writes the patch tokens
     probe_augment: bool = False  # probe on random crops, each encoded anew
@@ -216,7 +215,7 @@ def mirror(images, amounts):
 
 
 OPERATIONS = (mirror, brightness, contrast, saturation, hue, grey, blur, solarize)
-SHARES = (0.5, 0.8, 0.8, 0.8, 0.8, 0.2)  # of the views, for all operations but the last two
+SHARES = torch.tensor([0.5, 0.8, 0.8, 0.8, 0.8, 0.2])  # of the views; the last two are rarer
 # (blur, solarize) of first and second global crop, and of local crops. The released code says blur
 # on all, 10 % and half of them, but its wrapper inverts the probability.
 RARE = {"global": [(0.0, 0.0), (0.9, 0.2)], "local": [(0.5, 0.0)]}
@@ -231,7 +230,7 @@ def draw_augmentation(u, rare):
     high = torch.tensor([0.0, 1.4, 1.4, 1.2, 0.1, 0.0, 2.0, 0.0])
     order = torch.arange(8).repeat(len(u), 1)
     order[:, 1:5] = 1 + u[:, :4].argsort(1)
-    shares = torch.cat([torch.tensor(SHARES).expand(len(u), -1), rare], dim=1)
+    shares = torch.cat([SHARES.expand(len(u), -1), rare], dim=1)
     drawn = u[:, [4, 5, 5, 5, 5, 6, 7, 8]] < shares  # the jitter's four come together or not at all
     return order.where(drawn, -1), torch.lerp(low, high, u[:, 9:])
 
@@ -277,17 +276,17 @@ def largest_block(size, patch):
     return int(0.5 * size // patch * size // patch)
 
 
-def block_mask(target, grid, largest, rng, smallest=4, aspect=0.3):
+def block_mask(target, grid, largest, rng):
     """Return a mask of about `target` patches (up to 5 fewer): bool array [grid, grid].
 
-    largest, smallest: area of a block, patches; its aspect ratio is from `aspect` to 1 / aspect.
+    Its blocks have 4 to `largest` patches, and a height of 0.3 to 1 / 0.3 of the width.
     """
     mask = np.zeros((grid, grid), dtype=bool)
     while mask.sum() < target:
         room = min(target - mask.sum(), largest)
         for _ in range(10):
-            area = rng.uniform(smallest, room)
-            ratio = math.exp(rng.uniform(math.log(aspect), math.log(1 / aspect)))
+            area = rng.uniform(4, room)
+            ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
             height = round(math.sqrt(area * ratio))
             width = round(math.sqrt(area / ratio))
             if width < grid and height < grid:
@@ -311,17 +310,16 @@ def sample_masks(config, step, images):
     c = config
     grid = c.image_size // c.patch
     rng = random.Random(f"{c.seed} masks {step}")
-    edges = np.linspace(*c.mask_ratio, c.batch + 1)
-    targets = [int(grid**2 * rng.uniform(*edges[i : i + 2])) for i in range(c.batch)]
+    edges = np.linspace(0.1, 0.5, c.batch + 1)  # masked share of the patches
+    shares = [rng.uniform(*pair) for pair in itertools.pairwise(edges)]
+    targets = [int(grid**2 * share) for share in shares]
     targets += [0] * c.batch
     rng.shuffle(targets)
+    largest = largest_block(c.image_size, c.patch)
     masks = []
-    for crop in (0, 1):
-        for i in images:
-            place = crop * c.batch + i
-            rng = random.Random(f"{c.seed} mask {step} {place}")
-            largest = largest_block(c.image_size, c.patch)
-            masks.append(block_mask(targets[place], grid, largest, rng))
+    for place in (*images, *(c.batch + i for i in images)):
+        rng = random.Random(f"{c.seed} mask {step} {place}")
+        masks.append(block_mask(targets[place], grid, largest, rng))
     return torch.from_numpy(np.stack(masks)).flatten(1)
 
 
@@ -418,13 +416,12 @@ def position_table(table, grid, offset=0.1, antialias=False):
     side = math.isqrt(table.shape[1] - 1)
     if (side, side) == tuple(grid):
         return table
-    patches = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    patches = table[:, 1:].mT.unflatten(2, (side, side))  # [1, D, M, M]
     to = {"size": grid}
     if offset:
         to = {"scale_factor": [(n + offset) / side for n in grid]}
     patches = F.interpolate(patches, mode="bicubic", antialias=antialias, **to)
-    patches = patches.flatten(2).transpose(1, 2).to(table.dtype)
-    return torch.cat([table[:, :1], patches], dim=1)
+    return torch.cat([table[:, :1], patches.flatten(2).mT], dim=1)
 
 
 class Encoder(nn.Module):
@@ -435,7 +432,8 @@ class Encoder(nn.Module):
         c = config
         self.patch = c.patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (c.image_size // c.patch) ** 2, c.width))
+        patches = (c.image_size // c.patch) ** 2
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, c.width))
         self.registers = c.registers
         if c.registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, c.registers, c.width))
@@ -457,7 +455,8 @@ class Encoder(nn.Module):
         first = self.cls_token + positions[:, :1]
         if self.registers:
             first = torch.cat([first, self.register_tokens], dim=1)
-        return torch.cat([first.expand(len(x), -1, -1), x + positions[:, 1:]], dim=1)
+        first = first.expand(len(x), -1, -1)
+        return torch.cat([first, x + positions[:, 1:]], dim=1)
 
     def forward(self, images, masks=None, kept=None, layers=0):
         """Return tokens after the final norm [B, 1 + R + N, D] of images [B, 3, H, W].
@@ -481,8 +480,7 @@ class Prototypes(nn.Module):
     def __init__(self, bottleneck, prototypes):
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(prototypes, 1))
-        directions = nn.Linear(bottleneck, prototypes, bias=False).weight
-        self.weight_v = nn.Parameter(directions.detach().clone())
+        self.weight_v = nn.Linear(bottleneck, prototypes, bias=False).weight
 
     def forward(self, x):
         """[..., bottleneck] -> [..., K]."""
@@ -544,7 +542,6 @@ def build(config):
             nn.init.trunc_normal_(module.weight, std=config.init_std)
             nn.init.zeros_(module.bias)
     nn.init.trunc_normal_(model.encoder.pos_embed, std=0.02)
-    nn.init.normal_(model.encoder.cls_token, std=1e-6)
     if config.registers:
         nn.init.normal_(model.encoder.register_tokens, std=1e-6)
     if config.patch_std:
@@ -601,19 +598,19 @@ def cross_entropy(logits, targets, temperature=0.1):
     return targets.sum(-1) * scaled.logsumexp(-1) - (targets * scaled).sum(-1)
 
 
-def koleo_loss(x, group, eps=1e-8, closest=1e-3):
+def koleo_loss(x, group):
     """Return the mean -log of the distance to the nearest other of x [B, D] on the sphere.
 
-    Neighbours are within `group` consecutive rows. Pairs closer than `closest` are left out: equal
+    Neighbours are within `group` consecutive rows. Pairs closer than 0.001 are left out: equal
     images would count -log(0). The released code has no such guard.
     """
-    x = F.normalize(x.float(), dim=-1, eps=eps).view(-1, group, x.shape[-1])
+    x = F.normalize(x.float(), dim=1).unflatten(0, (-1, group))  # [groups, group, D]
     with torch.no_grad():
         similarity = x @ x.mT
         similarity.diagonal(dim1=1, dim2=2).fill_(-1)
-        nearest = similarity.argmax(-1, keepdim=True).expand_as(x)
-    distance = (x - x.gather(1, nearest) + eps).norm(dim=-1)
-    return -torch.where(distance > closest, distance + eps, 1.0).log().mean()
+        nearest = similarity.argmax(2, keepdim=True).expand_as(x)
+    distance = (x - x.gather(1, nearest) + 1e-8).norm(dim=2)
+    return -torch.where(distance > 1e-3, distance + 1e-8, 1.0).log().mean()
 
 
 def total_loss(student, targets, patch_targets, weights, config):
@@ -745,7 +742,8 @@ def train(model, target, frozen, split, config, world):
     frozen: the teacher to distil, or None. Then the average is only kept, and nothing is masked.
     """
     c = config
-    steps = c.steps or max(1, int(c.epochs * max(1, len(split) // c.batch)))
+    per_epoch = max(1, len(split) // c.batch)
+    steps = c.steps or max(1, int(c.epochs * per_epoch))
     model.encoder.mask_token.requires_grad_(frozen is None)
     if c.recompute:
         for block in model.encoder.blocks:
@@ -790,15 +788,11 @@ def train(model, target, frozen, split, config, world):
         ema.update(now["momentum"], applied)
         for centre, following in zip(centres, next_centres, strict=True):
             centre.copy_(torch.where(applied, following, centre))
-        run.log(**now, **terms, **signs(student[0], targets))
+        # signs of collapse: the spread of class tokens, and how many prototypes are in use
+        std = student[0].detach().float().std(0).mean()
+        used = torch.special.entr(targets.mean(0)).sum().exp()
+        run.log(**now, **terms, feature_std=std, prototypes=used)
     return run
-
-
-@torch.no_grad()
-def signs(cls, targets):
-    """Return signs of collapse in class tokens [2*b, D] and targets [2*b, K] of rank 0."""
-    used = torch.special.entr(targets.mean(0)).sum().exp()
-    return {"feature_std": cls.float().std(0).mean(), "prototypes": used}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -814,8 +808,8 @@ def encode(encoder, images):
     The mean patch token of the last block, then the class tokens of the last L = 4, oldest first.
     """
     layers = encoder(images, layers=4)
-    patches = layers[-1][:, 1 + encoder.registers :]
-    return torch.stack([patches.mean(1), *(x[:, 0] for x in layers)], dim=1)
+    patches = layers[-1][:, 1 + encoder.registers :].mean(1)
+    return torch.stack([patches, *(x[:, 0] for x in layers)], dim=1)
 
 
 def best_knn(bank, labels, queries, wanted):
@@ -837,7 +831,8 @@ def linear_probe(batches, steps, val, labels, classes, config):
     rates, last, mean = heads.T[..., None]  # each [H, 1]
     place = torch.arange(blocks + 1, device=val.device)
     seen = (place > blocks - last) | (place < mean)  # [H, 1 + L]
-    seen = F.pad(seen.repeat_interleave(val.shape[2], 1), (0, 1), value=True)[:, None]
+    seen = seen.repeat_interleave(val.shape[2], 1)
+    seen = F.pad(seen, (0, 1), value=True)[:, None]  # [H, 1, (1 + L) * D + 1]
     generator = common.generator(config.seed, "probe")
     weight = 0.01 * torch.randn(len(heads), classes, seen.shape[2], generator=generator)
     weight[..., -1] = 0.0
@@ -919,35 +914,31 @@ def evaluate_one(read, train, val, config, world):
     result = {}
     if "knn" in c.eval or not c.probe_augment:
         bank = extract(train)
-    if "knn" in c.eval and world.rank == 0:
-        result["knn"] = best_knn(bank[0][:, -1], bank[1], test[:, -1], labels)
-    if "linear" in c.eval and world.rank == 0:
-        steps = c.probe_epochs * math.ceil(len(train) / c.probe_batch)
-        probe = linear_probe(batches, steps, test, labels, len(train.classes), c)
-        result["linear"], head = probe
-        common.note(f"linear: the best head has {head}")
-    elif "linear" in c.eval:
-        for epoch in range(c.probe_epochs):
+    if world.rank > 0:
+        for epoch in range(c.probe_epochs * ("linear" in c.eval)):
             list(batches(epoch))
-    if "head" in c.eval and world.rank == 0:
+        return {}
+    if "knn" in c.eval:
+        features, bank_labels = bank
+        result["knn"] = best_knn(features[:, -1], bank_labels, test[:, -1], labels)
+    if "linear" in c.eval:
+        steps = c.probe_epochs * math.ceil(len(train) / c.probe_batch)
+        found = linear_probe(batches, steps, test, labels, len(train.classes), c)
+        result["linear"] = found[0]
+        common.note(f"linear: the best head has {found[1]}")
+    if "head" in c.eval:
         result["head"] = common.top1(head_scores(c.linear_head, test), labels)
     return result
-
-
-def as_evaluated(config):
-    """Return the config with the size of evaluated images."""
-    return replace(config, image_size=config.eval_size or config.image_size)
 
 
 def evaluate(encoder, train, val, config, world, run):
     """Run --eval on the encoder, and beside it on a random encoder and on raw pixels."""
     random = build(config)[0].encoder.to(world.device).eval()
-    sized = as_evaluated(config)
     # baselines are encoded once
-    plain = replace(sized, probe_augment=False, eval=config.eval.replace("head", ""))
+    plain = replace(config, probe_augment=False, eval=config.eval.replace("head", ""))
     results = {}
     for name, read, c in (
-        ("trained", functools.partial(encode, encoder), sized),
+        ("trained", functools.partial(encode, encoder), config),
         ("random", functools.partial(encode, random), plain),
         ("pixels", lambda images: common.raw_pixels(images)[:, None], plain),
     ):
@@ -960,16 +951,16 @@ def write_features(encoder, split, config, world, run):
 
     def read(images):
         tokens = encoder(images)
-        patches = tokens[:, 1 + encoder.registers :]
-        return torch.cat([tokens[:, :1], patches], dim=1) if config.tokens else tokens[:, :1]
+        patches = tokens[:, 1 + encoder.registers :] if config.tokens else tokens[:, :0]
+        return torch.cat([tokens[:, :1], patches], dim=1)
 
-    features, labels, names = common.extract(read, split, as_evaluated(config), world)
+    features, labels, names = common.extract(read, split, config, world)
     if world.rank == 0:
-        arrays = {"features": features[:, 0].cpu(), "labels": labels.cpu(), "paths": names}
-        if config.tokens:
-            arrays["tokens"] = features[:, 1:].cpu()
-        np.savez(run.out / "features.npz", **arrays)
-        common.note(f"{run.out / 'features.npz'}: {len(names)} images")
+        path = run.out / "features.npz"
+        features = features.cpu()
+        tokens = {"tokens": features[:, 1:]} if config.tokens else {}
+        np.savez(path, features=features[:, 0], labels=labels.cpu(), paths=names, **tokens)
+        common.note(f"{path}: {len(names)} images")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1030,7 +1021,7 @@ def draw_picture(path, encoder, images, crops=(), rows=6):
 def draw_images(encoder, split, config, world, run):
     """Draw the picture of a Split's images, without crops."""
     indices = list(range(min(64, len(split))))
-    _, pixels, _ = common.centre_crops(split, as_evaluated(config).image_size, indices)
+    _, pixels, _ = common.centre_crops(split, config.image_size, indices)
     images = common.normalize(pixels.to(world.device))
     draw_picture(run.out / "picture.png", encoder, images)
 
@@ -1056,7 +1047,8 @@ def report(teacher, split, config, world, run):
     hidden = masks.view(len(crops), 1, c.image_size // c.patch, -1).float()
     hidden = F.interpolate(hidden, scale_factor=c.patch)
     first, second = crops.chunk(2)
-    columns = [second * (1 - hidden[c.batch :]), *local.split(c.batch)[:2]]
+    masked = second * (1 - hidden[c.batch :])
+    columns = [masked, *local.split(c.batch)[:2]]
     draw_picture(run.out / "picture.png", teacher.encoder, first, columns)
 
 
@@ -1065,22 +1057,21 @@ def report(teacher, split, config, world, run):
 # --------------------------------------------------------------------------------------------------
 
 MODEL = "image_size patch width depth heads registers swiglu separate_heads".split()
-DINO_HEAD = "prototypes bottleneck head_hidden".split()
-IBOT_HEAD = "ibot_prototypes ibot_bottleneck ibot_hidden".split()
+MODEL += "prototypes head_hidden bottleneck ibot_prototypes ibot_hidden ibot_bottleneck".split()
 
 
 def read_weights(path, heads=0):
     """Read a checkpoint: state dicts `model` and `target` of DINOv2, and `fields` of Config.
 
-    Ours, with `config`; the authors', a bare encoder or a training snapshot with heads, blocks
-    perhaps in chunks (blocks.CHUNK.I); the Hub's. Where heads are missing they stay fresh.
+    Ours, with `config`; the authors', a bare encoder or a training snapshot, of which the heads are
+    left out, its blocks perhaps in chunks (blocks.CHUNK.I); the Hub's.
     heads: attention heads, where they are not 64 wide.
     """
     state = common.load_checkpoint(path)
     if "script" in state:
         state = common.load_own_checkpoint(path, "dinov2")
         config = state["config"]
-        fields = {name: config[name] for name in MODEL + DINO_HEAD + IBOT_HEAD}
+        fields = {name: config[name] for name in MODEL}
         weights = {"model": state["model"], "target": state["target"]}
         return {**weights, "fields": fields, "config": config}
     found = common.from_hub(state.get("teacher") or state.get("model") or state)
@@ -1096,16 +1087,11 @@ def read_weights(path, heads=0):
     fields["depth"] = len([name for name in found if name.endswith("norm1.weight")])
     fields["registers"] = found["register_tokens"].shape[1] if "register_tokens" in found else 0
     fields["swiglu"] = any("mlp.w12" in name for name in found)
-    for head, names in (("dino_head", DINO_HEAD), ("ibot_head", IBOT_HEAD)):
-        prototypes = found.get(f"{head}.last_layer.weight_v")
-        if prototypes is not None:
-            hidden = len(found[f"{head}.mlp.0.weight"])
-            fields.update(zip(names, (*prototypes.shape, hidden), strict=True))
-            fields["separate_heads"] = head == "ibot_head"
     renamed = {}
     for name, value in found.items():
-        name = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)
-        renamed[name if "_head." in name else f"encoder.{name}"] = value
+        if "_head." not in name:
+            name = re.sub(r"^blocks\.\d+\.(?=\d)", "blocks.", name)
+            renamed[f"encoder.{name}"] = value
     return {"model": renamed, "target": renamed, "fields": fields}
 
 
@@ -1116,15 +1102,13 @@ def load_weights(model, target, weights, path):
         common.load_state(module, {**fresh, **weights[name]}, f"{path}, {name}")
 
 
-def load_teacher(path, image_size=0, heads=0):
+def load_teacher(path, heads=0):
     """Return the frozen teacher, a DINOv2, of any checkpoint.
 
     Its encoder turns images [B, 3, S, S] into tokens [B, 1 + R + N, D], the class token first.
     """
     weights = read_weights(path, heads)
-    config = replace(Config(), **weights["fields"])
-    config.image_size = image_size or config.image_size
-    model, target = build(config)
+    model, target = build(replace(Config(), **weights["fields"]))
     load_weights(model, target, weights, path)
     return target.eval()
 
@@ -1160,14 +1144,12 @@ def components(count, edges):
     """Return the smallest index in the component of each of `count` nodes; edges int64 [E, 2]."""
     label = torch.arange(count, device=edges.device)
     while True:
-        lower = label[edges].amin(1)
-        hooked = label.clone()
-        for end in (0, 1):  # each component takes the smaller label of what it touches
-            hooked.scatter_reduce_(0, label[edges[:, end]], lower, "amin")
-        hooked = hooked[hooked[hooked]]  # and its members follow, two steps at a time
-        if torch.equal(hooked, label):
+        smaller = label[edges].amin(1, keepdim=True).expand_as(edges)
+        lower = label.scatter_reduce(0, edges.flatten(), smaller.flatten(), "amin")
+        lower = lower[lower]  # a label is a node too: take over its label
+        if torch.equal(lower, label):
             return label
-        label = hooked
+        label = lower
 
 
 def self_dedup(x, k=64, threshold=0.6):
@@ -1178,7 +1160,7 @@ def self_dedup(x, k=64, threshold=0.6):
     cosines, nearest = neighbours(x, x, k, same=True)
     row, column = (cosines > threshold).nonzero().unbind(1)
     label = components(len(x), torch.stack([row, nearest[row, column]], dim=1))
-    return label, (label == torch.arange(len(x), device=x.device)).nonzero()[:, 0]
+    return label, label.unique()
 
 
 def relative_dedup(pool, refs, k=64, threshold=0.45, direct=False):
@@ -1221,7 +1203,7 @@ def retrieve_by_cluster(query_clusters, pool_clusters, more_than=3, take=10_000)
     return torch.cat([order[:0], *found]).sort().values
 
 
-def read_features(path, width=0):
+def read_features(path):
     """Read a features.npz of any script: (features [N, D], paths)."""
     try:
         file = np.load(path)
@@ -1229,8 +1211,6 @@ def read_features(path, width=0):
         names = file["paths"].tolist()
     except (OSError, ValueError, KeyError) as error:
         fail(f"{path} is no file of --eval features: {error}")
-    if width and features.shape[1] != width:
-        fail(f"{path} has features of width {features.shape[1]}, the pool of {width}")
     return features.to("cuda" if torch.cuda.is_available() else "cpu"), names
 
 
@@ -1260,8 +1240,11 @@ def curate(argv):
         parser.add_argument(flag, type=type(default), default=default, help=text)
     options = parser.parse_args(argv)
     pool, names = read_features(options.pool)
-    refs = [read_features(path, pool.shape[1])[0] for path in options.refs]
-    queries = [read_features(path, pool.shape[1])[0] for path in options.queries]
+    refs = [read_features(path)[0] for path in options.refs]
+    queries = [read_features(path)[0] for path in options.queries]
+    widths = {x.shape[1] for x in (pool, *refs, *queries)}
+    if len(widths) > 1:
+        fail(f"features of one encoder are needed, these have widths of {widths}")
     label, kept = self_dedup(pool, options.k, options.self_threshold)
     common.note(f"self-dedup: {len(kept)} of {len(pool)} kept, largest {label.bincount().max()}")
     if refs:
@@ -1303,9 +1286,10 @@ IMAGENET = {
     "prototypes": 65536,
     "head_hidden": 2048,
     "bottleneck": 256,
+    "ibot_hidden": 2048,
+    "ibot_bottleneck": 256,
     "local_crops": 8,
     "log_every": 50,
-    "save_every": 1250,
     "workers": 12,
     "probe_augment": True,
     "probe_batch": 1024,
@@ -1331,8 +1315,6 @@ LONG = {
     "prototypes": 131_072,
     "bottleneck": 384,
     "ibot_prototypes": 131_072,
-    "ibot_hidden": 2048,
-    "ibot_bottleneck": 256,
     "batch": 3072,
     "steps": 625_000,
     "warmup": 80 / 500,
@@ -1354,8 +1336,6 @@ FOLDER = {
     "layer_scale": 0.1,
     "prototypes": 8192,
     "ibot_prototypes": 8192,
-    "ibot_hidden": 2048,
-    "ibot_bottleneck": 256,
     "batch": 128,
     "epochs": 100,
     "lr": 2e-3,
@@ -1442,13 +1422,13 @@ DATA_PRESETS = {"toy": "toy", "letters": "toy", "textures": "toy", "cifar10": "c
 DATA_PRESETS.update({"imagenet": "vitl16_short", "imagenet22k": "vitl14", "*": "folder"})
 # what a run that continues another one does not take over
 HERE = "preset list teacher train epochs steps out resume init device precision compile shard"
-HERE = f"{HERE} workers eval eval_size linear_head".split()
+HERE = f"{HERE} workers eval linear_head".split()
 
 
 def check(config, world):
     """Refuse what would fail late or silently (exit 2)."""
     c = config
-    for name in ("image_size", "eval_size", "local_size"):
+    for name in ("image_size", "local_size"):
         if (c.train or name != "local_size") and getattr(c, name) % c.patch:
             fail(f"{name} {getattr(c, name)} is no multiple of --patch {c.patch}")
     if c.width % c.heads:
@@ -1458,6 +1438,8 @@ def check(config, world):
         fail(f"--eval {c.eval} must name some of {', '.join(sorted(known))}")
     if not c.train and not c.init:
         fail("--no-train needs weights to evaluate: add --init")
+    if "head" in c.eval and not Path(c.linear_head).is_file():
+        fail(f"--eval head needs a released head: no file --linear-head {c.linear_head}")
     group = min(c.koleo_group, c.batch)
     if c.train and c.batch % (group * world.size):
         ranks = f"{world.size} ranks with --koleo-group {group}"
@@ -1471,13 +1453,11 @@ def adopt_init(config, typed):
     weights = read_weights(config.init, config.heads if "heads" in typed else 0)
     fields = weights["fields"]
     ours = weights.get("config", {})
-    if config.train:
+    if ours and config.train:
         kept = {*typed, *HERE}
         config = replace(config, **{k: v for k, v in ours.items() if k not in kept})
-    if not ours and config.train:
-        fields.pop("image_size")  # released weights are interpolated to the size that we train at
-    elif not ours and "eval_size" not in typed:
-        config = replace(config, eval_size=224 // fields["patch"] * fields["patch"])
+    if not ours:
+        fields["image_size"] = 224 // fields["patch"] * fields["patch"]  # of the table: 518
     return weights, common.adopt(config, fields, typed, config.init)
 
 
@@ -1502,19 +1482,18 @@ def main(argv=None):
     train_split, val = common.open_data(config.data, labelled, "textures")
     if config.list:
         train_split = train_split.listed(config.list)
-    model, target = build(config)
-    if config.init:
-        load_weights(model, target, weights, config.init)
     if config.train:
-        frozen = load_teacher(config.teacher, config.image_size) if config.teacher else None
-        run = train(model, target, frozen, train_split, config, world)
-        # what is evaluated is what was saved, in networks that are neither wrapped nor sharded
-        weights = read_weights(run.out / "last.pt")
         model, target = build(config)
-        load_weights(model, target, weights, run.out / "last.pt")
+        if config.init:
+            load_weights(model, target, weights, config.init)
+        frozen = load_teacher(config.teacher) if config.teacher else None
+        run = train(model, target, frozen, train_split, config, world)
+        # what is evaluated is what was saved, in a network that is neither wrapped nor sharded
+        target = load_teacher(run.out / "last.pt")
     else:
+        target = load_teacher(config.init, config.heads)
         run = common.Run(config, world)
-    target.to(world.device).eval()
+    target.to(world.device)
     any_split = common.open_split(config.data, "val", "textures") or train_split
     if config.train and world.rank == 0:
         report(target, val or train_split, config, world, run)

@@ -618,7 +618,7 @@ def test_weights_of_the_hub(name):
 
 
 def test_official_snapshots_and_files_without_mask_token(capsys):
-    """Training snapshots with prefixes, chunked blocks and heads; timm's files lack mask_token."""
+    """Training snapshots with prefixes, heads and chunked blocks; timm's files lack mask_token."""
     flat = torch.load(GOLDEN / "vit_reg4_swiglu_pretrain.pth", weights_only=True)
     encoder, _ = pretrained("reg4_swiglu")
     chunked = {re.sub(r"^blocks\.(\d+)", r"blocks.1.\1", k): v for k, v in flat.items()}
@@ -629,7 +629,6 @@ def test_official_snapshots_and_files_without_mask_token(capsys):
     again = dinov2.load_teacher("snapshot.pth", heads=2)
     pairs = zip(encoder.parameters(), again.encoder.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert torch.equal(again.dino_head.last_layer.weight_v, head["last_layer.weight_v"])
     script = SCRIPTS["dinov2"]
     flags = "--no-train --eval features --device cpu --init"
     assert "add --heads" in refused(capsys, script, f"{flags} snapshot.pth")
@@ -657,7 +656,7 @@ def test_official_weights_are_trained_on(capsys):
 def test_official_checkpoint_in_features_and_picture_out(tmp_path):
     data = photographs(tmp_path / "data", size=(24, 24))
     init = f"--init {GOLDEN / 'vit_mlp_pretrain.pth'} --heads 3 --no-train --precision fp32"
-    init += f" --data {data} --eval-size 24 --device cpu"
+    init += f" --data {data} --image-size 24 --device cpu --workers 0"
     torch.save({"weight": torch.randn(2, 24), "bias": torch.zeros(2)}, "linear_head.pth")
     flags = f"{init} --tokens --probe-epochs 2 --probe-batch 8 --linear-head linear_head.pth"
     flags += " --eval features,picture,knn,linear,head --out"
@@ -750,7 +749,9 @@ def test_curate_command(tmp_path, capsys):
             image.save(tmp_path / "pool" / f"{i:02d}copy.png")
     init = f"--init {GOLDEN / 'vit_mlp_pretrain.pth'} --heads 3 --no-train --eval features"
     for name in ("pool", "refs", "queries"):
-        flags = f"--eval-size 24 --precision fp32 --device cpu --data {tmp_path / name}"
+        flags = (
+            f"--image-size 24 --precision fp32 --device cpu --workers 0 --data {tmp_path / name}"
+        )
         here(script, init, flags, f"--out {name}")
     flags = "curate --pool pool/features.npz --refs refs/features.npz --self-threshold 0.99999"
     flags += " --threshold 0.99999 --out"
