@@ -41,8 +41,8 @@ import torch
 import torch._dynamo  # which an optimizer's first step would import, in each child anew
 from helpers import free_port, kill_at_random, log_rows
 from PIL import Image
-from test_dinov2 import SMALL as SMALL_DINOV2
 from test_llip import SMALL as SMALL_LLIP
+from test_runs import SCRIPTS as NEW_SCRIPTS
 from test_runs_old import SCRIPTS, Script, photographs, poison
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -96,7 +96,7 @@ class Case(Script):
 
 CASES = {name: Case(**vars(script)) for name, script in SCRIPTS.items()}
 CASES["llip"] = Case(llip, SMALL_LLIP, SMALL_LLIP, "contrastive_loss")
-SMALL_DINOV2 = [*SMALL_DINOV2, "--koleo-group", "8"]  # of one rank of two
+SMALL_DINOV2 = NEW_SCRIPTS["dinov2"].small.split()
 CASES["dinov2"] = Case(dinov2, SMALL_DINOV2, [*SMALL_DINOV2, "--preset", "toy"], "total_loss")
 ASK = "--scenes 2 --baseline none --concurrency 2 --fn slow:solve".split()
 CASES["mvp_eval"] = Case(mvp_eval, ASK, [*ASK, "--frames", "2"], "", whole=())

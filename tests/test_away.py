@@ -19,7 +19,7 @@ CASES = {
     f"iwm {PREDICTOR} --micro 8": "knn,mrr",
     "msn --prototypes 8": "knn",
     "pmsn --prototypes 8": "knn",
-    "dinov2": "knn,pca",
+    "dinov2": "knn,picture",
     f"vjepa {PREDICTOR} --frames 4 --physics-count 1": "physics",
     "llip": "retrieval",
     "pixel_vit --image-size 8 --randaugment 2 --jitter 0.4 --grey 0.2": "accuracy",

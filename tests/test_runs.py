@@ -21,6 +21,7 @@ from PIL import Image, PngImagePlugin
 
 import common
 import flexpredict
+import dinov2
 import ijepa
 import iwm
 import msn
@@ -49,6 +50,7 @@ class Script:
     slow: str = "--lr 1e-5 --lr-start 1e-5"  # a learning rate that hides rounding
     score: tuple = ("knn", "knn")  # an evaluation of class folders, and a number in it
     toy_score: tuple = ("knn", "knn")  # the same of the toy
+    slow: str = "--lr 1e-5 --lr-start 1e-5"  # flags of a small, steady learning rate
 
     @property
     def name(self):
@@ -68,7 +70,16 @@ NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")
 TEXT = "--text-width 16 --text-depth 1 --text-heads 2 --embedding 16 --mix-heads 2 "
 TEXT += "--mixture-tokens 3 --merges 30 "
 CLIPS = "--preset toy --image-size 32 --patch 8 --frames 4 "
+HEADS = "--head-hidden 16 --bottleneck 8 --prototypes 16 --ibot-hidden 16 --ibot-bottleneck 8 "
+HEADS += "--ibot-prototypes 12 --local-crops 2 --koleo-group 4 "
 SCRIPTS = {
+    "dinov2": Script(
+        dinov2,
+        TINY + HEADS,
+        TINY + HEADS + "--image-size 32 --local-size 16 --patch 8 ",
+        "total_loss",
+        slow="--lr 1e-5 --warmup 0 --freeze-last 0",
+    ),
     "ijepa": Script(ijepa, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
     "iwm": Script(iwm, TINY + PREDICTOR, TINY + PREDICTOR + HIDDEN, "iwm_loss"),
     "flexpredict": Script(flexpredict, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
@@ -210,6 +221,7 @@ def on_two_ranks(tmp_path_factory):
     folder, lines = tmp_path_factory.mktemp("ranks"), []
     for name, script in SCRIPTS.items():
         flags = f"{name} {script.small} {FOUR_STEPS} {script.slow} --out {folder}/{name}/"
+        flags = f"{name} {script.small} {script.slow} {FOUR_STEPS} --out {folder}/{name}/"
         shard = f"{flags}shard --shard --save-every 2 --steps"
         lines += [f"{flags}two", f"{shard} 2", f"{shard} 4 --resume --eval {script.toy_score[0]}"]
     run_several(*lines, ranks=2)
@@ -220,6 +232,7 @@ def on_two_ranks(tmp_path_factory):
 def test_two_ranks_are_one_process(script, on_two_ranks):
     """Same losses, gradients and weights on two ranks, with DDP and FSDP2; a sharded run resumes."""
     here(script, script.small, FOUR_STEPS, script.slow, f"--out one --eval {script.toy_score[0]}")
+    here(script, script.small, script.slow, FOUR_STEPS, "--out one --eval knn")
     found = on_two_ranks / script.name
     assert_same("one", found / "two", tolerance=1e-5, without=script.noise)
     one, two = log_rows("one"), log_rows(found / "two")
@@ -683,6 +696,12 @@ SETTINGS = [
 ]
 MORE_SETTINGS = {
     "llip": [("--batch 1", "negatives"), ("--embedding 33", "heads"), ("--model blip", "siglip")],
+    "dinov2": [
+        ("--local-size 10", "local_size 10"),
+        ("--koleo-group 48", "--koleo-group"),
+        ("--centering funny", "sinkhorn"),
+        ("--shard --precision fp16", "fp16"),
+    ],
     "ijepa": [("--micro 48", "--batch 64"), ("--targets 30", "context"), ("--batch 10", "--micro")],
     "iwm": [("--conditioning token", "sequence"), ("--jitter 2 0 0 0", "--jitter"), ("--min-visible 35", "visible")],
     "flexpredict": [("--mode paper", "stop_paper"), ("--sigma -1", "--sigma"), ("--davis x", "val.txt")],

@@ -16,12 +16,11 @@ SKIP.add(tokenize.ENDMARKER)
 FORMER = "# Until the other scripts follow"
 
 # (tokens, tokens a line on average) of files in their final form
-FINAL = {"common.py": 10600, "ijepa.py": 6300}
+FINAL = {"common.py": 10600, "ijepa.py": 6300, "dinov2.py": 11500}
 # tokens of files that have not followed yet: today's figures
 FORMER_SIZES = {
     "msn.py": 16928,
     "pmsn.py": 18812,
-    "dinov2.py": 26442,
     "vjepa.py": 24134,
     "iwm.py": 18611,
     "flexpredict.py": 18844,
