@@ -67,7 +67,7 @@ class Config:
     heads: int = 4  # attention heads
     positions: Literal["learned", "sincos", "none"] = "learned"  # from noise, fixed sines, or none
     position_std: float = 0.02  # std of the initial learned positions
-    readout: Literal["gap", "cls"] = "gap"  # what is classified: mean of the pixels, or class token
+    readout: Literal["gap", "cls"] = "gap"  # what is read: mean of the tokens, or class token
     classes: int = 0  # classes, 0 = as the data have
     init_std: float = 0.0  # std of the initial weights, 0 = Xavier uniform
     drop_path: float = 0.0  # stochastic depth of the last block, rising from 0 at the first
@@ -132,7 +132,6 @@ class Config:
 
     # evaluation
     eval: str = ""  # accuracy, reconstruction, knn, linear, samples, features, none
-    tokens: bool = False  # --eval features also writes all tokens
     probe_epochs: int = 30  # passes of the linear probe
     probe_batch: int = 256  # batch of the linear probe
     probe_lrs: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)  # learning rates tried, at batch 256
@@ -252,6 +251,7 @@ class Trunk(ViT):
         rates = [c.drop_path * i / max(1, c.depth - 1) for i in range(c.depth)]
         self.blocks = nn.ModuleList(DropBlock(c.width, c.heads, rate) for rate in rates)
         self.recompute = c.recompute
+        self.readout = c.readout
         order = None
         if c.permute:
             order = pixel_permutation(c.image_size, c.permute, c.permute_distance, c.seed)
@@ -356,17 +356,14 @@ def augment(image, config, random):
 def erase(pixels, random):
     """Fill a rectangle of pixels uint8 [3, S, S] with noise: 2 % to a third of the area."""
     size = pixels.shape[1]
-    for _ in range(10):
-        area = size * size * random.uniform(0.02, 1 / 3)
-        ratio = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
-        height = round(math.sqrt(area * ratio))
-        width = round(math.sqrt(area / ratio))
-        if height < size and width < size:
-            top, left = random.integers((size - height + 1, size - width + 1))
-            noise = torch.from_numpy(random.normal(size=(3, height, width)))
-            noise = 255 * (noise * common.STD + common.MEAN)
-            pixels[:, top : top + height, left : left + width] = noise.clamp(0, 255)
-            return
+    area = size * size * random.uniform(0.02, 1 / 3)
+    ratio = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
+    height = min(size, round(math.sqrt(area * ratio)))
+    width = min(size, round(math.sqrt(area / ratio)))
+    top, left = random.integers((size - height + 1, size - width + 1))
+    noise = torch.from_numpy(random.normal(size=(3, height, width)))
+    noise = 255 * (noise * common.STD + common.MEAN)
+    pixels[:, top : top + height, left : left + width] = noise.clamp(0, 255)
 
 
 def draw_mix(random, size, mixup, cutmix):
@@ -411,7 +408,6 @@ class Classifier(Trunk):
 
     def __init__(self, config):
         super().__init__(config)
-        self.readout = config.readout
         self.classes = config.classes
         self.smoothing = config.smoothing
         if self.readout == "gap":  # MAE's names
@@ -446,25 +442,25 @@ class Classifier(Trunk):
         """Return the loss on images [B, 3, S, S]; see `draw`."""
         targets = smooth_targets(labels, self.classes, self.smoothing)
         images, targets = mix(images, targets, share)
-        return classification_loss(self.head(self.features(images, uniforms)[0]), targets)
+        return classification_loss(self.logits(images, uniforms), targets)
 
-    def features(self, images, uniforms=None):
-        """Return what the head reads [B, D], and all tokens [B, 1 + N, D]."""
+    def pooled(self, images, uniforms=None):
+        """Return what the head reads [B, D]."""
         x = self.norm(self.run(images, uniforms=uniforms))
-        read = self.fc_norm(x[:, 1:].mean(1)) if self.readout == "gap" else x[:, 0]
-        return read, x
+        return self.fc_norm(x[:, 1:].mean(1)) if self.readout == "gap" else x[:, 0]
+
+    def logits(self, images, uniforms=None):
+        """Images [B, 3, H, W] -> [B, C]."""
+        return self.head(self.pooled(images, uniforms))
 
 
 def accuracy(model, val, config, world):
     """Return top-1 accuracy on a Split, percent; {} on ranks above 0."""
-
-    def classify(images):
-        return model.head(model.features(images)[0])
-
-    scores, labels, _ = common.extract(classify, val, config, world)
+    scores, labels, _ = common.extract(model.logits, val, config, world)
     return {} if world.rank else {"top-1": common.top1(scores, labels)}
 
 
+@torch.no_grad()
 def draw_classifier(path, model, images, config, columns=7):
     """Show the surest images of each class, and how alike positions are.
 
@@ -472,7 +468,7 @@ def draw_classifier(path, model, images, config, columns=7):
     on the diagonal, the cosine similarity of its position with all others. Nothing told the model
     which pixels are neighbours.
     """
-    scores = model.head(model.features(images)[0]).softmax(1)  # [B, C]
+    scores = model.logits(images).softmax(1)  # [B, C]
     table = model.pos_embed[0, 1:]
     table = F.normalize(table - table.mean(0), dim=1)
     grid = math.isqrt(len(table))
@@ -576,34 +572,29 @@ class MAE(Trunk):
             x = apply_block(block, self.recompute, x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:], mask
 
-    def features(self, images):
-        """Return the mean of the patch tokens [B, D], and all normed tokens [B, 1 + N, D]."""
-        x = self.norm(self.run(images))
-        return x[:, 1:].mean(1), x
+    def tokens(self, images):
+        """Return all normed tokens [B, 1 + N, D], nothing masked."""
+        return self.norm(self.run(images))
+
+    def pooled(self, images):
+        """Return features [B, D]: the mean of the patch tokens (gap), or the class token."""
+        x = self.tokens(images)
+        return x[:, 1:].mean(1) if self.readout == "gap" else x[:, 0]
 
 
-def hidden_errors(model, config, images):
-    """Return squared errors on hidden patches [B, 2]: as painted, and of the mean visible patch."""
+def reconstruction(model, images, config):
+    """Return 100 times the squared error on hidden patches, and that of the mean visible patch."""
     random = common.generator(config.seed, "val masks")
     noise = torch.rand(len(images), token_count(config), generator=random)
     prediction, mask = model.paint(images, noise.to(images.device))
     target = mae_target(images, config.patch, config.norm_pix)
     visible = 1 - mask[..., None]
     mean = (target * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True)
-    errors = [(guess - target).square().mean(-1) for guess in (prediction, mean)]
-    return torch.stack([(error * mask).sum(1) / mask.sum(1) for error in errors], dim=1)
+    errors = {"hidden error x 100": prediction, "of mean colour": mean}
+    return {name: 100 * mae_loss(x, target, mask).item() for name, x in errors.items()}
 
 
-def reconstruction(model, val, config, world):
-    """Return 100 times the errors of `hidden_errors`, mean over a Split; {} on ranks above 0."""
-    measure = functools.partial(hidden_errors, model, config)
-    errors, _, _ = common.extract(measure, val, config, world)
-    if world.rank:
-        return {}
-    painted, mean = (100 * errors.mean(0)).tolist()
-    return {"hidden error x 100": painted, "of mean colour": mean}
-
-
+@torch.no_grad()
 def draw_reconstruction(path, model, images, config, rows=8):
     """Show images, what the encoder sees, what the decoder paints, and that in the gaps only."""
     images = images[:rows]
@@ -759,30 +750,6 @@ def timestep_embedding(t, width):
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, width % 2))
 
 
-class TimestepEmbedder(nn.Module):
-    """A timestep t [B] in 0..999 -> [B, D]."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t):
-        """See the class."""
-        return self.mlp(timestep_embedding(t, 256))
-
-
-class LabelEmbedder(nn.Module):
-    """A class [B] -> [B, D]; the last row stands for no class, which guidance needs."""
-
-    def __init__(self, classes, width):
-        super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, width)
-
-    def forward(self, labels):
-        """See the class."""
-        return self.embedding_table(labels)
-
-
 def modulate(x, shift, scale):
     """Norm x [B, N, D] without affine, then scale and shift it by an image's [B, D]."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
@@ -849,8 +816,10 @@ class DiT(nn.Module):
         self.x_embedder.proj = nn.Conv2d(c.channels, c.width, c.patch, c.patch)
         grid = c.image_size // c.downsample // c.patch
         self.pos_embed = make_positions(c.positions, c.position_std, c.width, grid)
-        self.t_embedder = TimestepEmbedder(c.width)
-        self.y_embedder = LabelEmbedder(c.classes, c.width)
+        layers = nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width)
+        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(*layers)})  # nested as released
+        table = nn.Embedding(c.classes + 1, c.width)  # the last row: no class, for guidance
+        self.y_embedder = nn.ModuleDict({"embedding_table": table})
         self.blocks = nn.ModuleList(ConditionedBlock(c.width, c.heads) for _ in range(c.depth))
         self.final_layer = FinalLayer(c.width, c.patch**2 * c.channels * 2)
         self.initialise()
@@ -860,11 +829,8 @@ class DiT(nn.Module):
         self.apply(xavier_uniform)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for layer in (
-            self.y_embedder.embedding_table,
-            self.t_embedder.mlp[0],
-            self.t_embedder.mlp[2],
-        ):
+        nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
+        for layer in self.t_embedder["mlp"][::2]:
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.final_layer.linear.weight)
         for part in (*self.blocks, self.final_layer):
@@ -896,7 +862,8 @@ class DiT(nn.Module):
     def predict(self, x, t, labels):
         """Return noise and variance logits [B, 2C, H, W] at x [B, C, H, W], timestep t [B]."""
         tokens = self.x_embedder(common.patchify(x, self.patch)) + self.pos_embed
-        condition = self.t_embedder(t) + self.y_embedder(labels)
+        condition = self.t_embedder["mlp"](timestep_embedding(t, 256))
+        condition = condition + self.y_embedder["embedding_table"](labels)  # [B, D]
         for block in self.blocks:
             tokens = apply_block(block, self.recompute, tokens, condition)
         return unpatchify(self.final_layer(tokens, condition), self.patch)
@@ -949,8 +916,7 @@ def sample_images(model, config, numbers, world, codec=None):
         with world.autocast():
             return guided(model, x, t, labels, c.guidance if c.classes else 1)
 
-    for x, _ in sample_loop(diffusion, network, draw(), draw, clip=codec is None):
-        pass
+    *_, (x, _) = sample_loop(diffusion, network, draw(), draw, clip=codec is None)
     if codec:
         with torch.no_grad():
             x = codec.decode(x / LATENT_SCALE)
@@ -976,14 +942,12 @@ def sample_all(model, config, world, codec):
     """Return --samples images uint8 [N, 3, S, S] and labels, made by all ranks."""
     share = math.ceil(config.samples / world.size)
     numbers = torch.arange(world.rank * share, (world.rank + 1) * share)
-    images = []
-    labels = []
+    parts = []
     for some in numbers.split(config.micro):
-        found = sample_images(model, config, some.tolist(), world, codec)
-        images.append(found[0])
-        labels.append(found[1])
-    images = common.gather_over_ranks(torch.cat(images))
-    return images[: config.samples], common.gather_over_ranks(torch.cat(labels))[: config.samples]
+        parts.append(sample_images(model, config, some.tolist(), world, codec))
+    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    images = common.gather_over_ranks(images)[: config.samples]
+    return images, common.gather_over_ranks(labels)[: config.samples]
 
 
 @torch.no_grad()
@@ -1008,17 +972,14 @@ def evaluate_samples(model, train, val, config, world, run):
     if not c.judge:
         return
     judge = load_model(c.judge)[0].to(world.device)
-
-    def read(images):
-        return judge.features(images)[0]
-
     order = torch.randperm(len(train), generator=common.generator(c.seed, "reference"))
-    reference, _, _ = common.extract(read, train.subset(order[: c.samples].tolist()), c, world)
-    columns = {"real": common.extract(read, val, c, world)[:2]}
+    few = train.subset(order[: c.samples].tolist())
+    reference, _, _ = common.extract(judge.pooled, few, c, world)
+    columns = {"real": common.extract(judge.pooled, val, c, world)[:2]}
     untrained = build(c)[1].to(world.device).eval()
     found = {"samples": (images, labels), "untrained": sample_all(untrained, c, world, codec)}
     for name, (images, labels) in found.items():
-        features = [read(common.normalize(part)) for part in images.split(64)]
+        features = [judge.pooled(common.normalize(part)) for part in images.split(64)]
         columns[name] = torch.cat(features), labels
     results = {}
     if world.rank == 0:
@@ -1227,7 +1188,9 @@ def train(model, target, split, config, world):
     ema = common.EMA(target, model)
     run = common.Run(config, world, steps, network, optimizer, target=target)
     common.note(f"{run.out}: {len(split)} images, steps {run.step} to {steps} of {config.batch}")
-    describe(model, config)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    cost = f"{token_count(config)} tokens, {model.work(config) / 1e9:.3g} G multiply-adds an image"
+    common.note(f"{config.task}: {millions:.2f} M parameters, {cost}")
     make = functools.partial(make_micro_batch, split, config)
     numbers = common.micro_batches(config, world, run.step, steps)
     loader = common.make_loader(make, numbers, config, world)
@@ -1249,14 +1212,6 @@ def train(model, target, split, config, world):
         ema.update(config.ema, applied)
         run.log(lr=lr)
     return run
-
-
-def describe(model, config):
-    """Say what the model costs: the paper's gains are to be seen beside this."""
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    work = TASKS[config.task].work(config) / 1e9
-    tokens = f"{token_count(config)} tokens an image, {work:.3g} G multiply-adds"
-    common.note(f"{config.task}: {millions:.2f} M parameters, {tokens}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1300,73 +1255,55 @@ def linear_probe(bank, labels, test, test_labels, config):
     heads = {}
     for rate in c.probe_lrs:
         head = probe_head(bank.shape[1], int(labels.max()) + 1).to(bank.device)
-        heads[f"lr {rate:g}"] = (head, rate * c.probe_batch / 256, 0.0)
-    drops = [round(share * c.probe_epochs) for share in (0.3, 0.6, 0.9)]
+        heads[rate] = (head, rate * c.probe_batch / 256, 0.0)
+    drops = [c.probe_epochs // 3, c.probe_epochs * 2 // 3]
     return common.linear_probe(batches, test, test_labels, heads, c.probe_epochs, LARS, drops)[0]
 
 
+@torch.no_grad()
 def evaluate(target, train, val, config, world, run):
     """Run --eval on the network, on a random one, and for kNN on raw pixels."""
-    wanted = config.eval.split(",")
-    results = {}
-    networks = {"trained": target, "random": build(config)[1].to(world.device).eval()}
+    wanted = set(config.eval.split(","))
     if not (train.classes and val.classes):
-        wanted = set(wanted) - LABELLED
-    for name, network in networks.items():
-        results[name] = {}
-        if "accuracy" in wanted:
-            results[name].update(accuracy(network, val, config, world))
-        if "reconstruction" in wanted:
-            results[name].update(reconstruction(network, val, config, world))
-
-    def pooled_and_class_token(network, images):
-        pooled, tokens = network.features(images)
-        return torch.stack([pooled, tokens[:, 0]], dim=1)
-
-    encoders = {}
-    for name, network in networks.items():
-        encoders[name] = functools.partial(pooled_and_class_token, network)
+        wanted -= LABELLED
+    networks = {"trained": target, "random": build(config)[1].to(world.device).eval()}
+    encoders = {name: network.pooled for name, network in networks.items()}
     if "knn" in wanted:
-        encoders["pixels"] = lambda images: common.raw_pixels(images)[:, None]
-    if not {"knn", "linear"} & set(wanted):
-        encoders = {}
+        encoders["pixels"] = common.raw_pixels
+    results = {}
     for name, encode in encoders.items():
+        result = results[name] = {}
+        if "accuracy" in wanted and name in networks:
+            result.update(accuracy(networks[name], val, config, world))
+        if "reconstruction" in wanted and name in networks:
+            result.update(reconstruction(networks[name], unseen(val, config, world), config))
+        if not wanted & {"knn", "linear"}:
+            continue
         bank, bank_labels, _ = common.extract(encode, train, config, world)
         test, labels, _ = common.extract(encode, val, config, world)
-        result = results.setdefault(name, {})
-        if world.rank == 0 and "knn" in wanted:
-            scores = common.knn(bank[:, 0], bank_labels, test[:, 0])
-            result["knn"] = common.top1(scores, labels)
-        if world.rank == 0 and "linear" in wanted and name != "pixels":
-            for i, key in enumerate(("linear", "linear, class token")):
-                result[key] = linear_probe(bank[:, i], bank_labels, test[:, i], labels, config)
+        if "knn" in wanted and world.rank == 0:
+            result["knn"] = common.top1(common.knn(bank, bank_labels, test), labels)
+        if "linear" in wanted and world.rank == 0:
+            with torch.enable_grad():
+                result["linear"] = linear_probe(bank, bank_labels, test, labels, config)
     run.report(results)
 
 
 def write_features(network, split, config, world, run):
-    """Write features.npz: features [N, D], labels [N], paths; with --tokens tokens [N, T, D]."""
-
-    def read(images):
-        pooled, tokens = network.features(images)
-        pooled = pooled[:, None]
-        return torch.cat([pooled, tokens], dim=1) if config.tokens else pooled
-
-    features, labels, names = common.extract(read, split, config, world)
+    """Write features.npz: features [N, D], labels [N], paths."""
+    features, labels, names = common.extract(network.pooled, split, config, world)
     if world.rank == 0:
-        arrays = {"features": features[:, 0].cpu(), "labels": labels.cpu(), "paths": names}
-        if config.tokens:
-            arrays["tokens"] = features[:, 1:].cpu()
-        np.savez(run.out / "features.npz", **arrays)
+        np.savez(
+            run.out / "features.npz", features=features.cpu(), labels=labels.cpu(), paths=names
+        )
         common.note(f"{run.out / 'features.npz'}: {len(names)} images")
 
 
-@torch.no_grad()
-def report(network, split, config, world, run):
-    """After training: the picture of a classifier or an autoencoder."""
-    order = torch.randperm(len(split), generator=common.generator(config.seed, "picture"))
-    _, pixels, _ = common.centre_crops(split, config.image_size, order[:64].tolist())
-    draw = draw_classifier if config.task == "classify" else draw_reconstruction
-    draw(run.out / "picture.png", network, common.normalize(pixels.to(world.device)), config)
+def unseen(split, config, world):
+    """Return up to 256 images of a Split, normalised."""
+    order = torch.randperm(len(split), generator=common.generator(config.seed, "unseen"))
+    _, pixels, _ = common.centre_crops(split, config.image_size, order[:256].tolist())
+    return common.normalize(pixels.to(world.device))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1560,19 +1497,6 @@ CIFAR10_DIFFUSION = {
     "clip": 1.0,
     "sampler_steps": 50,
 }
-CPU = {
-    "image_size": 16,
-    "width": 96,
-    "depth": 4,
-    "heads": 3,
-    "batch": 64,
-    "micro": 64,
-    "steps": 4000,
-    "lr": 1e-3,
-    "weight_decay": 0.05,
-    "workers": 1,
-}
-PLAIN = {"randaugment": 0, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "init_std": 0.0}
 FOLDER = {
     **SMALL,
     "data": "folder",
@@ -1678,15 +1602,11 @@ PRESETS = {
     "toy": {**TOY, "steps": 1000},
     "toy-mae": {**TOY, "task": "mae", "steps": 1500, "lr": 1.5e-3, "decoder_width": 48},
     "toy-diffusion": {**TOY, **TOY_DIFFUSION},
-    "cifar10-cpu": {**CIFAR10, **CPU, **PLAIN},
-    "cifar10-cpu-mae": {**CIFAR10_MAE, **CPU},
-    "cifar10-cpu-diffusion": {**CIFAR10_DIFFUSION, **CPU, "ema": 0.999, "weight_decay": 0.0},
     "cifar10": CIFAR10,
     "cifar10-mae": CIFAR10_MAE,
     "cifar10-diffusion": CIFAR10_DIFFUSION,
     "folder": {**FOLDER, **MIXED, "lr": 1e-3, "crop_scale": (0.2, 1.0)},
     "folder-mae": {**FOLDER, **SMALL_MAE, "image_size": 64, "lr": 5e-4, "decoder_width": 192},
-    "folder-diffusion": {**FOLDER, **DIFFUSION, "lr": 2e-4, "clip": 1.0, "epochs": 400},
     "imagenet28": {**IMAGENET28, **SMALL},
     "vit_t1_cifar100": {**CIFAR100, **TINY},
     "vit_s1_cifar100": {**CIFAR100, **SMALL},
@@ -1720,8 +1640,6 @@ def check(config, world):
         fail(f"--eval {c.eval} must name some of {', '.join(known)}, none, with --task {c.task}")
     if c.task == "mae" and (c.positions == "none" or c.mask_ratio >= 1):
         fail("a masked autoencoder needs --positions, and --mask-ratio below 1")
-    if c.permute > c.image_size**2 // 2:
-        fail(f"--permute {c.permute}: an image has {c.image_size**2 // 2} pairs of pixels")
     if c.sampler_steps > TIMESTEPS:
         fail(f"--sampler-steps {c.sampler_steps} must be at most {TIMESTEPS}")
     if c.judge and read_weights(c.judge)["fields"]["task"] != "classify":
@@ -1736,18 +1654,17 @@ def check(config, world):
 
 
 def take_over(config, typed, fields):
-    """Return the Config with what the weights of --init decide. The file chooses the task,
-    unless a flag or a preset that was typed does."""
-    fields = dict(fields)
-    task = fields["task"]
-    if {"task", "preset"} & typed:
-        fields["task"] = config.task
-    if fields["task"] == "classify" and (config.train or task == "mae"):
-        fields.pop("classes", None)  # a head for these data
-    if fields["task"] == "classify" and task == "mae":
-        for name in ("positions", "readout"):
-            fields.pop(name, None)
-    return common.adopt(config, fields, typed, config.init)
+    """Return the Config with what the weights of --init decide.
+
+    The file chooses the task, unless a flag or a preset that was typed does.
+    """
+    task = config.task if typed & {"task", "preset"} else fields["task"]
+    kept = {**fields, "task": task}
+    if task == "classify" and fields["task"] == "mae":  # a new head, and positions are trained
+        kept = {name: kept[name] for name in kept.keys() - {"classes", "readout", "positions"}}
+    elif task == "classify" and config.train:
+        del kept["classes"]
+    return common.adopt(config, kept, typed, config.init)
 
 
 @common.command_line
@@ -1783,7 +1700,8 @@ def main(argv=None):
         run = common.Run(config, world)
     target.to(world.device).eval()
     if config.train and config.task != "diffusion" and world.rank == 0:
-        report(target, val, config, world, run)
+        draw = draw_classifier if config.task == "classify" else draw_reconstruction
+        draw(run.out / "picture.png", target, unseen(val, config, world), config)
     if "features" in wanted:
         write_features(target, val, config, world, run)
     if "samples" in wanted:
