@@ -1636,7 +1636,7 @@ def check(config, world):
     if c.decoder_width % c.decoder_heads or c.decoder_width % 4:
         fail(f"--decoder-width {c.decoder_width} must be a multiple of --decoder-heads, and of 4")
     known = TASKS[c.task].evaluations
-    if set(c.eval.split(",")) - {*known, "none"}:
+    if set(c.eval.split(",")) - {*known, "none", ""}:
         fail(f"--eval {c.eval} must name some of {', '.join(known)}, none, with --task {c.task}")
     if c.task == "mae" and (c.positions == "none" or c.mask_ratio >= 1):
         fail("a masked autoencoder needs --positions, and --mask-ratio below 1")

@@ -21,6 +21,7 @@ from PIL import Image, PngImagePlugin
 
 import common
 import ijepa
+import pixel_vit
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -51,8 +52,15 @@ TINY = "--width 16 --depth 2 --heads 2 --batch 16 --eval none --log-every 1 --de
 TINY += "--no-compile --precision fp32 --workers 0 "
 PREDICTOR = "--micro 8 --predictor-width 16 --predictor-depth 2 "
 BLOCKS = "--image-size 32 --patch 8 --min-context 2 --target-scale 0.1 0.15 "
+PAINT = "--task mae --micro 8 --decoder-width 16 --decoder-heads 2 --decoder-depth 1 "
 SCRIPTS = {
     "ijepa": Script(ijepa, TINY + PREDICTOR, TINY + PREDICTOR + BLOCKS, "jepa_loss"),
+    "pixel_vit": Script(
+        pixel_vit,
+        TINY + PAINT + "--image-size 8 ",
+        TINY + PAINT + "--image-size 32 --patch 8 ",
+        "mae_loss",
+    ),
 }
 
 
@@ -640,6 +648,15 @@ SETTINGS = [
 ]
 MORE_SETTINGS = {
     "ijepa": [("--micro 48", "--batch 64"), ("--targets 30", "context"), ("--batch 10", "--micro")],
+    "pixel_vit": [
+        ("--micro 48", "--batch 32"),
+        ("--task mae --positions none", "--positions"),
+        ("--task mae --mask-ratio 1", "--mask-ratio"),
+        ("--task mae --decoder-width 30", "--decoder-width"),
+        ("--task diffusion --eval knn", "samples"),
+        ("--task diffusion --sampler-steps 1001", "1000"),
+        ("--task diffusion --judge absent.pt", "absent.pt"),
+    ],
 }
 
 

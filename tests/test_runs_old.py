@@ -24,7 +24,6 @@ import common
 import flexpredict
 import iwm
 import msn
-import pixel_vit
 import pmsn
 import vjepa
 
@@ -56,14 +55,11 @@ HEAD = "--head-hidden 16 --embedding 8 --prototypes 8".split()
 HIDDEN = "--image-size 32 --patch 8 --min-visible 4".split()
 CLIPS = [*PREDICTOR, "--frames", "4", "--physics-count", "1", "--group", "0"]
 VIEWS = "--image-size 32 --patch 8 --focal-size 16".split()
-PIXELS = "--image-size 8".split()
-PAINTED = "--task mae --image-size 32 --patch 8 --decoder-width 16 --decoder-heads 2".split()
 NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")  # BatchNorm and softmax cancel them
 SCRIPTS = {
     "flexpredict": Script(flexpredict, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *BLOCKS], "jepa_loss"),
     "iwm": Script(iwm, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *HIDDEN], "iwm_loss"),
     "msn": Script(msn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS], "msn_loss", noise=NORMED),
-    "pixel_vit": Script(pixel_vit, [*TINY, *PIXELS], [*TINY, *PAINTED], "classification_loss"),
     "pmsn": Script(pmsn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS, "--imbalance", "0"], "pmsn_loss", noise=NORMED),
     "vjepa": Script(vjepa, [*TINY, *CLIPS], [*TINY, *CLIPS, *VIEWS[:4]], "vjepa_loss", stream=(), probes="knn,probe"),
 }
@@ -456,10 +452,6 @@ MORE_SETTINGS = {
             ("--shard", "--init RUN/last.pt")],
     "msn": [("--drop 1.0", "--drop"), ("--mask-per pixel", "image"), ("--focal-size 2", "--focal-size"),
             ("--labelled none.txt", "none.txt")],
-    "pixel_vit": [("--task mae --positions none", "which pixel"), ("--permute 73", "72 pairs"),
-                  ("--task diffusion --sampler-steps 2000", "--sampler-steps"), ("--sweep depth", "permute"),
-                  ("--task diffusion --eval knn", "generate"), ("--mixup 0.8 --batch 1", "even"),
-                  ("--task diffusion --permute 3", "--permute"), ("--task mae --mask-ratio 1", "--mask-ratio")],
     "pmsn": [("--prior cubic", "power-law"), ("--imbalance 0.5", "--imbalance"), ("--prior-kl up", "reverse"),
              ("--classes-per-batch 3", "--classes-per-batch"), ("--train-list none.txt", "none.txt")],
     "vjepa": [("--group 48", "--batch 32"), ("--masks funny", "multiblock"), ("--frames 15", "--tubelet"),
