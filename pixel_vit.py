@@ -56,7 +56,7 @@ class Config:
     """Every field is a flag. The comment beside it is its help."""
 
     preset: str = ""  # a name of PRESETS, by default the one that fits --data
-    data: str = "toy"  # toy, shapes, cifar10, imagenet, or a folder of images
+    data: str = "toy"  # toy, glyphs, cifar10, imagenet, or a folder of images
     task: Literal["classify", "mae", "diffusion"] = "classify"  # presets choose it
 
     # model
@@ -152,7 +152,8 @@ def make_positions(kind, std, width, grid, special=0):
     A parameter even where it is fixed, since checkpoints hold it.
     """
     if kind == "sincos":
-        table = F.pad(common.sincos_2d(width, grid, grid), (0, 0, special, 0)).float()
+        table = common.sincos_2d(width, grid, grid).float()
+        table = F.pad(table, (0, 0, special, 0))
     else:
         table = torch.randn(special + grid * grid, width) * (std if kind == "learned" else 0)
     return nn.Parameter(table[None], requires_grad=kind == "learned")
@@ -187,7 +188,10 @@ def apply_block(block, recompute, *inputs):
 
 def multiply_adds(*stacks):
     """Return the work of a forward pass on one image; a stack is (tokens, width, depth)."""
-    return sum(depth * (12 * n * width**2 + 2 * n**2 * width) for n, width, depth in stacks)
+    total = 0
+    for n, width, depth in stacks:
+        total += depth * (12 * n * width**2 + 2 * n**2 * width)
+    return total
 
 
 def token_count(config):
@@ -306,6 +310,11 @@ def keep_bits(image, bits):
     return image.point(lambda v: v & -(1 << (8 - bits)))
 
 
+def enhance(kind):
+    """Return an operation that turns PIL's enhancer up or down."""
+    return lambda image, m: kind(image).enhance(1 + 0.9 * m)
+
+
 # RandAugment's, "increasing": m is the strength, 0 to 1, with a random sign
 OPERATIONS = {
     "autocontrast": lambda image, m: ImageOps.autocontrast(image),
@@ -315,10 +324,10 @@ OPERATIONS = {
     "posterize": lambda image, m: keep_bits(image, 4 - int(4 * abs(m))),
     "solarize": lambda image, m: ImageOps.solarize(image, 256 - int(256 * abs(m))),
     "solarizeadd": lambda image, m: solarize_add(image, int(110 * abs(m))),
-    "color": lambda image, m: ImageEnhance.Color(image).enhance(1 + 0.9 * m),
-    "contrast": lambda image, m: ImageEnhance.Contrast(image).enhance(1 + 0.9 * m),
-    "brightness": lambda image, m: ImageEnhance.Brightness(image).enhance(1 + 0.9 * m),
-    "sharpness": lambda image, m: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * m),
+    "color": enhance(ImageEnhance.Color),
+    "contrast": enhance(ImageEnhance.Contrast),
+    "brightness": enhance(ImageEnhance.Brightness),
+    "sharpness": enhance(ImageEnhance.Sharpness),
     "shearx": lambda image, m: affine(image, 1, 0.3 * m, 0, 0, 1, 0),
     "sheary": lambda image, m: affine(image, 1, 0, 0, 0.3 * m, 1, 0),
     "translatex": lambda image, m: affine(image, 1, 0, 0.45 * m * image.width, 0, 1, 0),
@@ -447,7 +456,9 @@ class Classifier(Trunk):
     def pooled(self, images, uniforms=None):
         """Return what the head reads [B, D]."""
         x = self.norm(self.run(images, uniforms=uniforms))
-        return self.fc_norm(x[:, 1:].mean(1)) if self.readout == "gap" else x[:, 0]
+        if self.readout == "cls":
+            return x[:, 0]
+        return self.fc_norm(x[:, 1:].mean(1))
 
     def logits(self, images, uniforms=None):
         """Images [B, 3, H, W] -> [B, C]."""
@@ -477,7 +488,8 @@ def draw_classifier(path, model, images, config, columns=7):
         surest = scores[:, i].topk(min(columns, len(images))).indices
         place = (2 * i + 1) * grid // 16
         similarity = (table @ table[place * grid + place]).view(1, 1, grid, grid)
-        heat = F.interpolate(2 * similarity, images.shape[2:]).expand(-1, 3, -1, -1)
+        heat = F.interpolate(2 * similarity, images.shape[2:])
+        heat = heat.expand(-1, 3, -1, -1)  # grey
         rows.append(torch.cat([images[surest], heat]))
     common.save_picture(path, torch.stack(rows))
     common.note(f"{path}: rows are classes, surest images first; last, how alike positions are")
@@ -625,7 +637,8 @@ def noise_betas(schedule):
     """Return the variance of the noise that each of 1000 steps adds, float64 [T]."""
     if schedule == "linear":
         return np.linspace(1e-4, 0.02, TIMESTEPS)
-    g = np.cos((np.arange(TIMESTEPS + 1) / TIMESTEPS + 0.008) / 1.008 * np.pi / 2) ** 2
+    u = np.arange(TIMESTEPS + 1) / TIMESTEPS
+    g = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - g[1:] / g[:-1], 0.999)
 
 
@@ -711,8 +724,8 @@ class Diffusion(nn.Module):
         true_log_variance = self.at("posterior_log_variance_clipped", k)
         ratio = true_log_variance - log_variance
         gap = self.posterior_mean(x_start, x, k) - mean
-        kl = 0.5 * (-1 - ratio + ratio.exp() + gap.square() * (-log_variance).exp())
-        kl = kl.flatten(1).mean(1)
+        distance = gap.square() * (-log_variance).exp()
+        kl = 0.5 * (-1 - ratio + ratio.exp() + distance).flatten(1).mean(1)
         likelihood = log_likelihood(x_start, mean, 0.5 * log_variance).flatten(1).mean(1)
         return torch.where(k == 0, -likelihood, kl) / math.log(2)
 
@@ -721,7 +734,8 @@ def log_likelihood(x, mean, log_std):
     """Return log probabilities of 8-bit values x in -1..1 under a normal distribution."""
 
     def cdf(z):
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+        z = z + 0.044715 * z**3
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * z))
 
     inverse = (-log_std).exp()
     above = cdf(inverse * (x - mean + 1 / 255))
@@ -747,12 +761,14 @@ def timestep_embedding(t, width):
     half = width // 2
     powers = torch.arange(half, device=t.device).float() / half
     angles = t[:, None].float() * torch.exp(-math.log(10000) * powers)
-    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, width % 2))
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return F.pad(embedding, (0, width % 2))
 
 
 def modulate(x, shift, scale):
     """Norm x [B, N, D] without affine, then scale and shift it by an image's [B, D]."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class TanhMLP(MLP):
@@ -816,8 +832,9 @@ class DiT(nn.Module):
         self.x_embedder.proj = nn.Conv2d(c.channels, c.width, c.patch, c.patch)
         grid = c.image_size // c.downsample // c.patch
         self.pos_embed = make_positions(c.positions, c.position_std, c.width, grid)
-        layers = nn.Linear(256, c.width), nn.SiLU(), nn.Linear(c.width, c.width)
-        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(*layers)})  # nested as released
+        first = nn.Linear(256, c.width)
+        layers = nn.Sequential(first, nn.SiLU(), nn.Linear(c.width, c.width))
+        self.t_embedder = nn.ModuleDict({"mlp": layers})  # nested as released
         table = nn.Embedding(c.classes + 1, c.width)  # the last row: no class, for guidance
         self.y_embedder = nn.ModuleDict({"embedding_table": table})
         self.blocks = nn.ModuleList(ConditionedBlock(c.width, c.heads) for _ in range(c.depth))
@@ -876,8 +893,8 @@ def guided(model, x, t, labels, scale):
     """
     if scale == 1:
         return model.predict(x, t, labels)
-    null = torch.full_like(labels, model.null)
-    output = model.predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null]))
+    both = torch.cat([labels, torch.full_like(labels, model.null)])
+    output = model.predict(torch.cat([x, x]), torch.cat([t, t]), both)
     asked, without = output.chunk(2)
     moved = without[:, :3] + scale * (asked - without)[:, :3]
     return torch.cat([moved, asked[:, 3:]], dim=1)
@@ -934,8 +951,8 @@ def frechet_distance(a, b):
     values, vectors = torch.linalg.eigh(a.T.cov())
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
-    traces = values.sum() + covariance.trace()
-    return ((a.mean(0) - b.mean(0)).square().sum() + traces - 2 * cross).item()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return (means + values.sum() + covariance.trace() - 2 * cross).item()
 
 
 def sample_all(model, config, world, codec):
@@ -972,8 +989,8 @@ def evaluate_samples(model, train, val, config, world, run):
     if not c.judge:
         return
     judge = load_model(c.judge)[0].to(world.device)
-    order = torch.randperm(len(train), generator=common.generator(c.seed, "reference"))
-    few = train.subset(order[: c.samples].tolist())
+    order = common.epoch_order(len(train), c.seed, "reference")
+    few = train.subset(order[: c.samples])
     reference, _, _ = common.extract(judge.pooled, few, c, world)
     columns = {"real": common.extract(judge.pooled, val, c, world)[:2]}
     untrained = build(c)[1].to(world.device).eval()
@@ -1075,51 +1092,34 @@ def preparation(config, device):
     return prepare
 
 
+GLYPHS = """
+.###. .#### ##### #...# #.... .###. ##### #...# ##### ####.
+#...# #.... #.... #...# #.... #...# ..#.. .#.#. ...#. #...#
+##### #.... ####. ##### #.... #...# ..#.. ..#.. ..#.. ####.
+#...# #.... #.... #...# #.... #...# ..#.. .#.#. .#... #....
+#...# .#### ##### #...# ##### .###. ..#.. #...# ##### #....
+"""
+
+
 @functools.lru_cache(maxsize=2)
-def shapes(name):
-    """Ten bright shapes on dark ground, 12 x 12, of any colour, shifted, scaled and turned a bit."""
+def glyphs(name):
+    """Ten letters of 5 x 5 pixels, bright on dark or dark on bright, anywhere in 12 x 12 pixels."""
     random, labels = common.toy_random(name)
-    size = 12
-
-    def uniform(low, high, *shape):
-        return random.uniform(low, high, (len(labels), *(shape or (1, 1))))
-
-    line = (np.arange(size) + 0.5) / size * 2 - 1  # the image spans -1 to 1
-    x = line - uniform(-0.25, 0.25)
-    y = line[:, None] - uniform(-0.25, 0.25)
-    turn = uniform(-0.25, 0.25)
-    scale = uniform(0.6, 0.75)
-    u = (x * np.cos(turn) + y * np.sin(turn)) / scale
-    v = (y * np.cos(turn) - x * np.sin(turn)) / scale
-
-    def box(u, v, width, height):
-        return np.maximum(abs(u) - width, abs(v) - height)
-
-    def cross(u, v, arm, thick):
-        return np.minimum(box(u, v, arm, thick), box(u, v, thick, arm))
-
-    outlines = {  # distance to the outline, negative inside
-        "disc": np.hypot(u, v) - 1,
-        "ring": abs(np.hypot(u, v) - 0.75) - 0.27,
-        "square": box(u, v, 0.9, 0.9),
-        "frame": abs(box(u, v, 0.7, 0.7)) - 0.25,
-        "plus": cross(u, v, 1, 0.28),
-        "x": cross(u + v, u - v, 1.5, 0.4) / 1.41,
-        "triangle": np.maximum(abs(u) * 0.87 - v * 0.5 - 0.5, v - 0.8),
-        "bars": box(u, abs(v) - 0.6, 1, 0.27),
-        "tee": np.minimum(box(u, v + 0.7, 1, 0.27), box(u, v, 0.27, 1)),
-        "ell": np.minimum(box(u + 0.6, v, 0.27, 1), box(u, v - 0.7, 0.9, 0.27)),
-    }
-    outside = np.choose(labels[:, None, None], list(outlines.values()))
-    share = np.clip(0.5 - outside * scale * size / 2, 0, 1)[..., None]  # that a shape covers
-    dark = uniform(0, 80, 1, 1, 3)
-    light = uniform(130, 255, 1, 1, 3)
-    images = dark + (light - dark) * share
-    images = images + random.normal(0, 6, images.shape)
-    return common.in_memory(images, labels, list(outlines), name)
+    rows = [[list(glyph) for glyph in line.split()] for line in GLYPHS.split("\n")[1:-1]]
+    drawn = np.array(rows).swapaxes(0, 1) == "#"  # [10, 5, 5]
+    image = np.arange(len(labels))[:, None, None]
+    top, left = random.integers(0, 8, (2, *image.shape))
+    line = np.arange(5)
+    ink = np.zeros((len(labels), 12, 12, 1))
+    ink[image, top + line[:, None], left + line] = drawn[labels][..., None]
+    paper = 128 + random.uniform(-40, 40, (len(labels), 1, 1, 3))
+    contrast = np.where(paper.mean(3, keepdims=True) > 128, -90, 90)
+    images = paper + contrast * ink
+    images = images + random.normal(0, 8, images.shape)
+    return common.in_memory(images, labels, list("ACEHLOTXZP"), name)
 
 
-common.TOYS["shapes"] = shapes
+common.TOYS["glyphs"] = glyphs
 
 # --------------------------------------------------------------------------------------------------
 # Train
@@ -1301,8 +1301,8 @@ def write_features(network, split, config, world, run):
 
 def unseen(split, config, world):
     """Return up to 256 images of a Split, normalised."""
-    order = torch.randperm(len(split), generator=common.generator(config.seed, "unseen"))
-    _, pixels, _ = common.centre_crops(split, config.image_size, order[:256].tolist())
+    order = common.epoch_order(len(split), config.seed, "unseen")
+    _, pixels, _ = common.centre_crops(split, config.image_size, order[:256])
     return common.normalize(pixels.to(world.device))
 
 
@@ -1503,12 +1503,10 @@ FOLDER = {
     "heads": 6,
     "image_size": 64,
     "patch": 2,
-    "flip": True,
     "batch": 256,
     "micro": 64,
     "epochs": 100,
-    "weight_decay": 0.05,
-    "workers": 12,
+    "warmup": 0.1,
 }
 # The paper's: CIFAR-100 from scratch and after MAE, ImageNet at 28 x 28, latents of 256 x 256.
 CIFAR100 = {
@@ -1605,8 +1603,8 @@ PRESETS = {
     "cifar10": CIFAR10,
     "cifar10-mae": CIFAR10_MAE,
     "cifar10-diffusion": CIFAR10_DIFFUSION,
-    "folder": {**FOLDER, **MIXED, "lr": 1e-3, "crop_scale": (0.2, 1.0)},
-    "folder-mae": {**FOLDER, **SMALL_MAE, "image_size": 64, "lr": 5e-4, "decoder_width": 192},
+    "folder": {**IMAGENET28, **FOLDER, "lr": 1e-3, "weight_decay": 0.05, "ema": 0.0},
+    "folder-mae": {**SMALL_MAE, **FOLDER, "lr": 5e-4, "decoder_width": 192},
     "imagenet28": {**IMAGENET28, **SMALL},
     "vit_t1_cifar100": {**CIFAR100, **TINY},
     "vit_s1_cifar100": {**CIFAR100, **SMALL},
@@ -1622,7 +1620,7 @@ PRESETS = {
     "dit_l2": {**DIT_L, "patch": 2, "positions": "sincos"},
     "dit_xl2": {**LATENTS, **DIT_XL, "batch": 256, "epochs": 1400, "warmup": 0.0, "lr": 1e-4},
 }
-DATA_PRESETS = {"toy": "toy", "shapes": "toy", "cifar10": "cifar10", "imagenet": "imagenet28"}
+DATA_PRESETS = {"toy": "toy", "glyphs": "toy", "cifar10": "cifar10", "imagenet": "imagenet28"}
 DATA_PRESETS["*"] = "folder"
 
 
@@ -1679,8 +1677,8 @@ def main(argv=None):
     check(config, world)
     wanted = set(config.eval.split(","))
     labelled = ", ".join(sorted(wanted & LABELLED))
-    train_split, val = common.open_data(config.data, labelled, "shapes")
-    val = val or common.open_split(config.data, "val", "shapes") or train_split
+    train_split, val = common.open_data(config.data, labelled, "glyphs")
+    val = val or common.open_split(config.data, "val", "glyphs") or train_split
     config = replace(config, classes=config.classes or len(train_split.classes))
     if config.task == "classify" and config.classes < 2:
         fail(f"a classifier needs train/CLASS/* of two classes or more; {config.data} has fewer")

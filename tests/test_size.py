@@ -16,7 +16,7 @@ SKIP.add(tokenize.ENDMARKER)
 FORMER = "# Until the other scripts follow"
 
 # (tokens, tokens a line on average) of files in their final form
-FINAL = {"common.py": 10600, "ijepa.py": 6300}
+FINAL = {"common.py": 10600, "ijepa.py": 6300, "pixel_vit.py": 13250}
 # tokens of files that have not followed yet: today's figures
 FORMER_SIZES = {
     "msn.py": 16928,
@@ -25,7 +25,6 @@ FORMER_SIZES = {
     "vjepa.py": 24134,
     "iwm.py": 18611,
     "flexpredict.py": 18844,
-    "pixel_vit.py": 27981,
     "llip.py": 22701,
     "mvp_eval.py": 20851,
 }
