@@ -11,13 +11,13 @@ it, on a CPU (resident) as on a GPU (allocated).
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
@@ -34,56 +34,69 @@ def explicit_attention(q, k, v):
 def make_config(args):
     """The Config of a row: `tokens` pixels of patch 1, ten classes."""
     side = round(args.tokens[0] ** 0.5)
-    return pixel_vit.Config(task=args.task, image_size=side, width=args.width, depth=args.depth, heads=args.heads,
-                            batch=args.batch, classes=10, decoder_width=args.width // 2, decoder_depth=args.depth // 3,
-                            decoder_heads=args.heads, recompute=args.kind == "checkpointed")  # fmt: skip
+    decoder = {"decoder_width": args.width // 2, "decoder_depth": args.depth // 3}
+    return pixel_vit.Config(
+        task=args.task,
+        image_size=side,
+        width=args.width,
+        depth=args.depth,
+        heads=args.heads,
+        batch=args.batch,
+        micro=args.batch,
+        classes=10,
+        decoder_heads=args.heads,
+        recompute=args.kind == "checkpointed",
+        **decoder,
+    )
 
 
 def measure(args):
     """Training steps of one task at one length: print JSON of seconds and GiB an image."""
     if args.kind == "explicit":
-        F.scaled_dot_product_attention = explicit_attention
-    world, c = common.old_start_world(args.device), make_config(args)
-    device, dtype = world.device, common.old_choose_precision("", world.device)
-    model = pixel_vit.build(c)[0].to(device)
+        common.attend = explicit_attention
+    world, c = common.start_world(args.device), make_config(args)
+    model = pixel_vit.build(c)[0].to(world.device)
     optimizer = pixel_vit.make_optimizer(model, c)
-    diffusion = pixel_vit.Diffusion(pixel_vit.noise_betas("linear", 1000), range(1000), device)
-    images = torch.randn(c.batch, 3, c.image_size, c.image_size, device=device)
-    labels = torch.arange(c.batch, device=device) % 10
-    before, seconds = common.old_memory_gib(device), []
+    prepare = pixel_vit.preparation(c, world.device)
+    pixels = torch.randint(0, 256, (c.batch, 3, c.image_size, c.image_size), dtype=torch.uint8)
+    labels = torch.arange(c.batch) % 10
+    before, seconds = memory_gib(world.device), []
     for step in range(args.steps):
+        item = pixel_vit.TASKS[c.task].draw(c, pixels.clone(), labels, step)
         begin = time.monotonic()
-        if c.task == "classify":
-            inputs = pixel_vit.classification_inputs(images, labels, c, step, (0, c.batch))
-        elif c.task == "mae":
-            (noise,) = pixel_vit.micro_batch_masks(c, step, 0, c.batch, world)
-            inputs = images, noise.to(device)
-        else:
-            inputs = pixel_vit.diffusion_inputs(images, labels, c, step, (0, c.batch), None)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            pixel_vit.forward_loss(model, inputs, c, diffusion).backward()
+        images, *inputs = (part.to(world.device) for part in item)
+        with world.autocast():
+            model(prepare(images), *inputs).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
+        if world.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.monotonic() - begin)
-    memory = common.old_memory_gib(device) - before
-    print(json.dumps(dict(seconds=sorted(seconds[1:] or seconds)[0] / c.batch, memory=memory / c.batch)))
+    memory = memory_gib(world.device) - before
+    seconds = sorted(seconds[1:] or seconds)[0]
+    print(json.dumps({"seconds": seconds / c.batch, "memory": memory / c.batch}))
+
+
+def memory_gib(device):
+    """The highest memory so far: allocated on a GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def sampling(args):
     """Images/s of the sampler at one batch size, no guidance: print JSON."""
-    world, c = common.old_start_world(args.device), make_config(args)
-    c = pixel_vit.replace(c, task="diffusion", sampler_steps=str(args.steps), guidance=1.0)
+    world = common.start_world(args.device)
+    c = pixel_vit.replace(make_config(args), task="diffusion", sampler_steps=args.steps, guidance=1.0)
     model = pixel_vit.build(c)[0].to(world.device).eval()
     best = 1e9
     for _ in range(2):  # the first one warms up
         begin = time.monotonic()
-        for first in range(0, args.images, args.batch):
-            images, _ = pixel_vit.sample_images(model, c, first, min(args.images, first + args.batch), world.device)
+        for numbers in torch.arange(args.images).split(args.batch):
+            images, _ = pixel_vit.sample_images(model, c, numbers.tolist(), world)
         images.cpu()
         best = min(best, time.monotonic() - begin)
-    print(json.dumps(dict(images_per_s=args.images / best)))
+    print(json.dumps({"images_per_s": args.images / best}))
 
 
 def row(args, **changes):

@@ -50,7 +50,6 @@ import common
 import dinov2
 import llip
 import mvp_eval
-import pixel_vit
 
 STEPS = ("--steps", 24, "--save-every", 1)
 SLOW = f"""import sys, time
@@ -100,7 +99,7 @@ SMALL_DINOV2 = NEW_SCRIPTS["dinov2"].small.split()
 CASES["dinov2"] = Case(dinov2, SMALL_DINOV2, [*SMALL_DINOV2, "--preset", "toy"], "total_loss")
 ASK = "--scenes 2 --baseline none --concurrency 2 --fn slow:solve".split()
 CASES["mvp_eval"] = Case(mvp_eval, ASK, [*ASK, "--frames", "2"], "", whole=())
-ORDER = "vjepa iwm flexpredict msn pmsn llip dinov2 pixel_vit mvp_eval".split()
+ORDER = "vjepa iwm flexpredict msn pmsn llip dinov2 mvp_eval".split()
 
 
 def answers(out):
@@ -214,7 +213,7 @@ def slowly(case):
 def draw_toy(case):
     """Have the toy images in this process, so that its children need not draw them."""
     if case.name not in ("vjepa", "mvp_eval"):
-        draw = {"llip": llip.toy_world, "pixel_vit": pixel_vit.toy_shapes}.get(case.name, common.old_toy_images)
+        draw = {"llip": llip.toy_world}.get(case.name, common.old_toy_images)
         module = case.module
         size = common.old_parse_config(module.Config, module.PRESETS, module.DATA_PRESETS, case.small).image_size
         for split in ("train", "val"):

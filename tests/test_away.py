@@ -13,6 +13,7 @@ import common
 NEW = "--width 16 --depth 2 --heads 2 --batch 16 --log-every 100 --workers 0 --no-compile"
 SMALL = "--width 16 --depth 2 --heads 2 --batch 16 --log-every 100 --workers 0 --no-compile --eval-limit 100"
 PREDICTOR = "--predictor-width 16 --predictor-depth 2"
+PIXELS = "pixel_vit --image-size 8 --micro 8 --probe-epochs 1"
 CASES = {
     f"ijepa {PREDICTOR} --micro 8": "knn,features",
     f"flexpredict {PREDICTOR} --micro 8 --grey 0.2 --blur 0.2": "knn",
@@ -22,9 +23,9 @@ CASES = {
     "dinov2": "knn,picture",
     f"vjepa {PREDICTOR} --frames 4 --physics-count 1": "physics",
     "llip": "retrieval",
-    "pixel_vit --image-size 8 --randaugment 2 --jitter 0.4 --grey 0.2": "accuracy",
-    "pixel_vit --image-size 8 --preset toy-mae": "reconstruction",
-    "pixel_vit --image-size 8 --preset toy-diffusion": "bpd",
+    f"{PIXELS} --randaugment 2 --jitter 0.4 --grey 0.2 --mixup 0.8 --drop-path 0.2": "accuracy",
+    f"{PIXELS} --preset toy-mae": "reconstruction,linear",
+    f"{PIXELS} --preset toy-diffusion --sampler-steps 2 --samples 4": "samples",
 }  # script and flags: evaluations
 
 

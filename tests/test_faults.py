@@ -10,10 +10,10 @@ from helpers import environment
 
 
 def test_cheap_faults_on_one_script():
-    command = [sys.executable, faults.__file__, "--scripts", "pixel_vit", "--faults", "flags", "folder", "network", "data"]
+    command = [sys.executable, faults.__file__, "--scripts", "dinov2", "--faults", "flags", "folder", "network", "data"]
     result = subprocess.run([*command, "--out", "found"], env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    cells = json.loads(Path("found/faults.json").read_text())["pixel_vit"]
+    cells = json.loads(Path("found/faults.json").read_text())["dinov2"]
     assert {fault: cell["result"] for fault, cell in cells.items()} == dict.fromkeys(command[5:], "survived")
     assert Path("found/faults.md").read_text() in result.stdout and result.stdout.count("survived") == 4
 
@@ -27,7 +27,7 @@ def test_what_does_not_survive_is_told(monkeypatch, capsys):
         raise KeyError("config")
 
     def wrong(case):
-        faults.Forked("pixel_vit.py", "--wdith", 3).end(code=0)
+        faults.Forked("dinov2.py", "--wdith", 3).end(code=0)
 
     faults_of_test = {"unharmed": (unharmed, "a"), "broken": (broken, "b"), "wrong": (wrong, "c")}
     monkeypatch.setattr(faults, "FAULTS", faults_of_test)

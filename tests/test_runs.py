@@ -28,6 +28,7 @@ import msn
 import pmsn
 import llip
 import vjepa
+import pixel_vit
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -72,6 +73,7 @@ TEXT += "--mixture-tokens 3 --merges 30 "
 CLIPS = "--preset toy --image-size 32 --patch 8 --frames 4 "
 HEADS = "--head-hidden 16 --bottleneck 8 --prototypes 16 --ibot-hidden 16 --ibot-bottleneck 8 "
 HEADS += "--ibot-prototypes 12 --local-crops 2 --koleo-group 4 "
+PAINT = "--task mae --micro 8 --decoder-width 16 --decoder-heads 2 --decoder-depth 1 "
 SCRIPTS = {
     "dinov2": Script(
         dinov2,
@@ -97,6 +99,12 @@ SCRIPTS = {
         toy_score=("retrieval", "i2t R@10"),
     ),
     "vjepa": Script(vjepa, TINY + PREDICTOR, TINY + PREDICTOR + CLIPS, "vjepa_loss", "knn,probe"),
+    "pixel_vit": Script(
+        pixel_vit,
+        TINY + PAINT + "--image-size 8 ",
+        TINY + PAINT + "--image-size 32 --patch 8 ",
+        "mae_loss",
+    ),
 }
 
 
@@ -726,6 +734,15 @@ MORE_SETTINGS = {
         ("--mask-scales 0.2 0.3", "--mask-blocks"),
         ("--frames 4 --eval physics", "--frames"),
         ("--eval physics --physics grasp", "--physics-data"),
+    ],
+    "pixel_vit": [
+        ("--micro 48", "--batch 32"),
+        ("--task mae --positions none", "--positions"),
+        ("--task mae --mask-ratio 1", "--mask-ratio"),
+        ("--task mae --decoder-width 30", "--decoder-width"),
+        ("--task diffusion --eval knn", "samples"),
+        ("--task diffusion --sampler-steps 1001", "1000"),
+        ("--task diffusion --judge absent.pt", "absent.pt"),
     ],
 }
 

@@ -28,6 +28,8 @@ import common
 import flexpredict
 import iwm
 import pixel_vit
+import msn
+import pmsn
 import vjepa
 import pmsn
 
@@ -63,6 +65,12 @@ PIXELS = "--image-size 8".split()
 PAINTED = "--task mae --image-size 32 --patch 8 --decoder-width 16 --decoder-heads 2".split()
 SCRIPTS = {
     "pixel_vit": Script(pixel_vit, [*TINY, *PIXELS], [*TINY, *PAINTED], "classification_loss"),
+NORMED = ("fc.fc1.bias", "fc.fc2.bias", "encoder.norm.bias", "attn.qkv.bias")  # BatchNorm and softmax cancel them
+SCRIPTS = {
+    "flexpredict": Script(flexpredict, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *BLOCKS], "jepa_loss"),
+    "iwm": Script(iwm, [*TINY, *PREDICTOR], [*TINY, *PREDICTOR, *HIDDEN], "iwm_loss"),
+    "msn": Script(msn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS], "msn_loss", noise=NORMED),
+    "pmsn": Script(pmsn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS, "--imbalance", "0"], "pmsn_loss", noise=NORMED),
     "vjepa": Script(vjepa, [*TINY, *CLIPS], [*TINY, *CLIPS, *VIEWS[:4]], "vjepa_loss", stream=(), probes="knn,probe"),
     "pmsn": Script(pmsn, [*TINY, *HEAD], [*TINY, *HEAD, *VIEWS, "--imbalance", "0"], "pmsn_loss", noise=NORMED),
 }
@@ -402,6 +410,10 @@ MORE_SETTINGS = {
                   ("--task diffusion --sampler-steps 2000", "--sampler-steps"), ("--sweep depth", "permute"),
                   ("--task diffusion --eval knn", "generate"), ("--mixup 0.8 --batch 1", "even"),
                   ("--task diffusion --permute 3", "--permute"), ("--task mae --mask-ratio 1", "--mask-ratio")],
+    "msn": [("--drop 1.0", "--drop"), ("--mask-per pixel", "image"), ("--focal-size 2", "--focal-size"),
+            ("--labelled none.txt", "none.txt")],
+    "pmsn": [("--prior cubic", "power-law"), ("--imbalance 0.5", "--imbalance"), ("--prior-kl up", "reverse"),
+             ("--classes-per-batch 3", "--classes-per-batch"), ("--train-list none.txt", "none.txt")],
     "vjepa": [("--group 48", "--batch 32"), ("--masks funny", "multiblock"), ("--frames 15", "--tubelet"),
               ("--mask-scales 0.01", "nothing"), ("--mask-scales 0.99", "all"), ("--rope --heads 16", "--rope"),
               ("--masks random --mask-ratio 1", "--mask-ratio"), ("--time-context 0.5 1", "--time-context"),
