@@ -293,11 +293,14 @@ def labels_of(text):
 
 def held_candidates(text, candidates):
     """Return the candidates, 0 or 1, whose text the reply has; the longer of two nested ones."""
+    words = words_of(text)
     options = [words_of(plain(candidate)) for candidate in candidates]
-    held = {i for i in (0, 1) if options[i].strip() and options[i] in words_of(text)}
-    for i in (0, 1):  # too short to be looked for inside a reply
-        if options[i] in (" yes ", " no ") and options[i] != words_of(text):
-            held.discard(i)
+
+    def is_held(option):
+        whole = option == words  # asked of yes and no, which are too short to be looked for
+        return option in words and option.strip() and (whole or option not in (" yes ", " no "))
+
+    held = {i for i in (0, 1) if is_held(options[i])}
     if len(held) == 2:
         held = {i for i in held if options[i] not in options[1 - i]}
     return held
@@ -405,14 +408,11 @@ def decode(path, rule, n, size=10**6, total=0):
     return [images[i] for i in indices], indices
 
 
-@functools.lru_cache(maxsize=64)  # pairs share videos with the pairs beside them
-def load_frames(path, rule, n, size, encode):
-    """Return the images of `decode`; with encode, as base64 texts of JPEGs."""
-    images, _ = decode(path, rule, n, size)
-    if not encode:
-        return images
+@functools.lru_cache(maxsize=256)  # pairs share videos with the pairs beside them
+def load_jpegs(path, rule, n, size):
+    """Return the images of `decode` as base64 texts of JPEGs."""
     texts = []
-    for image in images:
+    for image in decode(path, rule, n, size)[0]:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=90)
         texts.append(base64.b64encode(buffer.getvalue()).decode())
@@ -421,22 +421,22 @@ def load_frames(path, rule, n, size, encode):
 
 def check_videos(questions, root):
     """Say for each source which videos are missing or broken; exit with 1 if any is."""
-    bad = collections.defaultdict(list)
 
-    def check_video(path):
+    def problem(path):
         try:
             decode(root / path, "center", 1)
         except VIDEO_ERRORS as error:
-            bad[path.split("/")[0]].append(f"\n    {path}: {error}")
+            return f"    {path}: {error}"
 
-    paths = {q.video_path for q in questions}
+    paths = sorted({q.video_path for q in questions})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(check_video, paths))
-    for source, lines in sorted(bad.items()):
-        note(f"{source}: {len(lines)} missing or broken{''.join(sorted(lines)[:5])}")
-    note(f"{root}: {len(paths)} videos are needed; README says how to make them")
-    if bad:
-        fail("videos are missing or broken", code=1)
+        problems = [line for line in pool.map(problem, paths) if line]
+    for source, lines in itertools.groupby(problems, lambda line: line.split("/")[0]):
+        lines = list(lines)
+        note("\n".join([f"{source.strip()}: {len(lines)} missing or broken", *lines[:5]]))
+    if problems:
+        fail(f"{len(problems)} of {len(paths)} videos in {root} are missing or broken", code=1)
+    note(f"all {len(paths)} videos are there")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -572,19 +572,17 @@ def centre_frame(path):
 def frame_baseline(questions, root):
     """Answer as the nearest centre frame of another pair with the same question, else by a coin."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        frames = pool.map(lambda q: centre_frame(root / q.video_path), questions)
-    frames = np.stack(list(frames))
-    _, texts = np.unique([q.question for q in questions], return_inverse=True)
-    pairs = np.arange(len(questions)) // 2
+        frames = np.stack(list(pool.map(lambda q: centre_frame(root / q.video_path), questions)))
     guesses = []
-    for i, question in enumerate(questions):
+    for question, frame in zip(questions, frames, strict=True):
+        distances = np.linalg.norm(frames - frame, axis=1)
         guess = coin(question.question)
-        others = np.flatnonzero((texts == texts[i]) & (pairs != pairs[i]))
-        if len(others):
-            distances = np.linalg.norm(frames[others] - frames[i], axis=1)
-            answer = questions[others[distances.argmin()]].answer
-            if answer in question.candidates:
-                guess = question.candidates.index(answer)
+        for i in np.argsort(distances, kind="stable"):
+            other = questions[i]
+            same = other.question == question.question and other.answer in question.candidates
+            if same and other.pair != question.pair:
+                guess = question.candidates.index(other.answer)
+                break
         guesses.append(guess)
     return guesses
 
@@ -769,7 +767,7 @@ class Endpoint:
                 if re.fullmatch(r"[\d.]+", headers.get("Retry-After", "")):
                     pause = min(600.0, float(headers["Retry-After"]))
             except (OSError, http.client.HTTPException, ValueError) as error:
-                failure = f"{type(error).__name__}: {error}"
+                failure = repr(error)
         return {"status": "error", "error": failure}
 
 
@@ -830,7 +828,9 @@ def show(question, view, root, config):
         data = base64.b64encode(path.read_bytes()).decode()
         return [], f"data:video/{path.suffix[1:]};base64,{data}"
     rule = "center" if view == "frame" else config.sampling
-    return load_frames(path, rule, config.frames, config.size, bool(config.endpoint)), ""
+    if config.endpoint:
+        return load_jpegs(path, rule, config.frames, config.size), ""
+    return decode(path, rule, config.frames, config.size)[0], ""
 
 
 def in_flight(pool, function, items, most):
@@ -917,11 +917,8 @@ def bootstrap(scores, draws):
 
     Over pairs, not rows, since the two rows of a pair are not independent.
     """
-    parts = []
-    for _ in range(20):  # in parts, to save memory
-        drawn = draws.integers(0, len(scores), (100, len(scores)))
-        parts.append(scores[drawn].mean(1))
-    return np.concatenate(parts)
+    samples = (draws.integers(0, len(scores), len(scores)) for _ in range(2000))
+    return np.stack([scores[sample].mean(0) for sample in samples])
 
 
 def score(questions, guesses, seed):
@@ -982,7 +979,7 @@ def compare(first, second):
         if chosen:
             a, b = 100 * np.array([[all(run[pair]) for pair in chosen] for run in runs])
             low, high = np.percentile(bootstrap(a - b, np.random.default_rng(0)), [2.5, 97.5])
-            n = np.count_nonzero(a - b)
+            n = int((a != b).sum())
             k = min(sum(a > b), sum(a < b))
             p = min(1.0, sum(math.comb(n, i) for i in range(k + 1)) / 2 ** (n - 1))
             difference = f"{(a - b).mean():+.1f} [{low:+.1f}, {high:+.1f}], McNemar p {p:.2g}"
@@ -1061,44 +1058,40 @@ def write_submissions(folder, questions, guesses, split):
         (folder / f"{data_name}_{subset}_valid.jsonl").write_text("".join(rows))
 
 
-def draw_failures(path, drawn, root):
-    """Draw [(question, row)] in pairs: six frames, the right answer, and the reply."""
-    sheet = Image.new("RGB", (3 * 450, -(-len(drawn) // 6) * 300), "white")
+def draw_failures(path, pairs, questions, rows, root):
+    """Draw pairs of questions: for each row six frames, the right answer, and the reply."""
+    sheet = Image.new("RGB", (3 * 450, -(-len(pairs) // 3) * 300), "white")
     canvas = ImageDraw.Draw(sheet)
-    for i, (question, row) in enumerate(drawn):
-        x = i // 2 % 3 * 450
-        y = i // 6 * 300 + i % 2 * 140
+    for place, (pair, i) in enumerate(itertools.product(pairs, (0, 1))):
+        question = questions[2 * pair + i]
+        row = rows[2 * pair + i] or {"reply": "no answer"}
+        x = place // 2 % 3 * 450
+        y = place // 6 * 300 + i * 140
         with contextlib.suppress(*VIDEO_ERRORS):  # without a video the strip stays white
             images, _ = decode(root / question.video_path, "segments", 6, 72)
             for column, image in enumerate(images):
                 sheet.paste(image, (x + 72 * column, y))
-        reply = row["reply"] if row else "no answer"
-        lines = [
-            f"{question.source}: {question.question}",
-            f"right: {question.answer}",
-            repr(reply),
-        ]
-        text = "\n".join(line[:76] for line in lines)
+        lines = [f"{question.source}: {question.question}"[:76], f"right: {question.answer}"[:76]]
+        text = "\n".join([*lines, f"said: {row['reply']!r:.70}"])
         canvas.text((x, y + 74), text, "black", ImageFont.load_default(11))
     sheet.save(path)
 
 
-def make_report(questions, rows, root, config, run, warnings, **facts):
+def make_report(questions, rows, views, root, config, run, warnings, **facts):
     """Score all systems, print the table, write files; rows: {system: [2 P] answers or None}."""
     guesses = {system: parse_rows(rows[system]) for system in rows}
     systems = {system: score(questions, guesses[system], config.seed) for system in rows}
-    for system in systems_of(config)[1]:
+    for system in views:
         warnings += warnings_of(system, rows[system], systems[system]["macro"])
     first = next(iter(rows))  # the model, if there is one
     official = guesses[first][:, :, 0]
-    if first == "model":
+    if views:
         write_submissions(run.out / "submissions", questions, official, config.split)
     answers = np.reshape([q.answer_idx for q in questions], (-1, 2))
     failed = np.flatnonzero((official != answers).any(1)).tolist()
     if failed:
         failed = failed[:: -(-len(failed) // 24)]  # at most 24, spread over the sources
-        drawn = [(questions[i], rows[first][i]) for p in failed for i in (2 * p, 2 * p + 1)]
-        draw_failures(run.out / "picture.png", drawn, root)
+        draw_failures(run.out / "picture.png", failed, questions, rows[first], root)
     report = {"config": asdict(config), "systems": systems, "warnings": warnings, **facts}
     (run.out / "report.json").write_text(json.dumps(report, indent=2))
     text = "\n".join([table_of(systems), PAPER, *warnings])
@@ -1110,28 +1103,19 @@ def make_report(questions, rows, root, config, run, warnings, **facts):
 # Presets and main
 # --------------------------------------------------------------------------------------------------
 
-PRESETS = {
-    "toy": {"baseline": "random,first,longest,frame,oracle"},
-    "mvp": {},
-    # the frame settings behind published numbers: max_pixels 151200 = 360 x 420
-    "qwen2-vl": {"sampling": "qwen2vl", "size": 420},
-    "internvl2.5": {"frames": 32, "sampling": "segments", "frame_labels": True},
-}
+PRESETS = {"toy": {"baseline": "random,first,longest,frame,oracle"}, "mvp": {}}
 DATA_PRESETS = {"toy": "toy", "*": "mvp"}
 
 
-def systems_of(config):
-    """Return (baselines that ask no model, what a model is shown: model, frame, blind)."""
-    names = config.baseline.split(",")
-    views = []
-    if config.endpoint or config.fn:
-        views = ["model", *(name for name in ("frame", "blind") if name in names)]
-    return [name for name in names if name not in views and name != "none"], views
-
-
 def check(config):
-    """Refuse what would fail late or silently (exit 2)."""
-    free, views = systems_of(config)
+    """Refuse what would fail late or silently (exit 2).
+
+    Return (baselines that ask no model, what a model is shown: model, frame, blind).
+    """
+    names = config.baseline.split(",")
+    views = ["model"] if config.endpoint or config.fn else []
+    views += [name for name in ("frame", "blind") if views and name in names]
+    free = [name for name in names if name not in (*views, "none")]
     if set(free) - {*RULES, "frame"} or not free + views:
         known = f"{', '.join(RULES)}, frame, or none; with --endpoint or --fn also blind"
         fail(f"--baseline {config.baseline} must name some of {known}")
@@ -1143,6 +1127,7 @@ def check(config):
         dict(**json.loads(config.extra or "{}"))
     except (ValueError, TypeError) as error:
         fail(f"--extra must be a JSON object such as '{{\"top_k\": 1}}' ({error})")
+    return free, views
 
 
 def find_data(config, world):
@@ -1162,9 +1147,11 @@ def find_data(config, world):
     return folder, Path(config.videos or folder / "videos").expanduser()
 
 
-def choose_questions(questions, root, config):
-    """Return (the Questions to ask, the rows of a pair beside each other, and warnings)."""
-    looks = {"frame", "model"} & set(sum(systems_of(config), []))
+def choose_questions(questions, root, looks, config):
+    """Return (the Questions to ask, the rows of a pair beside each other, and warnings).
+
+    looks: whether their videos are needed.
+    """
     pairs = {}
     for question in questions:
         pairs.setdefault(question.pair, []).append(question)
@@ -1200,14 +1187,15 @@ def main(argv=None):
             fail("compare takes the folders of two runs")
         return compare(*argv[1:])
     config, typed = common.parse_config(Config, PRESETS, DATA_PRESETS, argv)
-    check(config)
+    free, views = check(config)
     world = common.start_world("cpu", "fp32")
     asked = Endpoint(config) if config.endpoint else config.fn and import_function(config.fn)
     folder, root = find_data(config, world)
     questions = read_annotations(folder, config.split)
     if config.check:
         return check_videos(questions, root)
-    questions, warnings = choose_questions(questions, root, config)
+    looks = {"frame", "model"} & {*free, *views}
+    questions, warnings = choose_questions(questions, root, looks, config)
     run = common.Run(config, world)
     log = run.out / "log.jsonl"
     model = config.fn
@@ -1216,13 +1204,12 @@ def main(argv=None):
     elif config.endpoint:
         model = asked.find_model()
     run.write(model=model, config=asdict(config))
-    free, views = systems_of(config)
     items = []
     for question, view in itertools.product(questions, views):
         items.append((question, view, answer_key(config, model, view, question)))
     answers = load_answers(run.out)
     todo = [item for item in items[world.rank :: world.size] if item[2] not in answers]
-    note(f"{run.out}: {len(questions)} questions = {len(questions) // 2} pairs; {len(todo)} to ask")
+    note(f"{len(questions)} questions = {len(questions) // 2} pairs; {len(todo)} to ask; {run.out}")
     signal.signal(signal.SIGINT, run.leave)
     signal.signal(signal.SIGTERM, run.leave)
     begun = time.monotonic()
@@ -1243,7 +1230,7 @@ def main(argv=None):
             guesses = [RULES[name](question, config.seed) for question in questions]
         pairs = zip(questions, guesses, strict=True)
         rows[name] = [{"reply": f"({'AB'[g]})", "candidates": q.candidates} for q, g in pairs]
-    make_report(questions, rows, root, config, run, warnings, model=model, timing=timing)
+    make_report(questions, rows, views, root, config, run, warnings, model=model, timing=timing)
     if missing:
         again = f"their pairs count as wrong. To ask them again: {run.resume_command()}"
         fail(f"{missing} questions have no answer, and {again}", code=1)

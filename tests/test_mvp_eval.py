@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -113,7 +114,11 @@ def test_submissions(tmp_path):
 
 def test_frame_indices():
     cases = np.load(GOLDEN / "frame_indices.npz")
-    kept = [key for key in cases.files if key.split("/")[1] in ("uniform", "segments", "center", "qwen2vl")]
+    kept = [
+        key
+        for key in cases.files
+        if key.split("/")[1] in ("uniform", "segments", "center", "qwen2vl")
+    ]
     for key in kept:
         settings, rule = key.split("/")
         total, rate, n = (part.lstrip("Tfpsn") for part in settings.split("_"))
@@ -139,7 +144,13 @@ def test_request_bodies():
     assert body.keys() == {"model", "messages", "top_k", "temperature", "max_completion_tokens"}
     assert body["top_k"] == 1 and body["temperature"] == 0.5
     parts = body["messages"][0]["content"]
-    assert [p.get("text", "image") for p in parts] == ["Frame 1:", "image", "Frame 2:", "image", prompt]
+    assert [p.get("text", "image") for p in parts] == [
+        "Frame 1:",
+        "image",
+        "Frame 2:",
+        "image",
+        prompt,
+    ]
 
 
 @pytest.mark.parametrize("name", ["h264_bframes.mp4", "vp9.webm", "mpeg4.avi"])
@@ -218,7 +229,9 @@ def test_toy_pairs_are_minimal_and_no_shortcut_works(capsys):
     coin = systems["random"]["macro"]
     assert coin["pairs"] == 32 and abs(coin["pair"] / 100 - 0.25) < 4 * (0.25 * 0.75 / 32) ** 0.5
     assert abs(coin["single"] / 100 - 0.5) < 4 * (0.25 / 2 / 32) ** 0.5
-    assert "oracle" in printed and "human (full)" in printed and "64 questions = 32 pairs" in printed
+    assert (
+        "oracle" in printed and "human (full)" in printed and "64 questions = 32 pairs" in printed
+    )
     assert Image.open("runs/mvp_eval/picture.png").size[0] > 1000
     assert "frame, macro" in Path("runs/mvp_eval/report.md").read_text()
 
@@ -226,7 +239,7 @@ def test_toy_pairs_are_minimal_and_no_shortcut_works(capsys):
 def test_toy_set_is_balanced_and_its_centre_frames_say_nothing(toy):
     questions = mvp_eval.read_annotations(toy, "mini")
     root = toy / "videos"
-    chosen, warnings = mvp_eval.choose_questions(questions, root, Config(baseline="frame"))
+    chosen, warnings = mvp_eval.choose_questions(questions, root, True, Config())
     assert len(chosen) == 96 and not warnings
     pairs = list(zip(chosen[::2], chosen[1::2], strict=True))
     for source, (subset, _, candidates) in mvp_eval.TOY.items():
@@ -318,9 +331,15 @@ def answered_once(server, questions):
         assert asked[-1] == "ok" and asked.count("ok") == 1, asked
 
 
-def test_endpoint_answers_everything_once_whatever_goes_wrong(distinct, toy, key, no_waiting, capsys):
+def test_endpoint_answers_everything_once_whatever_goes_wrong(
+    distinct, toy, key, no_waiting, capsys
+):
     """Up to three tries fail, in all ways; replies come in parts; a second run asks nothing."""
-    retry = [(429, "slow", {"Retry-After": "0"}), (500, f"{KEY}?", {}), (503, "busy", {"Retry-After": "0"})]
+    retry = [
+        (429, "slow", {"Retry-After": "0"}),
+        (500, f"{KEY}?", {}),
+        (503, "busy", {"Retry-After": "0"}),
+    ]
     faults = ["hang", "cut", "half", "error", "garbage", "abort", *retry]
     plans, lock = {}, threading.Lock()
 
@@ -341,10 +360,14 @@ def test_endpoint_answers_everything_once_whatever_goes_wrong(distinct, toy, key
         call(*flags)
         answered_once(server, 60)
         body = server.bodies[0]
-        assert body["model"] == "stand-in" and body["temperature"] == 0 and body["max_tokens"] == 1024
+        assert (
+            body["model"] == "stand-in" and body["temperature"] == 0 and body["max_tokens"] == 1024
+        )
         kinds = [part["type"] for part in body["messages"][0]["content"]]
         assert kinds == ["image_url"] * 16 + ["text"] and server.keys == {f"Bearer {KEY}"}
-        seen = {str(fault) for outcomes in server.outcomes().values() for fault in outcomes} - {"ok"}
+        seen = {str(fault) for outcomes in server.outcomes().values() for fault in outcomes} - {
+            "ok"
+        }
         assert seen == {str(fault) for fault in faults}
         before, server.models = len(server.asked), ("another",)
         call(*flags, "--resume")
@@ -367,9 +390,17 @@ REFUSALS = {  # what the server says: (exit code, what the message names, most q
     (302, "moved"): (2, "redirects", 1),
     (400, "At most 8 image(s) may be provided in one request"): (2, "--limit-mm-per-prompt", 1),
     (500, "Too many images in request"): (2, "--frames", 1),
-    (400, "Unsupported parameter: 'max_tokens' is not supported with this model"): (2, "--extra", 1),
+    (400, "Unsupported parameter: 'max_tokens' is not supported with this model"): (
+        2,
+        "--extra",
+        1,
+    ),
     (400, "'temperature' does not support 0 with this model"): (2, "--extra", 1),
-    (422, '{"detail": [{"loc": ["body", "seed"], "msg": "extra fields not permitted"}]}'): (2, "--extra", 1),
+    (422, '{"detail": [{"loc": ["body", "seed"], "msg": "extra fields not permitted"}]}'): (
+        2,
+        "--extra",
+        1,
+    ),
     (400, "maximum context length is 4096; max_tokens is 1024"): (3, "fewer --frames", 50),
     (413, "too large"): (3, "--size", 50),
     (500, "still loading"): (3, "20 questions in a row", 50),
@@ -417,7 +448,9 @@ def test_what_models_says_is_told_apart(distinct, toy, capsys, key):
             call(*flags, "--endpoint", server.url, "--model", "m", "--out", f"b{number}")
     printed = refused(capsys, *flags, "--endpoint", "http://127.0.0.1:9/v1", "--out", "c")
     assert "refused" in printed and "Start the server" in printed
-    printed = refused(capsys, *flags, "--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--out", "d")
+    printed = refused(
+        capsys, *flags, "--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--out", "d"
+    )
     assert "Start the server" in printed
 
 
@@ -439,7 +472,9 @@ FILTERS = [
 AZURE = json.dumps({"error": {"code": "content_filter", "message": "The prompt was filtered"}})
 
 
-@pytest.mark.parametrize("reply", [NOTHING, {**NOTHING, "reasoning": "hm"}, {**NOTHING, "finish_reason": "length"}])
+@pytest.mark.parametrize(
+    "reply", [NOTHING, {**NOTHING, "reasoning": "hm"}, {**NOTHING, "finish_reason": "length"}]
+)
 def test_a_reply_without_content_is_a_reply_without_a_letter(reply, distinct, toy):
     with StandIn(lambda body: dict(reply)) as server:
         flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url]
@@ -452,7 +487,11 @@ def test_a_reply_without_content_is_a_reply_without_a_letter(reply, distinct, to
 
 
 def test_a_content_filter_is_one_thing_however_the_server_says_it(distinct, toy):
-    said = [(400, AZURE, {}), (403, '{"error": {"message": "flagged by moderation"}}', {}), (200, AZURE, {})]
+    said = [
+        (400, AZURE, {}),
+        (403, '{"error": {"message": "flagged by moderation"}}', {}),
+        (200, AZURE, {}),
+    ]
 
     def fault(body, nth):
         return said[len(server.asked) % 6] if len(server.asked) % 6 < 3 else None
@@ -505,7 +544,9 @@ def test_what_failed_is_asked_again_and_only_that(distinct, toy, no_waiting, cap
         flags += ["--baseline", "none", "--limit", 3, "--out", "run"]
         assert "6 questions have no answer" in refused(capsys, *flags, code=1)
         systems = report_of("run")["systems"]["model"]
-        assert systems["robot_object_interactions"]["pair"] == 0.0 and systems["macro"]["errors"] == 6
+        assert (
+            systems["robot_object_interactions"]["pair"] == 0.0 and systems["macro"]["errors"] == 6
+        )
         assert systems["macro"]["pair"] == 75.0 and len(server.asked) == 24
         assert "bad picture" in Path("run/answers.rank0.jsonl").read_text()
         broken["on"] = False
@@ -516,7 +557,15 @@ def test_what_failed_is_asked_again_and_only_that(distinct, toy, no_waiting, cap
 def test_kill_and_resume_loses_nothing_and_repeats_nothing(distinct, toy, key, capsys):
     """kill -9 twice under 20 % failures: what is kept is not asked again, in the end all is there."""
     chance, lock = random.Random(1), threading.Lock()
-    faults = ["cut", "half", "garbage", "abort", "error", "hang", (500, "oops", {"Retry-After": "0"})]
+    faults = [
+        "cut",
+        "half",
+        "garbage",
+        "abort",
+        "error",
+        "hang",
+        (500, "oops", {"Retry-After": "0"}),
+    ]
     faults += [(429, "slow down", {"Retry-After": "0"})] * 2
 
     def fault(body, nth):
@@ -531,7 +580,17 @@ def test_kill_and_resume_loses_nothing_and_repeats_nothing(distinct, toy, key, c
     printed, kept = "", []
     with StandIn(solve_request, fault) as server:
         flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url]
-        flags += ["--baseline", "none", "--out", "run", "--resume", "--timeout", 3, "--concurrency", 4]
+        flags += [
+            "--baseline",
+            "none",
+            "--out",
+            "run",
+            "--resume",
+            "--timeout",
+            3,
+            "--concurrency",
+            4,
+        ]
         for goal in (8, 25):
             process = start("mvp_eval.py", *flags)
             while len(recorded()) < goal:
@@ -571,7 +630,16 @@ def test_signals_end_a_run_at_once_and_name_the_command_that_resumes(distinct, t
 
 def test_two_ranks_share_the_pairs_and_make_one_report(distinct, toy):
     with StandIn(solve_request) as server:
-        flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url, "--out", "run"]
+        flags = [
+            "--data",
+            distinct,
+            "--videos",
+            toy / "videos",
+            "--endpoint",
+            server.url,
+            "--out",
+            "run",
+        ]
         printed = run("mvp_eval.py", *flags, ranks=2)
         answered_once(server, 60)
         sides = [lines_of(f"run/answers.rank{rank}.jsonl") for rank in (0, 1)]
@@ -591,7 +659,16 @@ def test_whole_files_are_sent_and_chatter_is_counted(distinct, toy, capsys):
         return "I see a banana."
 
     with StandIn(answer) as server:
-        flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url, "--limit", 3]
+        flags = [
+            "--data",
+            distinct,
+            "--videos",
+            toy / "videos",
+            "--endpoint",
+            server.url,
+            "--limit",
+            3,
+        ]
         call(*flags, "--video-url", "--out", "run", "--baseline", "frame")
         assert macro_of("run")["unparsed"] == 0 and macro_of("run")["differ"] == 24
         assert macro_of("run")["single"] == 50.0 and macro_of("run")["strict_single"] == 0.0
@@ -600,7 +677,11 @@ def test_whole_files_are_sent_and_chatter_is_counted(distinct, toy, capsys):
 
 
 def test_compare_runs_on_shared_pairs(distinct, toy, capsys):
-    names = {"right": solve_request, "a": lambda body: "Answer: A", "none": lambda body: "Answer: ?"}
+    names = {
+        "right": solve_request,
+        "a": lambda body: "Answer: A",
+        "none": lambda body: "Answer: ?",
+    }
     for name, answer in names.items():
         with StandIn(answer) as server:
             flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url]
@@ -632,7 +713,9 @@ def annotate(folder, subset, rows):
     lines = []
     for video_id, path, answer, *changes in rows:
         row = {"video_id": video_id, "video_path": path, "question": "Which?", "answer": answer}
-        row.update(candidates="['x', 'y']", source=path.split("/")[0], **(changes[0] if changes else {}))
+        row.update(
+            candidates="['x', 'y']", source=path.split("/")[0], **(changes[0] if changes else {})
+        )
         lines.append(json.dumps(row))
     (folder / subset / "mini.jsonl").write_text("\n".join(lines))
 
@@ -656,7 +739,10 @@ def test_invalid_pairs_are_named_and_left_out_on_request(tmp_path, capsys):
         annotate(tmp_path / "d", "temporal_reasoning", good + rows)
         path = tmp_path / "d" / "temporal_reasoning" / "mini.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        changes = {"question must": ("question", "What?"), "candidates must": ("candidates", "['y', 'x']")}
+        changes = {
+            "question must": ("question", "What?"),
+            "candidates must": ("candidates", "['y', 'x']"),
+        }
         changes.update({"answer 'x'": ("candidates", "['x']"), "question ''": ("question", None)})
         for start_of, (name, value) in changes.items():
             if reason.startswith(start_of):
@@ -768,7 +854,7 @@ def test_frames_are_shrunk_and_never_enlarged(toy):
     images, indices = mvp_eval.decode(path, "uniform", 4, 48)
     assert indices == [0, 8, 16, 24] and images[0].size == (48, 48)
     assert mvp_eval.decode(path, "uniform", 4, 448)[0][0].size == (64, 64)
-    text = mvp_eval.load_frames(path, "uniform", 4, 48, True)[0]
+    text = mvp_eval.load_jpegs(path, "uniform", 4, 48)[0]
     picture = Image.open(io.BytesIO(mvp_eval.base64.b64decode(text)))
     assert picture.format == "JPEG" and picture.size == (48, 48)
 
@@ -776,8 +862,8 @@ def test_frames_are_shrunk_and_never_enlarged(toy):
 def test_flags_that_cannot_work_are_refused(capsys, monkeypatch, toy):
     url = "http://localhost:1/v1"
     cases = {
-        ("--endpont", url): "--endpoint",
-        ("--preset", "qwen"): "qwen2-vl",
+        ("--endpont", url): "--endpont",
+        ("--preset", "qwen"): "toy",
         ("--sampling", "random"): "uniform",
         ("--split", "train"): "mini",
         ("--frames", 0): "--frames",
@@ -809,15 +895,25 @@ def test_flags_that_cannot_work_are_refused(capsys, monkeypatch, toy):
 def test_a_full_disk_is_told_and_torn_lines_are_ignored(distinct, toy, capsys):
     file = Path("run/answers.rank0.jsonl")
     file.parent.mkdir()
-    rows = [{"key": "k", "status": "ok", "n": 1}, {"key": "k", "status": "error"}, {"key": "e", "status": "error"}]
+    rows = [
+        {"key": "k", "status": "ok", "n": 1},
+        {"key": "k", "status": "error"},
+        {"key": "e", "status": "error"},
+    ]
     file.write_bytes(b"\n".join(json.dumps(row).encode() for row in rows) + b'\n{"key": "torn\xff')
     assert mvp_eval.load_answers("run") == {"k": rows[0]}
-    if Path("/dev/full").exists():
-        file.unlink()
-        file.symlink_to("/dev/full")
-        with StandIn(solve_request) as server:
-            flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url]
-            assert "--resume" in refused(capsys, *flags, "--out", "run", code=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with StandIn(solve_request) as server:
+        flags = ["--data", distinct, "--videos", toy / "videos", "--endpoint", server.url]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+        try:
+            printed = refused(capsys, *flags, "--out", "full", code=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "disk is full" in printed and "--resume" in printed
+        assert mvp_eval.load_answers("full")
+        call(*flags, "--out", "full", "--resume")
+        assert macro_of("full")["pair"] == 100.0
 
 
 def test_parsers_beyond_the_recorded_cases():
@@ -861,8 +957,20 @@ def test_work_in_flight_is_bounded_and_begins_with_one():
 
 def test_malformed_replies_raise_and_well_formed_ones_do_not():
     choice = {"message": {"content": "A"}, "finish_reason": "stop"}
-    bad = [[], {}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": None}]}, "text", None, 7]
-    bad += [{"error": "x", "choices": [choice]}, {"choices": [{**choice, "finish_reason": "error"}]}]
+    bad = [
+        [],
+        {},
+        {"choices": []},
+        {"choices": [{}]},
+        {"choices": [{"message": None}]},
+        "text",
+        None,
+        7,
+    ]
+    bad += [
+        {"error": "x", "choices": [choice]},
+        {"choices": [{**choice, "finish_reason": "error"}]},
+    ]
     bad += [{"choices": [{**choice, "message": {"content": value}}]} for value in (3, [3], {})]
     for body in bad:
         with pytest.raises(ValueError):
