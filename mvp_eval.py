@@ -50,7 +50,7 @@ import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -114,12 +114,12 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 
 HUB = "https://datasets-server.huggingface.co/rows?dataset=facebook/minimal_video_pairs"
-SUBSETS = {  # the data set calls them configs
-    "human_object_interactions": "HOI",
-    "robot_object_interactions": "ROI",
-    "intuitive_physics": "IP",
-    "temporal_reasoning": "TR",
-}
+SUBSETS = (  # the data set calls them configs
+    "human_object_interactions",
+    "robot_object_interactions",
+    "intuitive_physics",
+    "temporal_reasoning",
+)
 
 
 @dataclass(frozen=True)
@@ -213,10 +213,10 @@ def problem_of(pair, root, looks):
     if len(pair) != 2:
         return f"{len(pair)} rows share its id, not two"
     for q in pair:
-        if len(q.candidates) != 2 or q.answer not in q.candidates:
-            return f"the answer {q.answer!r} is none of two candidates {q.candidates}"
-        if not q.question or not q.video_path or ".." in q.video_path.split("/"):
-            return f"question {q.question!r} or video_path {q.video_path!r} cannot be used"
+        if not q.question or len(q.candidates) != 2 or q.answer not in q.candidates:
+            return f"it needs a question and two candidates, one the answer: {q}"
+        if not q.video_path or ".." in q.video_path.split("/"):
+            return f"it needs a video_path below {root}: {q}"
         if looks and not (root / q.video_path).is_file():
             return f"there is no {root / q.video_path}"
     wanted = {"question": 1, "candidates": 1, "answer": 2, "video_path": 2, "video_id": 2}
@@ -231,6 +231,8 @@ def problem_of(pair, root, looks):
 # --------------------------------------------------------------------------------------------------
 
 LETTER = r"(?<!\w)([ab])(?!\w)"  # one that touches no other letter
+ALONE = r"\A\W*([ab])\W*\Z"
+BOTH = rf"\A\W*{LETTER}\W*(?:[/,&]|or|and)\W*{LETTER}\W*\Z"
 THOUGHT = r"(?:think|thinking|reasoning)>"
 BOXED = r"\\boxed\{(?:\\text\{([^{}]*)\}|([^{}]*))\}"
 # "answer: a.", "the correct option is (B)", "Answer: A because ..."
@@ -321,18 +323,13 @@ def parse_strict(reply, candidates):
     text = plain(re.sub(BOXED, r" Answer: \1\2. ", text, flags=re.I))
     text = re.sub(r"\s+", lambda run: "\n" if "\n" in run[0] else " ", text)
 
-    # the reply is a letter; or it is both letters, which is none
-    alone = re.fullmatch(r"\W*([ab])\W*", text, re.I)
-    if alone:
-        return "ab".index(alone[1].lower())
-    both = rf"\W*{LETTER}\W*(?:[/,&]|or|and)\W*{LETTER}\W*"
-    if not text or re.fullmatch(both, text, re.I):
+    if not text or re.search(BOTH, text, re.I):
         return None
-
-    # it declares one: the last declaration counts
-    declared = re.findall(DECLARED, text, re.I)
-    if declared:
-        return "ab".index(declared[-1].lower())
+    # it is a letter; or it declares one, and the last declaration counts
+    for pattern in (ALONE, DECLARED):
+        letters = re.findall(pattern, text, re.I)
+        if letters:
+            return "ab".index(letters[-1].lower())
 
     # its first or last line is labelled, it holds one candidate, or it points to one letter
     pointed = {"ab".index("".join(m).lower()) for m in re.findall(POINTED, text, re.I)}
@@ -420,20 +417,21 @@ def load_jpegs(path, rule, n, size):
 
 
 def check_videos(questions, root):
-    """Say for each source which videos are missing or broken; exit with 1 if any is."""
+    """Say which videos are missing or broken, and how many a source; exit with 1 if any is."""
 
     def problem(path):
         try:
             decode(root / path, "center", 1)
         except VIDEO_ERRORS as error:
-            return f"    {path}: {error}"
+            return f"{path}: {error}"
 
     paths = sorted({q.video_path for q in questions})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = [line for line in pool.map(problem, paths) if line]
-    for source, lines in itertools.groupby(problems, lambda line: line.split("/")[0]):
-        lines = list(lines)
-        note("\n".join([f"{source.strip()}: {len(lines)} missing or broken", *lines[:5]]))
+    note("\n".join(problems))
+    counts = collections.Counter(line.split("/")[0] for line in problems)
+    for source, count in counts.items():
+        note(f"{source}: {count} missing or broken")
     if problems:
         fail(f"{len(problems)} of {len(paths)} videos in {root} are missing or broken", code=1)
     note(f"all {len(paths)} videos are there")
@@ -445,35 +443,35 @@ def check_videos(questions, root):
 
 # The answer is the XOR of something seen only before the centre frame and something seen only
 # after it. The centre frame is the same in all clips of a scene, so it says nothing, and no single
-# frame lifts a model above a coin's 25 %. (toy_ring is no XOR: its clips have a start, 0 to 3, and
-# a direction, 0 = clockwise. A frame tells the direction to those who know the start.)
-TOY = {  # source: subset, question, (candidate if before = after, candidate if not)
+# frame lifts a model above a coin's 25 %.
+TOY = {  # subset, question, (candidate if before = after, candidate if not), balls in state 0 and 1
     "toy_permanence": (
         "intuitive_physics",
         "Could this happen in the real world?",
         ("Yes, it could happen", "No, it could not happen"),
+        ([], [(28, 36)]),
     ),
     "toy_turn": (
         "temporal_reasoning",
         "Where is the ball after it was hidden?",
         ("On the side where it was", "On the other side"),
+        ([(12, 36)], [(44, 36)]),
     ),
     "toy_count": (
         "human_object_interactions",
         "How many balls are shown before and after the screen, in all?",
         ("An even number", "An odd number"),
+        ([(16, 36)], [(16, 36), (40, 36)]),
     ),
-    "toy_ring": (
+    "toy_height": (
         "robot_object_interactions",
-        "Which way round does the ball go?",
-        ("Clockwise", "Counter-clockwise"),
+        "Is the ball as high after it was hidden as before?",
+        ("As high", "Higher or lower"),
+        ([(28, 36)], [(28, 52)]),
     ),
 }
-# where balls are: in state 0, in state 1
-BALLS = {"toy_permanence": ([], [32]), "toy_turn": ([16], [48]), "toy_count": ([20], [20, 44])}
 # a scene's pairs of clips (before, after); the first candidate is right for the first of a pair
-XOR_PAIRS = list(itertools.product([(0, 0), (1, 1)], [(0, 1), (1, 0)]))
-RING_PAIRS = [((start, 0), (start, 1)) for start in range(4)]
+PAIRS = list(itertools.product([(0, 0), (1, 1)], [(0, 1), (1, 0)]))
 # Equal frames must decode to equal pixels: each frame by itself, at one quantiser. With frames
 # predicted from others the centre frame would carry traces of what came before it.
 TOY_CODEC = {
@@ -484,41 +482,31 @@ TOY_CODEC = {
 }
 
 
-def write_video(path, images, rate=10, options=TOY_CODEC):
-    """Write PIL images as an H.264 mp4 of `rate` frames a second."""
+def write_video(path, frames):
+    """Write frames, uint8 [T, H, W, 3], as an H.264 mp4 of 10 frames a second."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with common.replacing(path) as file, av.open(file, "w", format="mp4") as video:
-        stream = video.add_stream("libx264", rate, options)
-        stream.width, stream.height = images[0].size
-        for image in images:
-            video.mux(stream.encode(av.VideoFrame.from_image(image)))
+        stream = video.add_stream("libx264", 10, TOY_CODEC)
+        stream.height, stream.width = frames.shape[1:3]
+        for frame in frames:
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         video.mux(stream.encode(None))
 
 
 def toy_clip(source, scene, before, after, seed):
-    """Return the 25 frames of a clip, PIL images 64 x 64."""
+    """Return the frames of a clip, uint8 [25, 64, 64, 3]."""
     draws = np.random.default_rng([seed, list(TOY).index(source), scene])
-    blocks = draws.integers(30, 100, (8, 8, 3), np.uint8)
-    background = Image.fromarray(blocks).resize((64, 64), Image.NEAREST)
-    colour = str(draws.choice(["white", "yellow", "cyan"]))
-    shift = int(draws.integers(12))
-    frames = []
-    for t in range(25):
-        if source == "toy_ring":
-            # opposite ways meet in the same pixels, since steps are counted modulo 24
-            angle = math.radians(15 * ((shift + 6 * before + t * (1 - 2 * after)) % 24))
-            balls = [(32 + 20 * math.cos(angle), 32 + 20 * math.sin(angle))]
-            top = 64
-        else:
-            balls = [(x + shift - 6, 40) for x in BALLS[source][before if t < 12 else after]]
-            top = 64 - 4 * min(8, t, 24 - t)  # the screen rises, covers the balls, and falls
-        image = background.copy()
-        canvas = ImageDraw.Draw(image)
-        for x, y in balls:
-            canvas.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-        canvas.rectangle((0, top, 64, 64), "gray")
-        frames.append(image)
-    return frames
+    background = draws.integers(30, 100, (8, 8, 3)).repeat(8, 0).repeat(8, 1)
+    colour = draws.permutation([255, 110, 50])  # only balls have a bright channel
+    shift = draws.integers(-6, 7)
+    clip = np.stack([background] * 25).astype(np.uint8)
+    for t, frame in enumerate(clip):
+        for x, y in TOY[source][3][before if t < 12 else after]:
+            left = x + shift
+            frame[y : y + 8, left : left + 8] = colour
+        # the screen rises, covers the balls, and falls
+        frame[64 - 4 * min(8, t, 24 - t) :] = 128
+    return clip
 
 
 def write_toy(folder, scenes, seed):
@@ -526,11 +514,10 @@ def write_toy(folder, scenes, seed):
 
     Half of the pairs list their candidates in the other order, and in half the rows are swapped.
     """
-    for source, (subset, question, candidates) in TOY.items():
-        pairs = RING_PAIRS if source == "toy_ring" else XOR_PAIRS
+    for source, (subset, question, candidates, _) in TOY.items():
         lines = []
         for scene, p in itertools.product(range(scenes), range(4)):
-            rows = list(zip(pairs[p], candidates, strict=True))
+            rows = list(zip(PAIRS[p], candidates, strict=True))
             listed = list(candidates)
             if (p ^ scene) & 1:
                 listed.reverse()
@@ -575,14 +562,13 @@ def frame_baseline(questions, root):
         frames = np.stack(list(pool.map(lambda q: centre_frame(root / q.video_path), questions)))
     guesses = []
     for question, frame in zip(questions, frames, strict=True):
-        distances = np.linalg.norm(frames - frame, axis=1)
         guess = coin(question.question)
-        for i in np.argsort(distances, kind="stable"):
+        distances = np.linalg.norm(frames - frame, axis=1)
+        for i in np.argsort(-distances, kind="stable"):  # the nearest comes last
             other = questions[i]
             same = other.question == question.question and other.answer in question.candidates
             if same and other.pair != question.pair:
                 guess = question.candidates.index(other.answer)
-                break
         guesses.append(guess)
     return guesses
 
@@ -613,21 +599,19 @@ REFUSALS = {
     "^status 404": "no such path or model: correct --endpoint (most end in /v1) or --model",
     r"at most \d+ image|limit-mm-per-prompt|too many images": "the server takes fewer images: "
     "lower --frames, or start vLLM with --limit-mm-per-prompt",
+    r"^status 4(00|22).*(max_tokens|temperature|\bseed\b|unrecognized|extra (field|input)"
+    r"|(unknown|unsupported|unexpected) (field|param|arg|value|prop))": "it refuses a field: change "
+    'it, as by --extra \'{"max_tokens": null, "max_completion_tokens": 1024}\'',
 }
-EXAMPLE = '--extra \'{"max_tokens": null, "max_completion_tokens": 1024}\''
 
 
 class Refused(Exception):
     """No question will be answered, so nothing further should be asked."""
 
 
-def refuse(said, fields="$^"):
-    """Raise Refused, with what to do, if no question will be answered.
-
-    said: "status S: text"; fields: regular expression for the fields of the request.
-    """
-    rules = {**REFUSALS, f"^status 4.*\\b({fields})\\b": f"change fields, as by {EXAMPLE}"}
-    for pattern, advice in rules.items():
+def refuse(said):
+    """Raise Refused, with what to do, if no question will be answered; said: "status S: text"."""
+    for pattern, advice in REFUSALS.items():
         if re.search(pattern, said, re.I | re.S):
             raise Refused(f"{advice}. {said}")
 
@@ -745,7 +729,6 @@ class Endpoint:
     def ask(self, model, prompt, images, video):
         """Return status ok and the reply, or status error and why. Raise Refused."""
         payload = make_payload(self.config, model, prompt, images, video)
-        fields = "|".join(payload.keys() - {"model", "messages"})
         pause = 0.0
         for attempt in range(self.config.retries + 1):
             if self.stopped.wait(pause):
@@ -761,7 +744,7 @@ class Endpoint:
                 if re.search("context|too long|maximum.*tokens|^status 413", failure, re.I):
                     failure += " (try fewer --frames or a smaller --size)"
                 else:
-                    refuse(failure, fields)
+                    refuse(failure)
                 if status < 500 and status not in (408, 409, 425, 429):
                     break
                 if re.fullmatch(r"[\d.]+", headers.get("Retry-After", "")):
@@ -801,10 +784,10 @@ def call_function(function, images, question):
 SETTINGS = "split sampling frames size frame_labels video_url max_tokens seed extra".split()
 
 
-def answer_key(config, model, view, question):
+def answer_key(config, model, question, view):
     """Return a hash of what an answer depends on. Resuming asks what has no answer under it."""
     settings = [getattr(config, name) for name in SETTINGS]
-    return hashlib.sha256(repr((view, model, question, settings)).encode()).hexdigest()
+    return hashlib.sha256(repr((model, question, view, settings)).encode()).hexdigest()
 
 
 def load_answers(out):
@@ -826,7 +809,7 @@ def show(question, view, root, config):
     path = root / question.video_path
     if config.video_url and view == "model":
         data = base64.b64encode(path.read_bytes()).decode()
-        return [], f"data:video/{path.suffix[1:]};base64,{data}"
+        return [], f"data:video/mp4;base64,{data}"
     rule = "center" if view == "frame" else config.sampling
     if config.endpoint:
         return load_jpegs(path, rule, config.frames, config.size), ""
@@ -835,24 +818,25 @@ def show(question, view, root, config):
 
 def in_flight(pool, function, items, most):
     """Yield function(item) as they get done, with at most `most` begun and not yet taken."""
+    items = iter(items)
     running = set()
-    enough = 1  # the first is begun alone: what a server refuses altogether is refused once
-    for item in items:
-        running.add(pool.submit(function, item))
-        if len(running) >= enough:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
-            enough = most
-    yield from (future.result() for future in as_completed(running))
+    room = 1  # the first is begun alone: what a server refuses altogether is refused once
+    while True:
+        running |= {pool.submit(function, item) for item in itertools.islice(items, room)}
+        if not running:
+            return
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        yield from (future.result() for future in done)
+        room = most - len(running)
 
 
-def ask_all(todo, root, model, asked, config, run):
-    """Ask todo [(question, view, key)] of an Endpoint or a function. Append each answer."""
+def ask_all(todo, key_of, root, model, asked, config, run):
+    """Ask todo [(question, view)] of an Endpoint or a function. Append each answer to a file."""
 
     def work(item):
         """Load what is shown, and ask an endpoint, in a thread."""
-        question, view, key = item
-        row = {"key": key, "system": view, "split": config.split, **asdict(question)}
+        question, view = item
+        row = {"key": key_of(*item), "system": view, "pair": question.pair, **asdict(question)}
         images = ()
         try:
             images, video = show(question, view, root, config)
@@ -862,12 +846,12 @@ def ask_all(todo, root, model, asked, config, run):
             row.update(status="error", error=f"video {question.video_path}: {error}")
         return question, images, row
 
-    errors = failed_in_row = 0
+    failed_in_row = 0
     kept = f"All answers are kept. To go on: {run.resume_command()}"
     pool = ThreadPoolExecutor(config.concurrency)
     rows = in_flight(pool, work, todo, config.concurrency)
-    hidden = True if run.world.rank else None  # None: where there is no terminal
-    bar = tqdm(rows, total=len(todo), unit="question", disable=hidden)
+    # None hides the bar where there is no terminal
+    bar = tqdm(rows, total=len(todo), unit="question", disable=True if run.world.rank else None)
     path = run.out / f"answers.rank{run.world.rank}.jsonl"
     try:
         with open(path, "ab") as file:
@@ -879,12 +863,11 @@ def ask_all(todo, root, model, asked, config, run):
                 file.write(json.dumps(row).encode() + b"\n")
                 file.flush()
                 failed = row["status"] == "error"
-                errors += failed
                 failed_in_row = (failed_in_row + 1) * failed
                 if failed_in_row == 20:
                     fail(f"20 questions in a row failed, the last: {row['error']}. {kept}", 3)
                 if bar.disable and done % 100 == 0:
-                    note(f"{done} of {len(todo)} questions asked, {errors} errors")
+                    note(f"{done} of {len(todo)} questions asked")
     except Refused as error:
         fail(f"{error}. {kept}")
     finally:
@@ -969,21 +952,23 @@ def compare(first, second):
         for row in load_answers(out).values():
             if row["system"] == "model":
                 answer = row["candidates"].index(row["answer"])
-                pair = (row["subset"], row["video_id"].rsplit("_", 1)[0])
-                runs[-1][pair].append(parse_official(row["reply"]) == answer)
+                right = parse_official(row["reply"]) == answer
+                runs[-1][tuple(row["pair"])].append(right)
     shared = [pair for pair in runs[0] if len(runs[0][pair]) == len(runs[1][pair]) == 2]
     if not shared:
         fail(f"{first} and {second}: no pair that both answered; compare takes the folders of runs")
     for name in [*SUBSETS, "all"]:
         chosen = [pair for pair in shared if name in (pair[0], "all")]
         if chosen:
-            a, b = 100 * np.array([[all(run[pair]) for pair in chosen] for run in runs])
+            a, b = np.array([[all(run[pair]) for pair in chosen] for run in runs], float)
             low, high = np.percentile(bootstrap(a - b, np.random.default_rng(0)), [2.5, 97.5])
             n = int((a != b).sum())
             k = min(sum(a > b), sum(a < b))
             p = min(1.0, sum(math.comb(n, i) for i in range(k + 1)) / 2 ** (n - 1))
-            difference = f"{(a - b).mean():+.1f} [{low:+.1f}, {high:+.1f}], McNemar p {p:.2g}"
-            note(f"{name}: {len(chosen)} pairs, {a.mean():.1f} % - {b.mean():.1f} % = {difference}")
+            note(
+                f"{name}: {len(chosen)} pairs, {a.mean():.1%} - {b.mean():.1%} = "
+                f"{(a - b).mean():+.1%} [{low:+.1%}, {high:+.1%}], McNemar p {p:.2g}"
+            )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -991,7 +976,7 @@ def compare(first, second):
 # --------------------------------------------------------------------------------------------------
 
 PAPER = """
-In the paper (table A), pair %         macro    HOI    ROI     IP     TR
+In the paper (table A), pair %         macro  human  robot physic tempor
 human (full)                            92.9   91.3   91.7   97.6   90.9
 InternVL2.5-8B (full)                   40.2   43.7   40.2   22.8   54.4
 InternVL2.5-8B (mini)                   39.9   38.1   38.7   23.1   59.8
@@ -1014,7 +999,7 @@ Intervals: 95 %, bootstrap over pairs. The paper's numbers are for the real vide
 def table_of(systems):
     """Return the table of all systems and groups."""
     counts = ("unparsed", "errors", "differ")
-    line = "{:<26}{:>7}{:>22}{:>22}{:>22}{:>10}{:>8}{:>8}"
+    line = "{:<36}{:>6}{:>22}{:>22}{:>22}{:>10}{:>8}{:>8}"
     lines = [line.format("", "pairs", "pair %", "single %", "strict pair %", *counts)]
     for system, result in systems.items():
         for name, values in result.items():
@@ -1023,9 +1008,7 @@ def table_of(systems):
                 low, high = values[f"{column}_ci"]
                 cells.append(f"{values[column]:.1f} [{low:.1f}, {high:.1f}]")
             cells += [values[count] for count in counts]
-            lines.append(
-                line.format(f"{system}, {SUBSETS.get(name, name)}", values["pairs"], *cells)
-            )
+            lines.append(line.format(f"{system}, {name}", values["pairs"], *cells))
     return "\n".join(lines)
 
 
@@ -1048,32 +1031,27 @@ def write_submissions(folder, questions, guesses, split):
     """Write the leaderboard's files: the text of the chosen candidate, the first if unparsed."""
     folder.mkdir(exist_ok=True)
     data_name = "mvp_mini" if split == "mini" else "mvp"
-    lines = collections.defaultdict(list)
-    for question, guess in zip(questions, guesses.ravel(), strict=True):
-        if guess != UNANSWERED:
-            row = {"data_name": data_name, "row_id": question.video_id, "task": question.subset}
-            row["model_answer"] = question.candidates[max(0, guess)]
-            lines[question.subset].append(json.dumps(row) + "\n")
-    for subset, rows in lines.items():
-        (folder / f"{data_name}_{subset}_valid.jsonl").write_text("".join(rows))
+    for subset in dict.fromkeys(question.subset for question in questions):
+        with open(folder / f"{data_name}_{subset}_valid.jsonl", "w") as file:
+            for question, guess in zip(questions, guesses.ravel(), strict=True):
+                if question.subset == subset and guess != UNANSWERED:
+                    row = {"data_name": data_name, "row_id": question.video_id, "task": subset}
+                    row["model_answer"] = question.candidates[max(0, guess)]
+                    file.write(json.dumps(row) + "\n")
 
 
-def draw_failures(path, pairs, questions, rows, root):
-    """Draw pairs of questions: for each row six frames, the right answer, and the reply."""
-    sheet = Image.new("RGB", (3 * 450, -(-len(pairs) // 3) * 300), "white")
+def draw_failures(path, drawn, root):
+    """Draw [(question, reply)]: six frames, and beside them the right answer and the reply."""
+    sheet = Image.new("RGB", (1000, 80 * len(drawn)), "white")
     canvas = ImageDraw.Draw(sheet)
-    for place, (pair, i) in enumerate(itertools.product(pairs, (0, 1))):
-        question = questions[2 * pair + i]
-        row = rows[2 * pair + i] or {"reply": "no answer"}
-        x = place // 2 % 3 * 450
-        y = place // 6 * 300 + i * 140
+    for i, (question, reply) in enumerate(drawn):
         with contextlib.suppress(*VIDEO_ERRORS):  # without a video the strip stays white
             images, _ = decode(root / question.video_path, "segments", 6, 72)
             for column, image in enumerate(images):
-                sheet.paste(image, (x + 72 * column, y))
-        lines = [f"{question.source}: {question.question}"[:76], f"right: {question.answer}"[:76]]
-        text = "\n".join([*lines, f"said: {row['reply']!r:.70}"])
-        canvas.text((x, y + 74), text, "black", ImageFont.load_default(11))
+                sheet.paste(image, (72 * column, 80 * i))
+        lines = [f"{question.source}: {question.question}", f"right: {question.answer}"]
+        text = "\n".join(line[:95] for line in [*lines, f"said: {reply!r}"])
+        canvas.text((440, 80 * i), text, "black", ImageFont.load_default(11))
     sheet.save(path)
 
 
@@ -1087,11 +1065,12 @@ def make_report(questions, rows, views, root, config, run, warnings, **facts):
     official = guesses[first][:, :, 0]
     if views:
         write_submissions(run.out / "submissions", questions, official, config.split)
-    answers = np.reshape([q.answer_idx for q in questions], (-1, 2))
-    failed = np.flatnonzero((official != answers).any(1)).tolist()
-    if failed:
-        failed = failed[:: -(-len(failed) // 24)]  # at most 24, spread over the sources
-        draw_failures(run.out / "picture.png", failed, questions, rows[first], root)
+    wrong = [i for i, q in enumerate(questions) if official.flat[i] != q.answer_idx]
+    failed = sorted({i // 2 for i in wrong})[:: -(-len(wrong) // 24) or 1]  # at most 24 pairs
+    shown = [i for pair in failed for i in (2 * pair, 2 * pair + 1)]
+    drawn = [(questions[i], rows[first][i] and rows[first][i]["reply"]) for i in shown]
+    if drawn:
+        draw_failures(run.out / "picture.png", drawn, root)
     report = {"config": asdict(config), "systems": systems, "warnings": warnings, **facts}
     (run.out / "report.json").write_text(json.dumps(report, indent=2))
     text = "\n".join([table_of(systems), PAPER, *warnings])
@@ -1117,8 +1096,8 @@ def check(config):
     views += [name for name in ("frame", "blind") if views and name in names]
     free = [name for name in names if name not in (*views, "none")]
     if set(free) - {*RULES, "frame"} or not free + views:
-        known = f"{', '.join(RULES)}, frame, or none; with --endpoint or --fn also blind"
-        fail(f"--baseline {config.baseline} must name some of {known}")
+        known = f"{', '.join(RULES)}, frame or none; with --endpoint or --fn also blind"
+        fail(f"--baseline must name some of {known}")
     if config.fn and (config.endpoint or config.video_url):
         fail("--fn is a model of its own: leave out --endpoint and --video-url")
     if config.endpoint and not re.fullmatch(r"https?://[^/@?]+(/[^@?]*)?", config.endpoint):
@@ -1133,15 +1112,13 @@ def check(config):
 def find_data(config, world):
     """Return (folder of the annotations, root of the videos); make or download what is needed."""
     store = Path(os.environ.get("DATA", "data"))
-    folder = Path(config.data).expanduser()
-    if config.data == "toy":
-        folder = store / f"mvp_toy_{config.scenes}_{config.seed}"
-        if world.rank == 0:
-            write_toy(folder, config.scenes, config.seed)
-    elif config.data == "hub":
-        folder = store / "mvp"
-        if world.rank == 0:
-            download_annotations(folder, config.split)
+    toy = store / f"mvp_toy_{config.scenes}_{config.seed}"
+    folders = {"toy": toy, "hub": store / "mvp"}
+    folder = folders.get(config.data, Path(config.data).expanduser())
+    if world.rank == 0 and config.data == "toy":
+        write_toy(folder, config.scenes, config.seed)
+    if world.rank == 0 and config.data == "hub":
+        download_annotations(folder, config.split)
     if dist.is_initialized():
         dist.barrier()
     return folder, Path(config.videos or folder / "videos").expanduser()
@@ -1204,24 +1181,21 @@ def main(argv=None):
     elif config.endpoint:
         model = asked.find_model()
     run.write(model=model, config=asdict(config))
-    items = []
-    for question, view in itertools.product(questions, views):
-        items.append((question, view, answer_key(config, model, view, question)))
+    key_of = functools.partial(answer_key, config, model)
     answers = load_answers(run.out)
-    todo = [item for item in items[world.rank :: world.size] if item[2] not in answers]
+    items = list(itertools.product(questions, views))[world.rank :: world.size]
+    todo = [item for item in items if key_of(*item) not in answers]
     note(f"{len(questions)} questions = {len(questions) // 2} pairs; {len(todo)} to ask; {run.out}")
     signal.signal(signal.SIGINT, run.leave)
     signal.signal(signal.SIGTERM, run.leave)
-    begun = time.monotonic()
     if todo:
-        ask_all(todo, root, model, asked, config, run)
-    timing = {"questions": len(todo), "seconds": round(time.monotonic() - begun, 2)}
+        ask_all(todo, key_of, root, model, asked, config, run)
     if dist.is_initialized():
         dist.barrier()
     if world.rank:
         return
     answers = load_answers(run.out)
-    rows = {view: [answers.get(key) for _, v, key in items if v == view] for view in views}
+    rows = {view: [answers.get(key_of(q, view)) for q in questions] for view in views}
     missing = sum(view.count(None) for view in rows.values())
     for name in free:
         if name == "frame":
@@ -1230,7 +1204,7 @@ def main(argv=None):
             guesses = [RULES[name](question, config.seed) for question in questions]
         pairs = zip(questions, guesses, strict=True)
         rows[name] = [{"reply": f"({'AB'[g]})", "candidates": q.candidates} for q, g in pairs]
-    make_report(questions, rows, views, root, config, run, warnings, model=model, timing=timing)
+    make_report(questions, rows, views, root, config, run, warnings, model=model)
     if missing:
         again = f"their pairs count as wrong. To ask them again: {run.resume_command()}"
         fail(f"{missing} questions have no answer, and {again}", code=1)

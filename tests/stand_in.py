@@ -24,8 +24,8 @@ import mvp_eval  # noqa: E402
 def solve(frames, prompt, row=None):
     """The right answer to a toy question from the 16 default frames: an early one and a late one are compared."""
     question, a, b = re.match(r"Question: (.*)\nOption:\n\(A\) (.*)\n\(B\) (.*) \n", prompt).groups()
-    source = next(name for name, (_, text, _) in mvp_eval.TOY.items() if text == question)
-    first, third, last = (np.asarray(frames[i], int).max(2) > 200 for i in (0, 2, 15))
+    source = next(name for name, toy in mvp_eval.TOY.items() if toy[1] == question)
+    first, last = (np.asarray(frames[i], int).max(2) > 200 for i in (0, 15))
 
     def middle(mask):
         return np.argwhere(mask).mean(0) if mask.any() else np.full(2, 32.0)  # row, column
@@ -41,8 +41,7 @@ def solve(frames, prompt, row=None):
     elif source == "toy_count":
         even = (balls(first) + balls(last)) % 2 == 0
     else:
-        (y1, x1), (y2, x2) = middle(first) - 32, middle(third) - 32
-        even = x1 * y2 - y1 * x2 > 0  # clockwise, since y points down
+        even = abs(middle(first)[0] - middle(last)[0]) < 8
     answer = mvp_eval.TOY[source][2][0 if even else 1]
     return f"Answer: {'AB'[[a, b].index(answer)]}"
 
