@@ -332,7 +332,8 @@ def parse_strict(reply, candidates):
             return "ab".index(letters[-1].lower())
 
     # its first or last line is labelled, it holds one candidate, or it points to one letter
-    pointed = {"ab".index("".join(m).lower()) for m in re.findall(POINTED, text, re.I)}
+    pointed = ["".join(groups).lower() for groups in re.findall(POINTED, text, re.I)]
+    pointed = {"ab".index(letter) for letter in pointed}
     for found in (labels_of(text), held_candidates(text, candidates), pointed):
         if len(found) == 1:
             return found.pop()
@@ -429,12 +430,11 @@ def check_videos(questions, root):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = [line for line in pool.map(problem, paths) if line]
     note("\n".join(problems))
-    counts = collections.Counter(line.split("/")[0] for line in problems)
-    for source, count in counts.items():
+    sources = collections.Counter(line.split("/")[0] for line in problems)
+    for source, count in sources.items():
         note(f"{source}: {count} missing or broken")
-    if problems:
-        fail(f"{len(problems)} of {len(paths)} videos in {root} are missing or broken", code=1)
-    note(f"all {len(paths)} videos are there")
+    note(f"{len(problems)} of {len(paths)} videos in {root} are missing or broken")
+    raise SystemExit(int(bool(problems)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -470,16 +470,11 @@ TOY = {  # subset, question, (candidate if before = after, candidate if not), ba
         ([(28, 36)], [(28, 52)]),
     ),
 }
-# a scene's pairs of clips (before, after); the first candidate is right for the first of a pair
-PAIRS = list(itertools.product([(0, 0), (1, 1)], [(0, 1), (1, 0)]))
+# a scene's pairs of clips, each named by its states before and after; the first is the equal one
+PAIRS = [("00", "01"), ("00", "10"), ("11", "01"), ("11", "10")]
 # Equal frames must decode to equal pixels: each frame by itself, at one quantiser. With frames
 # predicted from others the centre frame would carry traces of what came before it.
-TOY_CODEC = {
-    "g": "1",
-    "bf": "0",
-    "qp": "12",
-    "x264-params": "scenecut=0:aq-mode=0:mbtree=0:rc-lookahead=0",
-}
+TOY_CODEC = {"g": "1", "qp": "12"}
 
 
 def write_video(path, frames):
@@ -493,15 +488,17 @@ def write_video(path, frames):
         video.mux(stream.encode(None))
 
 
-def toy_clip(source, scene, before, after, seed):
-    """Return the frames of a clip, uint8 [25, 64, 64, 3]."""
+def toy_clip(source, scene, states, seed):
+    """Return the frames of a clip, uint8 [25, 64, 64, 3]; states: before and after, such as "01"."""
     draws = np.random.default_rng([seed, list(TOY).index(source), scene])
-    background = draws.integers(30, 100, (8, 8, 3)).repeat(8, 0).repeat(8, 1)
+    blocks = draws.integers(30, 100, (8, 8, 3))
+    background = blocks.repeat(8, 0).repeat(8, 1)
     colour = draws.permutation([255, 110, 50])  # only balls have a bright channel
     shift = draws.integers(-6, 7)
     clip = np.stack([background] * 25).astype(np.uint8)
     for t, frame in enumerate(clip):
-        for x, y in TOY[source][3][before if t < 12 else after]:
+        state = int(states[t // 12 > 0])
+        for x, y in TOY[source][3][state]:
             left = x + shift
             frame[y : y + 8, left : left + 8] = colour
         # the screen rises, covers the balls, and falls
@@ -523,11 +520,11 @@ def write_toy(folder, scenes, seed):
                 listed.reverse()
             if (p ^ scene) & 2:
                 rows.reverse()
-            for number, ((before, after), answer) in enumerate(rows, 1):
-                path = f"{source}/s{scene:03d}_{before}{after}.mp4"
+            for number, (states, answer) in enumerate(rows, 1):
+                path = f"{source}/s{scene:03d}_{states}.mp4"
                 file = folder / "videos" / path
                 if not file.exists():
-                    write_video(file, toy_clip(source, scene, before, after, seed))
+                    write_video(file, toy_clip(source, scene, states, seed))
                 row = {"video_id": f"{source}_s{scene:03d}_p{p}_{number}", "video_path": path}
                 row.update(question=question, answer=answer, candidates=repr(listed))
                 lines.append(json.dumps({**row, "source": source}))
@@ -553,13 +550,13 @@ def centre_frame(path):
         images, _ = decode(path, "center", 1)
     except VIDEO_ERRORS as error:
         fail(f"--baseline frame cannot read {path}: {error}; --check says which videos are broken")
-    return np.asarray(images[0].convert("L").resize((16, 16), Image.BOX), float).ravel()
+    grey = images[0].convert("L").resize((16, 16), Image.BOX)
+    return np.asarray(grey, float).ravel()
 
 
 def frame_baseline(questions, root):
     """Answer as the nearest centre frame of another pair with the same question, else by a coin."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        frames = np.stack(list(pool.map(lambda q: centre_frame(root / q.video_path), questions)))
+    frames = np.stack([centre_frame(root / q.video_path) for q in questions])
     guesses = []
     for question, frame in zip(questions, frames, strict=True):
         guess = coin(question.question)
@@ -600,20 +597,17 @@ REFUSALS = {
     r"at most \d+ image|limit-mm-per-prompt|too many images": "the server takes fewer images: "
     "lower --frames, or start vLLM with --limit-mm-per-prompt",
     r"^status 4(00|22).*(max_tokens|temperature|\bseed\b|unrecognized|extra (field|input)"
-    r"|(unknown|unsupported|unexpected) (field|param|arg|value|prop))": "it refuses a field: change "
+    r"|(unknown|unsupported|unexpected) (field|param|arg|value|prop))": "a field is refused: change "
     'it, as by --extra \'{"max_tokens": null, "max_completion_tokens": 1024}\'',
 }
 
 
-class Refused(Exception):
-    """No question will be answered, so nothing further should be asked."""
-
-
-def refuse(said):
-    """Raise Refused, with what to do, if no question will be answered; said: "status S: text"."""
+def refusal(said):
+    """Return what to do if no question will be answered, else ""; said: "status S: text"."""
     for pattern, advice in REFUSALS.items():
         if re.search(pattern, said, re.I | re.S):
-            raise Refused(f"{advice}. {said}")
+            return f"{advice}. {said}"
+    return ""
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -699,7 +693,7 @@ class Endpoint:
         headers = {"Content-Type": "application/json", "User-Agent": "mvp_eval"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        data = json.dumps(body).encode() if body else None
+        data = body and json.dumps(body).encode()
         url = self.config.endpoint.rstrip("/") + path
         request = urllib.request.Request(url, data, headers)
         try:
@@ -720,14 +714,14 @@ class Endpoint:
             if status == 200:
                 return read_json(headers, text)["data"][0]["id"]
             reason = f"status {status}: {text[:300]}"
-            refuse(reason)
+            reason = refusal(reason) or reason
         except Exception as error:  # noqa: BLE001  whatever stands there, if anything does
             reason = repr(error)
         advice = "Start the server, or wait for it; correct --endpoint, or name a --model"
         fail(f"{self.config.endpoint}/models: {reason}. {advice}")
 
     def ask(self, model, prompt, images, video):
-        """Return status ok and the reply, or status error and why. Raise Refused."""
+        """Return status ok and the reply; status error, or refused if all would be, and why."""
         payload = make_payload(self.config, model, prompt, images, video)
         pause = 0.0
         for attempt in range(self.config.retries + 1):
@@ -743,8 +737,8 @@ class Endpoint:
                 failure = f"status {status}: {text[:300]}"
                 if re.search("context|too long|maximum.*tokens|^status 413", failure, re.I):
                     failure += " (try fewer --frames or a smaller --size)"
-                else:
-                    refuse(failure)
+                elif refusal(failure):
+                    return {"status": "refused", "error": refusal(failure)}
                 if status < 500 and status not in (408, 409, 425, 429):
                     break
                 if re.fullmatch(r"[\d.]+", headers.get("Retry-After", "")):
@@ -852,24 +846,22 @@ def ask_all(todo, key_of, root, model, asked, config, run):
     rows = in_flight(pool, work, todo, config.concurrency)
     # None hides the bar where there is no terminal
     bar = tqdm(rows, total=len(todo), unit="question", disable=True if run.world.rank else None)
-    path = run.out / f"answers.rank{run.world.rank}.jsonl"
     try:
-        with open(path, "ab") as file:
+        with open(run.out / f"answers.rank{run.world.rank}.jsonl", "a") as file:
             if file.tell():
-                file.write(b"\n")  # end a line that a crash may have torn
+                file.write("\n")  # end a line that a crash may have torn
             for done, (question, images, row) in enumerate(bar, 1):
                 if "status" not in row:  # functions are called here, in the main thread
                     row.update(call_function(asked, images, question))
-                file.write(json.dumps(row).encode() + b"\n")
+                file.write(json.dumps(row) + "\n")
                 file.flush()
-                failed = row["status"] == "error"
-                failed_in_row = (failed_in_row + 1) * failed
+                if row["status"] == "refused":
+                    fail(f"{row['error']}. {kept}")
+                failed_in_row = (failed_in_row + 1) * (row["status"] == "error")
                 if failed_in_row == 20:
                     fail(f"20 questions in a row failed, the last: {row['error']}. {kept}", 3)
                 if bar.disable and done % 100 == 0:
                     note(f"{done} of {len(todo)} questions asked")
-    except Refused as error:
-        fail(f"{error}. {kept}")
     finally:
         if config.endpoint:
             asked.stopped.set()  # ends threads that wait to try again
@@ -911,7 +903,8 @@ def score(questions, guesses, seed):
     questions: [2 P]; guesses: of `parse_rows`.
     """
     right = guesses == np.reshape([q.answer_idx for q in questions], (-1, 2, 1))
-    scores = np.stack([right.all(1), right.mean(1)], axis=2).reshape(-1, 4)  # in order of COLUMNS
+    scores = np.stack([right.all(1), right.mean(1)], axis=2)  # [P, parser, (pair, single)]
+    scores = scores.reshape(-1, 4)  # as in COLUMNS
     draws = np.random.default_rng(seed)
     chosen = {"macro": np.ones(len(scores), bool)}
     means = {}
@@ -951,23 +944,23 @@ def compare(first, second):
         runs.append(collections.defaultdict(list))
         for row in load_answers(out).values():
             if row["system"] == "model":
-                answer = row["candidates"].index(row["answer"])
-                right = parse_official(row["reply"]) == answer
-                runs[-1][tuple(row["pair"])].append(right)
-    shared = [pair for pair in runs[0] if len(runs[0][pair]) == len(runs[1][pair]) == 2]
+                right = row["candidates"].index(row["answer"])
+                runs[-1][tuple(row["pair"])].append(parse_official(row["reply"]) == right)
+    a, b = runs
+    shared = [pair for pair in a if len(a[pair]) == len(b[pair]) == 2]
     if not shared:
         fail(f"{first} and {second}: no pair that both answered; compare takes the folders of runs")
     for name in [*SUBSETS, "all"]:
         chosen = [pair for pair in shared if name in (pair[0], "all")]
         if chosen:
-            a, b = np.array([[all(run[pair]) for pair in chosen] for run in runs], float)
-            low, high = np.percentile(bootstrap(a - b, np.random.default_rng(0)), [2.5, 97.5])
-            n = int((a != b).sum())
-            k = min(sum(a > b), sum(a < b))
-            p = min(1.0, sum(math.comb(n, i) for i in range(k + 1)) / 2 ** (n - 1))
+            x, y = np.array([[all(run[pair]) for pair in chosen] for run in runs], float)
+            low, high = np.percentile(bootstrap(x - y, np.random.default_rng(0)), [2.5, 97.5])
+            n = int(sum(x != y))
+            tail = range(1 + min(sum(x > y), sum(x < y)).astype(int))
+            p = min(1.0, sum(math.comb(n, i) for i in tail) / 2 ** (n - 1))
             note(
-                f"{name}: {len(chosen)} pairs, {a.mean():.1%} - {b.mean():.1%} = "
-                f"{(a - b).mean():+.1%} [{low:+.1%}, {high:+.1%}], McNemar p {p:.2g}"
+                f"{name}: {len(chosen)} pairs, {x.mean():.1%} - {y.mean():.1%} = "
+                f"{(x - y).mean():+.1%} [{low:+.1%}, {high:+.1%}], McNemar p {p:.2g}"
             )
 
 
@@ -1067,8 +1060,10 @@ def make_report(questions, rows, views, root, config, run, warnings, **facts):
         write_submissions(run.out / "submissions", questions, official, config.split)
     wrong = [i for i, q in enumerate(questions) if official.flat[i] != q.answer_idx]
     failed = sorted({i // 2 for i in wrong})[:: -(-len(wrong) // 24) or 1]  # at most 24 pairs
-    shown = [i for pair in failed for i in (2 * pair, 2 * pair + 1)]
-    drawn = [(questions[i], rows[first][i] and rows[first][i]["reply"]) for i in shown]
+    drawn = []
+    for i in itertools.chain(*((2 * pair, 2 * pair + 1) for pair in failed)):
+        row = rows[first][i] or {"reply": None}
+        drawn.append((questions[i], row["reply"]))
     if drawn:
         draw_failures(run.out / "picture.png", drawn, root)
     report = {"config": asdict(config), "systems": systems, "warnings": warnings, **facts}
@@ -1112,13 +1107,15 @@ def check(config):
 def find_data(config, world):
     """Return (folder of the annotations, root of the videos); make or download what is needed."""
     store = Path(os.environ.get("DATA", "data"))
-    toy = store / f"mvp_toy_{config.scenes}_{config.seed}"
-    folders = {"toy": toy, "hub": store / "mvp"}
-    folder = folders.get(config.data, Path(config.data).expanduser())
-    if world.rank == 0 and config.data == "toy":
-        write_toy(folder, config.scenes, config.seed)
-    if world.rank == 0 and config.data == "hub":
-        download_annotations(folder, config.split)
+    folder = Path(config.data).expanduser()
+    if config.data == "toy":
+        folder = store / f"mvp_toy_{config.scenes}_{config.seed}"
+        if world.rank == 0:
+            write_toy(folder, config.scenes, config.seed)
+    elif config.data == "hub":
+        folder = store / "mvp"
+        if world.rank == 0:
+            download_annotations(folder, config.split)
     if dist.is_initialized():
         dist.barrier()
     return folder, Path(config.videos or folder / "videos").expanduser()
@@ -1140,19 +1137,15 @@ def choose_questions(questions, root, looks, config):
             problems.append(f"{stem} ({problem})")
         else:
             usable[subset].append(pair)
-    warnings = []
-    if problems:
-        warnings = [
-            f"{len(problems)} of {len(pairs)} pairs are left out: {'; '.join(problems[:5])}"
-        ]
-        if not config.allow_missing or not any(usable.values()):
-            fail(f"{warnings[0]}. This needs --allow-missing. --check names the missing videos")
+    said = f"{len(problems)} of {len(pairs)} pairs are left out: {'; '.join(problems[:5])}"
+    if not any(usable.values()) or (problems and not config.allow_missing):
+        fail(f"{said}. This needs --allow-missing. --check names the missing videos")
     chosen = []
     for members in usable.values():
         if config.limit:
             random.Random(config.seed).shuffle(members)
         chosen += itertools.chain(*members[: config.limit or None])
-    return chosen, warnings
+    return chosen, [said] if problems else []
 
 
 @common.command_line
