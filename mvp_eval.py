@@ -147,15 +147,17 @@ class Question:
 
 def make_question(row, subset):
     """Return the Question of a row, a dict. What is missing is empty."""
-    names = ("video_id", "video_path", "question", "answer", "candidates", "source")
-    texts = {name: "" if row.get(name) is None else str(row[name]) for name in names}
+    texts = {}
+    for name in Question.__dataclass_fields__:
+        texts[name] = "" if row.get(name) is None else str(row[name])
     try:  # candidates are a Python list, written as text
-        texts["candidates"] = tuple(map(str, ast.literal_eval(texts["candidates"])))
+        candidates = tuple(map(str, ast.literal_eval(texts["candidates"])))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        texts["candidates"] = ()
-    texts["video_path"] = texts["video_path"].lstrip("/")
-    texts["source"] = texts["source"] or texts["video_path"].split("/")[0]
-    return Question(subset, **texts)
+        candidates = ()
+    path = texts["video_path"].lstrip("/")
+    texts["source"] = texts["source"] or path.split("/")[0]
+    texts.update(subset=subset, candidates=candidates, video_path=path)
+    return Question(**texts)
 
 
 def read_annotations(folder, split):
@@ -430,11 +432,12 @@ def check_videos(questions, root):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = [line for line in pool.map(problem, paths) if line]
     note("\n".join(problems))
-    sources = collections.Counter(line.split("/")[0] for line in problems)
-    for source, count in sources.items():
+    for source, count in collections.Counter(line.split("/")[0] for line in problems).items():
         note(f"{source}: {count} missing or broken")
-    note(f"{len(problems)} of {len(paths)} videos in {root} are missing or broken")
-    raise SystemExit(int(bool(problems)))
+    said = f"{len(problems)} of {len(paths)} videos in {root} are missing or broken"
+    if problems:
+        fail(said, code=1)
+    note(said)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -489,7 +492,7 @@ def write_video(path, frames):
 
 
 def toy_clip(source, scene, states, seed):
-    """Return the frames of a clip, uint8 [25, 64, 64, 3]; states: before and after, such as "01"."""
+    """Return a clip, uint8 [25, 64, 64, 3]; states: before and after the screen, such as "01"."""
     draws = np.random.default_rng([seed, list(TOY).index(source), scene])
     blocks = draws.integers(30, 100, (8, 8, 3))
     background = blocks.repeat(8, 0).repeat(8, 1)
@@ -545,13 +548,12 @@ def coin(text):
 
 @functools.cache
 def centre_frame(path):
-    """Return the centre frame of a video, grey, float [256] of 16 x 16 pixels."""
+    """Return the centre frame of a video as 16 x 16 pixels, float [768]."""
     try:
         images, _ = decode(path, "center", 1)
     except VIDEO_ERRORS as error:
         fail(f"--baseline frame cannot read {path}: {error}; --check says which videos are broken")
-    grey = images[0].convert("L").resize((16, 16), Image.BOX)
-    return np.asarray(grey, float).ravel()
+    return np.asarray(images[0].resize((16, 16)), float).ravel()
 
 
 def frame_baseline(questions, root):
@@ -597,8 +599,8 @@ REFUSALS = {
     r"at most \d+ image|limit-mm-per-prompt|too many images": "the server takes fewer images: "
     "lower --frames, or start vLLM with --limit-mm-per-prompt",
     r"^status 4(00|22).*(max_tokens|temperature|\bseed\b|unrecognized|extra (field|input)"
-    r"|(unknown|unsupported|unexpected) (field|param|arg|value|prop))": "a field is refused: change "
-    'it, as by --extra \'{"max_tokens": null, "max_completion_tokens": 1024}\'',
+    r"|(unknown|unsupported|unexpected) (field|param|arg|value|prop))": "a field is refused. "
+    'Change it, as by --extra \'{"max_tokens": null, "max_completion_tokens": 1024}\'',
 }
 
 
@@ -622,15 +624,15 @@ def make_payload(config, model, prompt, images=(), video=""):
 
     images: base64 texts of JPEGs; video: a data URL that goes instead of them.
     """
-    content = []
+    parts = []
     for number, image in enumerate(images, 1):
         if config.frame_labels:
-            content.append({"type": "text", "text": f"Frame {number}:"})
-        url = f"data:image/jpeg;base64,{image}"
-        content.append({"type": "image_url", "image_url": {"url": url}})
+            parts.append(("text", f"Frame {number}:"))
+        parts.append(("image_url", {"url": f"data:image/jpeg;base64,{image}"}))
     if video:
-        content.append({"type": "video_url", "video_url": {"url": video}})
-    content.append({"type": "text", "text": prompt})
+        parts.append(("video_url", {"url": video}))
+    parts.append(("text", prompt))
+    content = [{"type": kind, kind: value} for kind, value in parts]
     payload = {
         "model": model,
         "messages": [{"role": "user", "content": content}],
@@ -1026,7 +1028,7 @@ def write_submissions(folder, questions, guesses, split):
     data_name = "mvp_mini" if split == "mini" else "mvp"
     for subset in dict.fromkeys(question.subset for question in questions):
         with open(folder / f"{data_name}_{subset}_valid.jsonl", "w") as file:
-            for question, guess in zip(questions, guesses.ravel(), strict=True):
+            for question, guess in zip(questions, guesses, strict=True):
                 if question.subset == subset and guess != UNANSWERED:
                     row = {"data_name": data_name, "row_id": question.video_id, "task": subset}
                     row["model_answer"] = question.candidates[max(0, guess)]
@@ -1055,15 +1057,15 @@ def make_report(questions, rows, views, root, config, run, warnings, **facts):
     for system in views:
         warnings += warnings_of(system, rows[system], systems[system]["macro"])
     first = next(iter(rows))  # the model, if there is one
-    official = guesses[first][:, :, 0]
+    official = guesses[first][:, :, 0].ravel()
     if views:
         write_submissions(run.out / "submissions", questions, official, config.split)
-    wrong = [i for i, q in enumerate(questions) if official.flat[i] != q.answer_idx]
-    failed = sorted({i // 2 for i in wrong})[:: -(-len(wrong) // 24) or 1]  # at most 24 pairs
+    wrong = sorted({i // 2 for i, q in enumerate(questions) if official[i] != q.answer_idx})
     drawn = []
-    for i in itertools.chain(*((2 * pair, 2 * pair + 1) for pair in failed)):
-        row = rows[first][i] or {"reply": None}
-        drawn.append((questions[i], row["reply"]))
+    for pair in wrong[:: len(wrong) // 24 + 1]:  # at most 24, spread over the sources
+        for i in (2 * pair, 2 * pair + 1):
+            row = rows[first][i] or {"reply": None}
+            drawn.append((questions[i], row["reply"]))
     if drawn:
         draw_failures(run.out / "picture.png", drawn, root)
     report = {"config": asdict(config), "systems": systems, "warnings": warnings, **facts}
@@ -1195,8 +1197,7 @@ def main(argv=None):
             guesses = frame_baseline(questions, root)
         else:
             guesses = [RULES[name](question, config.seed) for question in questions]
-        pairs = zip(questions, guesses, strict=True)
-        rows[name] = [{"reply": f"({'AB'[g]})", "candidates": q.candidates} for q, g in pairs]
+        rows[name] = [{"reply": "AB"[guess], "candidates": ()} for guess in guesses]
     make_report(questions, rows, views, root, config, run, warnings, model=model)
     if missing:
         again = f"their pairs count as wrong. To ask them again: {run.resume_command()}"

@@ -105,7 +105,7 @@ def test_accuracies_and_intervals():
 
 def test_submissions(tmp_path):
     questions, guesses = golden_guesses()
-    mvp_eval.write_submissions(tmp_path / "s", questions, guesses[:, :, 0], "mini")
+    mvp_eval.write_submissions(tmp_path / "s", questions, guesses[:, :, 0].ravel(), "mini")
     files = sorted((GOLDEN / "submissions").iterdir())
     assert [f.name for f in sorted((tmp_path / "s").iterdir())] == [f.name for f in files]
     for file in files:
