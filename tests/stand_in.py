@@ -24,8 +24,8 @@ import mvp_eval  # noqa: E402
 def solve(frames, prompt, row=None):
     """The right answer to a toy question from the 16 default frames: an early one and a late one are compared."""
     question, a, b = re.match(r"Question: (.*)\nOption:\n\(A\) (.*)\n\(B\) (.*) \n", prompt).groups()
-    source = next(name for name, (_, text, _) in mvp_eval.TOY.items() if text == question)
-    first, third, nineteenth, last = (np.asarray(frames[i], int).max(2) > 200 for i in (0, 2, 12, 15))
+    source = next(name for name, toy in mvp_eval.TOY.items() if toy[1] == question)
+    first, last = (np.asarray(frames[i], int).max(2) > 200 for i in (0, 15))
 
     def middle(mask):
         return np.argwhere(mask).mean(0) if mask.any() else np.full(2, 32.0)  # row, column
@@ -39,10 +39,9 @@ def solve(frames, prompt, row=None):
     elif source == "toy_turn":
         even = (middle(first)[1] < 32) == (middle(last)[1] < 32)
     elif source == "toy_count":
-        even = (balls(first) + balls(nineteenth)) % 2 == 0
+        even = (balls(first) + balls(last)) % 2 == 0
     else:
-        (y1, x1), (y2, x2) = middle(first) - 32, middle(third) - 32
-        even = x1 * y2 - y1 * x2 > 0  # clockwise, since y points down
+        even = abs(middle(first)[0] - middle(last)[0]) < 8
     answer = mvp_eval.TOY[source][2][0 if even else 1]
     return f"Answer: {'AB'[[a, b].index(answer)]}"
 
@@ -58,14 +57,23 @@ def solve_request(body):
 class StandIn:
     """with StandIn(answer, fault) as server: server.url is an endpoint.
 
-    answer(body) -> text, or a whole choice as a dict. fault(body, nth) -> None or one of FAULTS or (status, text,
-    headers), where nth counts the requests with the same body from 0. `asked` lists (digest of the body, outcome).
+    answer(body) -> text, or a message as a dict, which may hold finish_reason and error of its choice.
+    fault(body, nth) -> None, one of FAULTS, or (status, text, headers); nth counts the requests with
+    the same body from 0. listing: what /models says, as such a triple. `asked` lists (digest of the
+    body, outcome).
     """
 
-    FAULTS = ("hang", "cut", "half", "garbage", "null", "error", "empty stream")
+    FAULTS = ("hang", "cut", "half", "garbage", "abort", "error")
 
-    def __init__(self, answer=lambda body: "Answer: A", fault=lambda body, nth: None, models=("stand-in",), port=0):
-        self.answer, self.fault, self.models = answer, fault, models
+    def __init__(
+        self,
+        answer=lambda body: "Answer: A",
+        fault=lambda body, nth: None,
+        models=("stand-in",),
+        port=0,
+        listing=None,
+    ):
+        self.answer, self.fault, self.models, self.listing = answer, fault, models, listing
         self.asked, self.bodies, self.keys, self.times = [], [], set(), {}
         self.lock = threading.Lock()
         self.hanging = threading.Event()
@@ -89,7 +97,8 @@ class StandIn:
 
             def do_GET(self):
                 models = [{"id": name} for name in stand_in.models]
-                self.reply(200, json.dumps({"data": models}).encode())
+                listing = stand_in.listing or (200, json.dumps({"data": models}), {})
+                self.reply(listing[0], listing[1].encode(), listing[2].items())
 
             def do_POST(self):
                 text = self.rfile.read(int(self.headers["Content-Length"]))
@@ -122,12 +131,14 @@ class StandIn:
             return handler.reply(200, b'{"choices": [{"mess')
         if fault == "error":
             return handler.reply(200, json.dumps({"error": {"message": "overloaded"}}).encode())
-        choice = {"content": None} if fault == "null" else self.answer(body)
+        choice = self.answer(body)
         choice = choice if isinstance(choice, dict) else {"content": choice}
-        outer = {"finish_reason": choice.pop("finish_reason", "stop"), "logprobs": choice.pop("logprobs", None)}
-        if body.get("stream"):
-            return self.stream(handler, choice, outer, cut=fault in ("half", "empty stream"))
-        data = {"choices": [{"index": 0, "message": {"role": "assistant", **choice}, **outer}], "usage": {"n": 1}}
+        outer = {"finish_reason": choice.pop("finish_reason", "stop")}
+        if "error" in choice:
+            outer["error"] = choice.pop("error")
+        if fault == "abort":
+            outer["finish_reason"] = "abort"
+        data = {"choices": [{"index": 0, "message": {"role": "assistant", **choice}, **outer}]}
         data = json.dumps(data).encode()
         if fault == "half":  # the connection breaks in the middle of the reply
             handler.send_response(200)
@@ -137,24 +148,6 @@ class StandIn:
             handler.close_connection = True
             return None
         return handler.reply(200, data, [("Content-Type", "application/json")])
-
-    def stream(self, handler, message, outer, cut):
-        """Server-sent events in chunked encoding, the content in pieces of three letters."""
-        handler.send_response(200)
-        handler.send_header("Content-Type", "text/event-stream")
-        handler.send_header("Transfer-Encoding", "chunked")
-        handler.end_headers()
-        content = message.get("content")
-        deltas = [{"role": "assistant", "content": ""}, *({k: v} for k, v in message.items() if k != "content")]
-        deltas += [{"content": content[i : i + 3]} for i in range(0, len(content or ""), 3)]
-        events = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
-        events += [{"choices": [{"delta": {}, **outer}]}, {"choices": [], "usage": {"n": 1}}]
-        lines = [": keep-alive\n\n", *(f"data: {json.dumps(event)}\n\n" for event in events), "data: [DONE]\n\n"]
-        for line in lines[: len(lines) // 2] if cut else lines:
-            handler.wfile.write(f"{len(line.encode()):x}\r\n{line}\r\n".encode())
-        if not cut:
-            handler.wfile.write(b"0\r\n\r\n")
-        handler.close_connection = True
 
     def __enter__(self):
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
