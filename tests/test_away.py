@@ -10,8 +10,7 @@ from helpers import on_ranks
 
 import common
 
-NEW = "--width 16 --depth 2 --heads 2 --batch 16 --log-every 100 --workers 0 --no-compile"
-SMALL = "--width 16 --depth 2 --heads 2 --batch 16 --log-every 100 --workers 0 --no-compile --eval-limit 100"
+SMALL = "--width 16 --depth 2 --heads 2 --batch 16 --log-every 100 --workers 0 --no-compile"
 PREDICTOR = "--predictor-width 16 --predictor-depth 2"
 PIXELS = "pixel_vit --image-size 8 --micro 8 --probe-epochs 1"
 CASES = {
@@ -34,9 +33,7 @@ def train_on_it(_, script, flags, evaluations):
     module, device = importlib.import_module(script), away.register()
     torch.set_num_threads(1)
     waits = []
-    worlds = {"old_start_world": common.OldWorld(0, 1, device), "start_world": common.World(0, 1, device)}
-    for name, world in worlds.items():
-        setattr(common, name, lambda *_, world=world: world)
+    common.start_world = lambda *_: common.World(0, 1, device)  # in a process of its own
     with away.Everywhere():
         for steps, then in ((3, "none"), (6, evaluations)):
             away.WAITS.clear()
@@ -54,8 +51,7 @@ def train_on_it(_, script, flags, evaluations):
 def test_a_step_runs_on_an_accelerator_without_waiting_for_it(case):
     """Tensors of two devices never meet, in training nor in evaluation, and the loop waits for logs and saves only."""
     script, *flags = case.split()
-    small = NEW if "common.parse_config" in (away.ROOT / f"{script}.py").read_text() else SMALL
-    on_ranks(train_on_it, script, [*flags, *small.split()], CASES[case], ranks=1)
+    on_ranks(train_on_it, script, [*flags, *SMALL.split()], CASES[case], ranks=1)
 
 
 def waits_are_noticed(_):

@@ -42,6 +42,4 @@ def test_commands_are_understood(place, name, words):
         known = re.findall(r'add\("(--[\w-]+)"', (ROOT / f"{name}.py").read_text())
         assert {word for word in words if word.startswith("--")} <= set(known)
     else:
-        follows = "common.parse_config" in (ROOT / f"{name}.py").read_text()
-        parse = common.parse_config if follows else common.old_parse_config
-        parse(module.Config, module.PRESETS, module.DATA_PRESETS, words)
+        common.parse_config(module.Config, module.PRESETS, module.DATA_PRESETS, words)

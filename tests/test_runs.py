@@ -20,15 +20,15 @@ from helpers import kill_when, log_rows, run, run_several, start, wait_for
 from PIL import Image, PngImagePlugin
 
 import common
-import flexpredict
 import dinov2
+import flexpredict
 import ijepa
 import iwm
-import msn
-import pmsn
 import llip
-import vjepa
+import msn
 import pixel_vit
+import pmsn
+import vjepa
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -51,7 +51,6 @@ class Script:
     slow: str = "--lr 1e-5 --lr-start 1e-5"  # a learning rate that hides rounding
     score: tuple = ("knn", "knn")  # an evaluation of class folders, and a number in it
     toy_score: tuple = ("knn", "knn")  # the same of the toy
-    slow: str = "--lr 1e-5 --lr-start 1e-5"  # flags of a small, steady learning rate
 
     @property
     def name(self):
@@ -711,8 +710,16 @@ MORE_SETTINGS = {
         ("--shard --precision fp16", "fp16"),
     ],
     "ijepa": [("--micro 48", "--batch 64"), ("--targets 30", "context"), ("--batch 10", "--micro")],
-    "iwm": [("--conditioning token", "sequence"), ("--jitter 2 0 0 0", "--jitter"), ("--min-visible 35", "visible")],
-    "flexpredict": [("--mode paper", "stop_paper"), ("--sigma -1", "--sigma"), ("--davis x", "val.txt")],
+    "iwm": [
+        ("--conditioning token", "sequence"),
+        ("--jitter 2 0 0 0", "--jitter"),
+        ("--min-visible 35", "visible"),
+    ],
+    "flexpredict": [
+        ("--mode paper", "stop_paper"),
+        ("--sigma -1", "--sigma"),
+        ("--davis x", "val.txt"),
+    ],
     "msn": [
         ("--drop 1.0", "--drop"),
         ("--mask-per pixel", "image"),
@@ -988,6 +995,8 @@ def test_ijepa_learns():
     assert results["trained"]["linear"] > results["random"]["linear"] + 8
     last = [row for row in rows if "feature_std" in row][-1]
     assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
+
+
 def test_msn_learns():
     """On the toy: anchors find their image's cluster, and few labels say more than of a random encoder."""
     flags = "--steps 250 --batch 64 --width 48 --depth 3 --eval lowshot --workers 0"
