@@ -68,8 +68,8 @@ class Config:
     heads: int = 4  # attention heads of encoder and predictor
     predictor_width: int = 32  # predictor width
     predictor_depth: int = 4  # predictor blocks
-    init_std: float = 0.02  # std of the initial weights
-    patch_std: float = 0.3  # std of the initial patch projection
+    init_std: float = 0.06  # std of the initial weights; narrow networks want more than 0.02
+    patch_std: float = 0.8  # std of the initial patch projection
 
     # stochastic positions
     mode: Literal["stop", "stop_paper", "ijepa"] = "stop"  # released code, paper, or exact places
@@ -96,7 +96,7 @@ class Config:
     epochs: float = 0  # length of the run in passes over the data
     steps: int = 0  # length of the run in steps, wins over --epochs
     warmup: float = 0.1  # share of the run in which the learning rate rises
-    lr: float = 2e-3  # peak learning rate
+    lr: float = 3e-3  # peak learning rate
     lr_start: float = 2e-4  # learning rate of the first step
     lr_final: float = 1e-6  # learning rate at the end
     weight_decay: float = 0.04  # weight decay at the start
@@ -651,7 +651,7 @@ def region_and_contour(predicted, true):
 
 
 def sequence_statistics(values):
-    """Return (mean, recall, decay) of J and F of an object over frames, [n, 2] -> [3, 2], as DAVIS."""
+    """Return (mean, recall, decay) of J and F of an object over frames: [n, 2] -> [3, 2]."""
     # neighbouring quarters share a frame, as in the official code
     edges = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
     first = values[: edges[1] + 1].mean(0)
@@ -839,6 +839,7 @@ IMAGENET = {
     "patch": 16,
     "predictor_width": 384,
     "predictor_depth": 12,
+    "init_std": 0.02,
     "patch_std": 0.02,
     "released": True,
     "min_context": 11,
@@ -867,7 +868,7 @@ CIFAR10 = {
     "patch_std": 0.15,
     "workers": 1,
 }
-TOY = {"steps": 700, "probe_epochs": 6, "precision": "fp32", "workers": 1}
+TOY = {"steps": 1000, "probe_epochs": 6, "precision": "fp32", "workers": 1}
 
 PRESETS = {
     "toy": TOY,
@@ -876,7 +877,9 @@ PRESETS = {
         "data": "scenes",
         "image_size": 24,
         "patch": 4,
-        "steps": 1000,
+        "init_std": 0.02,
+        "patch_std": 0.3,
+        "lr": 2e-3,
         # what no prediction uses, such as noise, is forgotten only as fast as weights decay
         "weight_decay": 0.5,
         "weight_decay_final": 0.5,
@@ -887,7 +890,6 @@ PRESETS = {
         "width": 128,
         "predictor_width": 64,
         "predictor_depth": 3,
-        "init_std": 0.06,
         "steps": 3200,
         "lr": 1.5e-3,
         "weight_decay_final": 0.1,

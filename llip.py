@@ -139,7 +139,8 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = PRINTABLE + sorted(
     set(range(256)) - set(PRINTABLE)
 )  # byte values in the order of their ids
-CHARACTERS = dict(zip(BYTES, map(chr, [*PRINTABLE, *range(256, 324)]), strict=True))
+SIGNS = map(chr, [*PRINTABLE, *range(256, 324)])
+CHARACTERS = dict(zip(BYTES, SIGNS, strict=True))
 MERGES = 49152 - 256 - 2  # lines of OpenAI's file that its tokenizer uses
 QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 WIDE = re.compile("[\u3000\ufb00-\ufb06\uff00-\uffef]+")  # ligatures and full-width letters
@@ -595,7 +596,8 @@ def toy_world(part):
     """
     count = 8000 if part == "train" else 1000
     random = np.random.default_rng(count)
-    glyphs = np.array(list("".join(GLYPHS.split()))).reshape(12, 6, 12) == "#"
+    glyphs = np.array(list("".join(GLYPHS.split()))) == "#"
+    glyphs = glyphs.reshape(12, 6, 12)
     ground = random.uniform(20, 70, (count, 1, 1, 1))
     pixels = random.normal(ground, 6, (count, 32, 32, 3))
     facts = []
@@ -886,7 +888,8 @@ def make_optimizer(model, config):
 
 def train(model, tokenizer, split, config, world):
     """Train a model on Pairs. Returns the run; its last.pt holds the result."""
-    steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
+    steps_an_epoch = max(1, len(split) // config.batch)
+    steps = config.steps or max(1, int(config.epochs * steps_an_epoch))
     model.to(world.device)
     if config.compile:
         model.compile()
@@ -1084,7 +1087,8 @@ def draw_picture(model, tokenizer, split, config, world, run):
     Bright is where the tokens that the caption takes look in the last block, relative to the mean
     over captions.
     """
-    rows = sorted(range(min(100, len(split))), key=lambda i: -len(split.captions[i]))[:5]
+    rows = range(min(100, len(split)))
+    rows = sorted(rows, key=lambda i: -len(split.captions[i]))[:5]
     n = len(rows)
     captions = [split.captions[i][:5] for i in rows]
     count = min(map(len, captions))
@@ -1101,7 +1105,8 @@ def draw_picture(model, tokenizer, split, config, world, run):
         texts = [text for row in captions for text in row[:count]]
         q = model.text(tokenizer(texts).to(world.device))[:, 0]
         k = model.image(clip_range(images))[:, 0]
-        weights = mixing_weights(k, q.unflatten(1, (model.heads, -1)), model.tau).mean(0)
+        q = q.unflatten(1, (model.heads, -1))
+        weights = mixing_weights(k, q, model.tau).mean(0)
         weights = weights.unflatten(2, (n, count))[range(n), :, range(n)]  # [B, K, T]
         maps = weights.mT @ maps  # [B, T, P]
         maps = maps / maps.mean(1, keepdim=True)

@@ -1105,7 +1105,8 @@ GLYPHS = """
 def glyphs(name):
     """Ten letters of 5 x 5 pixels, bright on dark or dark on bright, anywhere in 12 x 12 pixels."""
     random, labels = common.toy_random(name)
-    rows = [[list(glyph) for glyph in line.split()] for line in GLYPHS.split("\n")[1:-1]]
+    lines = GLYPHS.split("\n")[1:-1]
+    rows = [[list(glyph) for glyph in line.split()] for line in lines]
     drawn = np.array(rows).swapaxes(0, 1) == "#"  # [10, 5, 5]
     image = np.arange(len(labels))[:, None, None]
     top, left = random.integers(0, 8, (2, *image.shape))

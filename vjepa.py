@@ -756,7 +756,8 @@ def upright(frame):
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]
     if abs(a) < abs(b):
         pixels = pixels.swapaxes(0, 1)
-        a, d = c, b
+        a = c
+        d = b
     pixels = pixels[:, ::-1] if a < 0 else pixels
     return pixels[::-1] if d < 0 else pixels
 
