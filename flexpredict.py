@@ -944,6 +944,7 @@ PRESETS = {
 DATA_PRESETS = {
     "toy": "toy",
     "letters": "toy",
+    "textures": "toy",
     "scenes": "toy-scenes",
     "cifar10": "cifar10",
     "imagenet": "vit_b16_in1k",

@@ -141,10 +141,10 @@ def turn_hue(images, turns):
     # the circle has six colours: red is at 0, green at 2, blue at 4
     hue = torch.where(value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale)
     hue = torch.where(value == red, (green - blue) * scale, hue)
-    hue = hue + 6 * turns[:, None, None]
+    hue = (hue + 6 * turns[:, None, None]) % 6
     channels = []
     for colour in (0, 2, 4):
-        distance = ((hue - colour + 3) % 6 - 3).abs()  # on the circle, 0 to 3
+        distance = 3 - ((hue - colour).abs() - 3).abs()  # on the circle, 0 to 3
         channels.append(value - span * (distance - 1).clamp(0, 1))
     return torch.stack(channels, dim=1)
 
@@ -609,6 +609,7 @@ class Tuned(nn.Module):
             self.heads[task] = dense if task == "segment" else attentive
             if len(tasks) > 1 and predictor is not None:
                 self.tokens[task] = 0.02 * torch.randn(1, 1, config.predictor_width)
+        common.init_weights(self.heads)
 
     def forward(self, images):
         """images [B, 3, S, S] -> {task: scores [B, C] or [B, N, C]}."""
@@ -631,8 +632,8 @@ def make_task_batch(split, config, count, number):
 def tune(encoder, predictor, tasks, train, val, config, world, run, all_of_it=False, fresh=False):
     """Train heads, a copy of the predictor if there is one, and with all_of_it of the encoder.
 
-    fresh: the predictor is random, and learns as fast as the heads, ten times as fast as what is
-    trained. AdamW, weight decay 0.05, 5 % warm-up and a cosine, label smoothing 0.1.
+    fresh: the predictor is random, and learns as fast as the heads: ten times as fast as what was
+    pretrained. AdamW, weight decay 0.05, 5 % warm-up and a cosine, label smoothing 0.1.
     Returns {task: percent}, on rank 0.
     """
     torch.manual_seed(config.seed)
