@@ -168,7 +168,7 @@ def read_annotations(folder, split):
         if path.exists():
             try:
                 lines = path.read_text(encoding="utf-8-sig").split("\n")
-                rows = [json.loads(line) for line in lines if line.strip()]
+                rows = map(json.loads, filter(str.strip, lines))
                 questions += [make_question(row, subset) for row in rows]
             except (OSError, ValueError, AttributeError) as error:
                 fail(f"cannot read the annotations {path}: {error}; expected an object a line")
@@ -215,10 +215,9 @@ def problem_of(pair, root, looks):
     if len(pair) != 2:
         return f"{len(pair)} rows share its id, not two"
     for q in pair:
-        if not q.question or len(q.candidates) != 2 or q.answer not in q.candidates:
-            return f"it needs a question and two candidates, one the answer: {q}"
-        if not q.video_path or ".." in q.video_path.split("/"):
-            return f"it needs a video_path below {root}: {q}"
+        inside = q.video_path and ".." not in q.video_path.split("/")
+        if not q.question or not inside or len(q.candidates) != 2 or q.answer not in q.candidates:
+            return f"it needs a question, a path below {root}, and an answer of two candidates: {q}"
         if looks and not (root / q.video_path).is_file():
             return f"there is no {root / q.video_path}"
     wanted = {"question": 1, "candidates": 1, "answer": 2, "video_path": 2, "video_id": 2}
@@ -300,11 +299,11 @@ def held_candidates(text, candidates):
     words = words_of(text)
     options = [words_of(plain(candidate)) for candidate in candidates]
 
-    def is_held(option):
-        whole = option == words  # asked of yes and no, which are too short to be looked for
-        return option in words and option.strip() and (whole or option not in (" yes ", " no "))
-
-    held = {i for i in (0, 1) if is_held(options[i])}
+    held = set()
+    for i in (0, 1):  # yes and no are too short to be looked for
+        short = options[i] in (" yes ", " no ") and options[i] != words
+        if options[i].strip() and options[i] in words and not short:
+            held.add(i)
     if len(held) == 2:
         held = {i for i in held if options[i] not in options[1 - i]}
     return held
@@ -388,7 +387,7 @@ def decode(path, rule, n, size=10**6, total=0):
     with av.open(str(path)) as video:
         stream = video.streams.video[0]
         stream.thread_type = "NONE"  # clips are decoded side by side, one thread each
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        rate = float(stream.average_rate or 25)
         total = total or stream.frames or 1
         indices = frame_indices(rule, total, rate, n).tolist()
         for packet in video.demux(stream):
@@ -447,32 +446,29 @@ def check_videos(questions, root):
 # The answer is the XOR of something seen only before the centre frame and something seen only
 # after it. The centre frame is the same in all clips of a scene, so it says nothing, and no single
 # frame lifts a model above a coin's 25 %.
-TOY = {  # subset, question, (candidate if before = after, candidate if not), balls in state 0 and 1
+TOY = {  # source: subset, question, where balls are in state 0 and in state 1
     "toy_permanence": (
         "intuitive_physics",
-        "Could this happen in the real world?",
-        ("Yes, it could happen", "No, it could not happen"),
+        "Is a ball there both before and after the screen, or neither time?",
         ([], [(28, 36)]),
     ),
     "toy_turn": (
         "temporal_reasoning",
-        "Where is the ball after it was hidden?",
-        ("On the side where it was", "On the other side"),
+        "Is the ball on the same side before and after the screen?",
         ([(12, 36)], [(44, 36)]),
     ),
     "toy_count": (
         "human_object_interactions",
-        "How many balls are shown before and after the screen, in all?",
-        ("An even number", "An odd number"),
+        "Are there as many balls before as after the screen?",
         ([(16, 36)], [(16, 36), (40, 36)]),
     ),
     "toy_height": (
         "robot_object_interactions",
-        "Is the ball as high after it was hidden as before?",
-        ("As high", "Higher or lower"),
+        "Is the ball as high before as after the screen?",
         ([(28, 36)], [(28, 52)]),
     ),
 }
+CANDIDATES = ("Yes, it is so", "No, it is otherwise")  # right if before = after, and if not
 # a scene's pairs of clips, each named by its states before and after; the first is the equal one
 PAIRS = [("00", "01"), ("00", "10"), ("11", "01"), ("11", "10")]
 # Equal frames must decode to equal pixels: each frame by itself, at one quantiser. With frames
@@ -501,7 +497,7 @@ def toy_clip(source, scene, states, seed):
     clip = np.stack([background] * 25).astype(np.uint8)
     for t, frame in enumerate(clip):
         state = int(states[t // 12 > 0])
-        for x, y in TOY[source][3][state]:
+        for x, y in TOY[source][2][state]:
             left = x + shift
             frame[y : y + 8, left : left + 8] = colour
         # the screen rises, covers the balls, and falls
@@ -514,11 +510,11 @@ def write_toy(folder, scenes, seed):
 
     Half of the pairs list their candidates in the other order, and in half the rows are swapped.
     """
-    for source, (subset, question, candidates, _) in TOY.items():
+    for source, (subset, question, _) in TOY.items():
         lines = []
         for scene, p in itertools.product(range(scenes), range(4)):
-            rows = list(zip(PAIRS[p], candidates, strict=True))
-            listed = list(candidates)
+            rows = list(zip(PAIRS[p], CANDIDATES, strict=True))
+            listed = list(CANDIDATES)
             if (p ^ scene) & 1:
                 listed.reverse()
             if (p ^ scene) & 2:
@@ -590,8 +586,9 @@ FILTER = re.compile(
     "|prohibited|(?<!case.)sensitive",
     re.I,
 )
+NO_REPLY = (ValueError, LookupError, TypeError, AttributeError)  # what is not as it should be
 FILTERED = {"reply": "", "finish_reason": "content_filter"}
-# what "status S: text" looks like if no question can be answered: what to do about it
+# what "status S type: text" looks like if no question can be answered: what to do about it
 REFUSALS = {
     "^status 3": "the server redirects: give the new address as --endpoint",
     "^status 40[13]": "the server refuses the key (--api-key-env, by default OPENAI_API_KEY)",
@@ -605,7 +602,7 @@ REFUSALS = {
 
 
 def refusal(said):
-    """Return what to do if no question will be answered, else ""; said: "status S: text"."""
+    """Return what to do if no question will be answered, else ""; said: as in REFUSALS."""
     for pattern, advice in REFUSALS.items():
         if re.search(pattern, said, re.I | re.S):
             return f"{advice}. {said}"
@@ -644,36 +641,24 @@ def make_payload(config, model, prompt, images=(), video=""):
     return {name: value for name, value in payload.items() if value is not None}
 
 
-def read_json(headers, text):
-    """Return the object in a response; raise ValueError that says what is there instead."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        kind = headers.get("Content-Type", "no type")
-        raise ValueError(f"expected JSON, got {kind}: {text[:80]!r}") from None
-
-
 def read_reply(body):
-    """Return {reply, finish_reason} of a chat completion; raise ValueError if the request failed.
+    """Return {reply, finish_reason} of a chat completion; raise one of NO_REPLY if it failed.
 
     A reply without content has no letter: the model only thought, or a content filter stopped it.
     """
-    try:
-        choice = body if body.get("error") else body["choices"][0]
-        finish = str(choice.get("finish_reason") or "")
-        error = choice.get("error")
-        if error and FILTER.search(json.dumps(error)):
-            return FILTERED
-        message = choice["message"]
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content)
-        if content is None and (finish or message.get("refusal")):
-            content = message.get("refusal") or ""
-        if error or FAILED.search(finish) or not isinstance(content, str):
-            raise TypeError
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise ValueError(f"no reply, or a failed one: {json.dumps(body)[:300]}") from None
+    choice = body if body.get("error") else body["choices"][0]
+    finish = str(choice.get("finish_reason") or "")
+    error = choice.get("error")
+    if error and FILTER.search(json.dumps(error)):
+        return FILTERED
+    message = choice["message"]
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content)
+    if content is None and (finish or message.get("refusal")):
+        content = message.get("refusal") or ""
+    if error or FAILED.search(finish) or not isinstance(content, str):
+        raise ValueError("a failed request")
     if FILTER.search(finish):
         finish = "content_filter"
     return {"reply": content, "finish_reason": finish}
@@ -685,40 +670,40 @@ class Endpoint:
     def __init__(self, config):
         self.config = config
         self.key = os.environ.get(config.api_key_env, "").strip()
+        self.headers = {"Content-Type": "application/json", "User-Agent": "mvp_eval"}
+        if self.key:
+            self.headers["Authorization"] = f"Bearer {self.key}"
         self.opener = urllib.request.build_opener(NoRedirect)  # it reads the proxy variables
         self.stopped = threading.Event()
         if not re.fullmatch("[!-~]*", self.key):
             fail(f"${config.api_key_env} holds blanks or signs that no key has")
 
     def fetch(self, path, body=None):
-        """Return (status, headers, text) of one request; raise OSError or HTTPException."""
-        headers = {"Content-Type": "application/json", "User-Agent": "mvp_eval"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
+        """Return (status, headers, text, all of it in short); raise OSError or HTTPException."""
         data = body and json.dumps(body).encode()
         url = self.config.endpoint.rstrip("/") + path
-        request = urllib.request.Request(url, data, headers)
+        request = urllib.request.Request(url, data, self.headers)
         try:
             response = self.opener.open(request, timeout=self.config.timeout)
         except urllib.error.HTTPError as error:
             response = error
         with response:
             text = response.read().decode(errors="replace")
-        # some servers repeat the key
-        return response.status, response.headers, text.replace(self.key or "\0", "***")
+        text = text.replace(self.key or "\0", "***")  # some servers repeat the key
+        kind = response.headers.get("Content-Type", "")
+        said = f"status {response.status} {kind}: {text[:300]}"
+        return response.status, response.headers, text, said
 
     def find_model(self):
         """Return --model, or the first that the server lists. Exit with 2 if nobody is there."""
+        said = ""
         try:
-            status, headers, text = self.fetch("/models")
+            _, _, text, said = self.fetch("/models")
             if self.config.model != "auto":  # some servers list nothing
                 return self.config.model
-            if status == 200:
-                return read_json(headers, text)["data"][0]["id"]
-            reason = f"status {status}: {text[:300]}"
-            reason = refusal(reason) or reason
-        except Exception as error:  # noqa: BLE001  whatever stands there, if anything does
-            reason = repr(error)
+            return json.loads(text)["data"][0]["id"]
+        except (OSError, http.client.HTTPException, *NO_REPLY) as error:
+            reason = refusal(said) or said or error
         advice = "Start the server, or wait for it; correct --endpoint, or name a --model"
         fail(f"{self.config.endpoint}/models: {reason}. {advice}")
 
@@ -731,23 +716,24 @@ class Endpoint:
                 break
             pause = min(60.0, 2.0 ** (attempt + 1)) * random.uniform(0.5, 1)
             try:
-                status, headers, text = self.fetch("/chat/completions", payload)
+                status, headers, text, said = self.fetch("/chat/completions", payload)
                 if status == 200:
-                    return {"status": "ok", **read_reply(read_json(headers, text))}
+                    return {"status": "ok", **read_reply(json.loads(text))}
                 if status < 500 and FILTER.search(text):
                     return {"status": "ok", **FILTERED}
-                failure = f"status {status}: {text[:300]}"
-                if re.search("context|too long|maximum.*tokens|^status 413", failure, re.I):
-                    failure += " (try fewer --frames or a smaller --size)"
-                elif refusal(failure):
-                    return {"status": "refused", "error": refusal(failure)}
+                if re.search("context|too long|maximum.*tokens|^status 413", said, re.I):
+                    said += " (try fewer --frames or a smaller --size)"
+                elif refusal(said):
+                    return {"status": "refused", "error": refusal(said)}
                 if status < 500 and status not in (408, 409, 425, 429):
                     break
                 if re.fullmatch(r"[\d.]+", headers.get("Retry-After", "")):
                     pause = min(600.0, float(headers["Retry-After"]))
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                failure = repr(error)
-        return {"status": "error", "error": failure}
+            except (OSError, http.client.HTTPException) as error:
+                said = repr(error)
+            except NO_REPLY:
+                pass  # a failure: `said` shows what came
+        return {"status": "error", "error": said}
 
 
 def import_function(name):
@@ -988,6 +974,8 @@ one frame, LLaVA-OneVision-7B (mini)    11.7   12.2   10.5    2.3   21.9
 a coin                                  25.0   25.0   25.0   25.0   25.0
 any rule that reads only the text        0.0    0.0    0.0    0.0    0.0
 Intervals: 95 %, bootstrap over pairs. The paper's numbers are for the real videos.
+differ: replies that the two parsers read otherwise; if many, the official number is noise.
+unparsed: replies without a letter; submissions/ has the first candidate there, as officially.
 """
 
 
@@ -1007,26 +995,22 @@ def table_of(systems):
     return "\n".join(lines)
 
 
-def warnings_of(system, rows, macro):
-    """Return what a reader should know before believing the numbers of a model."""
-    rows = [row for row in rows if row]
-    finishes = collections.Counter(row.get("finish_reason") for row in rows)
+def warnings_of(system, rows):
+    """Return how the replies of a model ended, where not as they should."""
+    ends = collections.Counter(row.get("finish_reason") for row in rows if row)
     counts = {
-        "are read otherwise by the strict parser: the official number is noise": macro["differ"],
-        "have no letter: submissions/ has the first candidate there": macro["unparsed"],
-        "were cut off at --max-tokens": finishes["length"],
-        "were stopped by a content filter": finishes["content_filter"],
-        "have no text: filtered, or only reasoning": sum(not row["reply"] for row in rows),
+        "were cut off at --max-tokens": ends["length"],
+        "were stopped by a content filter": ends["content_filter"],
+        "have no text: filtered, or only reasoning": sum(not row["reply"] for row in rows if row),
     }
-    least = 0.01 * len(rows)
-    return [f"warning: {system}: {n} replies {text}" for text, n in counts.items() if n > least]
+    return [f"warning: {system}: {n} replies {text}" for text, n in counts.items() if n]
 
 
 def write_submissions(folder, questions, guesses, split):
     """Write the leaderboard's files: the text of the chosen candidate, the first if unparsed."""
     folder.mkdir(exist_ok=True)
     data_name = "mvp_mini" if split == "mini" else "mvp"
-    for subset in dict.fromkeys(question.subset for question in questions):
+    for subset in {question.subset for question in questions}:
         with open(folder / f"{data_name}_{subset}_valid.jsonl", "w") as file:
             for question, guess in zip(questions, guesses, strict=True):
                 if question.subset == subset and guess != UNANSWERED:
@@ -1050,12 +1034,12 @@ def draw_failures(path, drawn, root):
     sheet.save(path)
 
 
-def make_report(questions, rows, views, root, config, run, warnings, **facts):
+def make_report(questions, rows, views, root, config, run, warnings, model):
     """Score all systems, print the table, write files; rows: {system: [2 P] answers or None}."""
     guesses = {system: parse_rows(rows[system]) for system in rows}
     systems = {system: score(questions, guesses[system], config.seed) for system in rows}
     for system in views:
-        warnings += warnings_of(system, rows[system], systems[system]["macro"])
+        warnings += warnings_of(system, rows[system])
     first = next(iter(rows))  # the model, if there is one
     official = guesses[first][:, :, 0].ravel()
     if views:
@@ -1068,7 +1052,7 @@ def make_report(questions, rows, views, root, config, run, warnings, **facts):
             drawn.append((questions[i], row["reply"]))
     if drawn:
         draw_failures(run.out / "picture.png", drawn, root)
-    report = {"config": asdict(config), "systems": systems, "warnings": warnings, **facts}
+    report = {"config": asdict(config), "model": model, "systems": systems, "warnings": warnings}
     (run.out / "report.json").write_text(json.dumps(report, indent=2))
     text = "\n".join([table_of(systems), PAPER, *warnings])
     (run.out / "report.md").write_text(f"```\n{text}\n```\n", encoding="utf-8")
@@ -1198,7 +1182,7 @@ def main(argv=None):
         else:
             guesses = [RULES[name](question, config.seed) for question in questions]
         rows[name] = [{"reply": "AB"[guess], "candidates": ()} for guess in guesses]
-    make_report(questions, rows, views, root, config, run, warnings, model=model)
+    make_report(questions, rows, views, root, config, run, warnings, model)
     if missing:
         again = f"their pairs count as wrong. To ask them again: {run.resume_command()}"
         fail(f"{missing} questions have no answer, and {again}", code=1)
