@@ -58,7 +58,7 @@ from typing import Literal
 import av
 import numpy as np
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import common
@@ -147,9 +147,7 @@ class Question:
 
 def make_question(row, subset):
     """Return the Question of a row, a dict. What is missing is empty."""
-    texts = {}
-    for name in Question.__dataclass_fields__:
-        texts[name] = "" if row.get(name) is None else str(row[name])
+    texts = {name: str(row.get(name) or "") for name in Question.__dataclass_fields__}
     try:  # candidates are a Python list, written as text
         candidates = tuple(map(str, ast.literal_eval(texts["candidates"])))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
@@ -173,8 +171,8 @@ def read_annotations(folder, split):
             except (OSError, ValueError, AttributeError) as error:
                 fail(f"cannot read the annotations {path}: {error}; expected an object a line")
     if not questions:
-        names = f"CONFIG/{split}.jsonl, CONFIG one of {', '.join(SUBSETS)}"
-        fail(f"no annotations in {folder}: expected {names}. --data hub downloads them")
+        expected = f"CONFIG/{split}.jsonl, CONFIG one of {', '.join(SUBSETS)}"
+        fail(f"no annotations in {folder}: expected {expected}. --data hub downloads them")
     return questions
 
 
@@ -231,6 +229,10 @@ def problem_of(pair, root, looks):
 # Prompt and parsers
 # --------------------------------------------------------------------------------------------------
 
+INSTRUCTION = (
+    "Even when unsure, always answer with a single letter from A or B, "
+    "format exactly like: 'Answer: A/B'."
+)
 LETTER = r"(?<!\w)([ab])(?!\w)"  # one that touches no other letter
 ALONE = r"\A\W*([ab])\W*\Z"
 BOTH = rf"\A\W*{LETTER}\W*(?:[/,&]|or|and)\W*{LETTER}\W*\Z"
@@ -256,9 +258,7 @@ POINTED = rf"\(\s*([ab])\s*\)|\[\s*([ab])\s*\]|(?<!\w)(?:option|choice)\s+{LETTE
 def make_prompt(question):
     """Return the official prompt, byte for byte: even the space before the last line break."""
     a, b = question.candidates
-    text = "Even when unsure, always answer with a single letter from A or B, "
-    text += "format exactly like: 'Answer: A/B'."
-    return f"Question: {question.question}\nOption:\n(A) {a}\n(B) {b} \n{text}"
+    return f"Question: {question.question}\nOption:\n(A) {a}\n(B) {b} \n{INSTRUCTION}"
 
 
 def parse_official(reply):
@@ -430,13 +430,10 @@ def check_videos(questions, root):
     paths = sorted({q.video_path for q in questions})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = [line for line in pool.map(problem, paths) if line]
-    note("\n".join(problems))
-    for source, count in collections.Counter(line.split("/")[0] for line in problems).items():
-        note(f"{source}: {count} missing or broken")
-    said = f"{len(problems)} of {len(paths)} videos in {root} are missing or broken"
+    sources = collections.Counter(line.split("/")[0] for line in problems)
+    note("\n".join([*problems, f"missing or broken in {root}: {dict(sources)} of {len(paths)}"]))
     if problems:
-        fail(said, code=1)
-    note(said)
+        fail("videos are missing or broken; README says how to make them", code=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -471,16 +468,16 @@ TOY = {  # source: subset, question, where balls are in state 0 and in state 1
 CANDIDATES = ("Yes, it is so", "No, it is otherwise")  # right if before = after, and if not
 # a scene's pairs of clips, each named by its states before and after; the first is the equal one
 PAIRS = [("00", "01"), ("00", "10"), ("11", "01"), ("11", "10")]
-# Equal frames must decode to equal pixels: each frame by itself, at one quantiser. With frames
-# predicted from others the centre frame would carry traces of what came before it.
-TOY_CODEC = {"g": "1", "qp": "12"}
 
 
 def write_video(path, frames):
     """Write frames, uint8 [T, H, W, 3], as an H.264 mp4 of 10 frames a second."""
+    # Equal frames must decode to equal pixels: each frame by itself, at one quantiser. With frames
+    # predicted from others the centre frame would carry traces of what came before it.
+    options = {"g": "1", "qp": "12"}
     path.parent.mkdir(parents=True, exist_ok=True)
     with common.replacing(path) as file, av.open(file, "w", format="mp4") as video:
-        stream = video.add_stream("libx264", 10, TOY_CODEC)
+        stream = video.add_stream("libx264", 10, options)
         stream.height, stream.width = frames.shape[1:3]
         for frame in frames:
             video.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
@@ -508,18 +505,15 @@ def toy_clip(source, scene, states, seed):
 def write_toy(folder, scenes, seed):
     """Write folder/CONFIG/mini.jsonl and clips in folder/videos, 4 pairs a scene and source.
 
-    Half of the pairs list their candidates in the other order, and in half the rows are swapped.
+    Half of the pairs list their candidates in the other order.
     """
     for source, (subset, question, _) in TOY.items():
         lines = []
         for scene, p in itertools.product(range(scenes), range(4)):
-            rows = list(zip(PAIRS[p], CANDIDATES, strict=True))
             listed = list(CANDIDATES)
-            if (p ^ scene) & 1:
+            if (p + scene) % 2:
                 listed.reverse()
-            if (p ^ scene) & 2:
-                rows.reverse()
-            for number, (states, answer) in enumerate(rows, 1):
+            for number, (states, answer) in enumerate(zip(PAIRS[p], CANDIDATES, strict=True), 1):
                 path = f"{source}/s{scene:03d}_{states}.mp4"
                 file = folder / "videos" / path
                 if not file.exists():
@@ -613,7 +607,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
     """Follows no redirect: the key is for one host."""
 
     def redirect_request(self, *_):
-        return None
+        """Return no request to follow."""
 
 
 def make_payload(config, model, prompt, images=(), video=""):
@@ -690,7 +684,7 @@ class Endpoint:
         with response:
             text = response.read().decode(errors="replace")
         text = text.replace(self.key or "\0", "***")  # some servers repeat the key
-        kind = response.headers.get("Content-Type", "")
+        kind = response.headers.get("Content-Type")
         said = f"status {response.status} {kind}: {text[:300]}"
         return response.status, response.headers, text, said
 
@@ -711,10 +705,11 @@ class Endpoint:
         """Return status ok and the reply; status error, or refused if all would be, and why."""
         payload = make_payload(self.config, model, prompt, images, video)
         pause = 0.0
-        for attempt in range(self.config.retries + 1):
+        said = ""
+        for attempt in range(1, self.config.retries + 2):
             if self.stopped.wait(pause):
                 break
-            pause = min(60.0, 2.0 ** (attempt + 1)) * random.uniform(0.5, 1)
+            pause = min(60.0, 2.0**attempt) * random.uniform(0.5, 1)
             try:
                 status, headers, text, said = self.fetch("/chat/completions", payload)
                 if status == 200:
@@ -775,7 +770,7 @@ def answer_key(config, model, question, view):
 def load_answers(out):
     """Return {key: row} of what a run has answers to. Torn lines and failures are skipped."""
     rows = {}
-    for file in sorted(Path(out).glob("answers*.jsonl")):
+    for file in Path(out).glob("answers*.jsonl"):
         for line in file.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
@@ -800,7 +795,6 @@ def show(question, view, root, config):
 
 def in_flight(pool, function, items, most):
     """Yield function(item) as they get done, with at most `most` begun and not yet taken."""
-    items = iter(items)
     running = set()
     room = 1  # the first is begun alone: what a server refuses altogether is refused once
     while True:
@@ -831,7 +825,7 @@ def ask_all(todo, key_of, root, model, asked, config, run):
     failed_in_row = 0
     kept = f"All answers are kept. To go on: {run.resume_command()}"
     pool = ThreadPoolExecutor(config.concurrency)
-    rows = in_flight(pool, work, todo, config.concurrency)
+    rows = in_flight(pool, work, iter(todo), config.concurrency)
     # None hides the bar where there is no terminal
     bar = tqdm(rows, total=len(todo), unit="question", disable=True if run.world.rank else None)
     try:
@@ -981,18 +975,18 @@ unparsed: replies without a letter; submissions/ has the first candidate there, 
 
 def table_of(systems):
     """Return the table of all systems and groups."""
-    counts = ("unparsed", "errors", "differ")
-    line = "{:<36}{:>6}{:>22}{:>22}{:>22}{:>10}{:>8}{:>8}"
-    lines = [line.format("", "pairs", "pair %", "single %", "strict pair %", *counts)]
+    line = "{:<36}{pairs:>6}{pair:>22}{single:>22}{strict_pair:>22}"
+    line += "{unparsed:>10}{errors:>8}{differ:>8}"
+    lines = []
     for system, result in systems.items():
         for name, values in result.items():
-            cells = []
-            for column in COLUMNS[:3]:
+            cells = dict(values)
+            for column in COLUMNS:
                 low, high = values[f"{column}_ci"]
-                cells.append(f"{values[column]:.1f} [{low:.1f}, {high:.1f}]")
-            cells += [values[count] for count in counts]
-            lines.append(line.format(f"{system}, {name}", values["pairs"], *cells))
-    return "\n".join(lines)
+                cells[column] = f"{values[column]:.1f} [{low:.1f}, {high:.1f}]"
+            lines.append(line.format(f"{system}, {name}", **cells))
+    header = line.format("accuracies in percent", **{name: name for name in values})
+    return "\n".join([header, *lines])
 
 
 def warnings_of(system, rows):
@@ -1028,9 +1022,8 @@ def draw_failures(path, drawn, root):
             images, _ = decode(root / question.video_path, "segments", 6, 72)
             for column, image in enumerate(images):
                 sheet.paste(image, (72 * column, 80 * i))
-        lines = [f"{question.source}: {question.question}", f"right: {question.answer}"]
-        text = "\n".join(line[:95] for line in [*lines, f"said: {reply!r}"])
-        canvas.text((440, 80 * i), text, "black", ImageFont.load_default(11))
+        text = f"{question.source}: {question.question}\nright: {question.answer}\nsaid: {reply!r}"
+        canvas.text((440, 80 * i), text, "black")
     sheet.save(path)
 
 
@@ -1077,8 +1070,7 @@ def check(config):
     views += [name for name in ("frame", "blind") if views and name in names]
     free = [name for name in names if name not in (*views, "none")]
     if set(free) - {*RULES, "frame"} or not free + views:
-        known = f"{', '.join(RULES)}, frame or none; with --endpoint or --fn also blind"
-        fail(f"--baseline must name some of {known}")
+        fail(f"--baseline: {', '.join(RULES)}, frame or none; with --endpoint or --fn also blind")
     if config.fn and (config.endpoint or config.video_url):
         fail("--fn is a model of its own: leave out --endpoint and --video-url")
     if config.endpoint and not re.fullmatch(r"https?://[^/@?]+(/[^@?]*)?", config.endpoint):
@@ -1104,7 +1096,7 @@ def find_data(config, world):
             download_annotations(folder, config.split)
     if dist.is_initialized():
         dist.barrier()
-    return folder, Path(config.videos or folder / "videos").expanduser()
+    return folder, Path(config.videos or folder / "videos")
 
 
 def choose_questions(questions, root, looks, config):
@@ -1138,9 +1130,7 @@ def choose_questions(questions, root, looks, config):
 def main(argv=None):
     """Ask and report; see --help."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["compare"]:
-        if len(argv) != 3:
-            fail("compare takes the folders of two runs")
+    if argv[:1] == ["compare"] and len(argv) == 3:
         return compare(*argv[1:])
     config, typed = common.parse_config(Config, PRESETS, DATA_PRESETS, argv)
     free, views = check(config)

@@ -164,7 +164,7 @@ def test_decoding_gives_the_frames_that_were_asked_for(name):
             assert abs(np.asarray(image, float) - grey).max() <= 2
 
 
-# ------------------------------------------------------------------------------------- the toy pairs
+# ----------------------------------------------------------------------------------- the toy pairs
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,6 @@ def test_toy_set_is_balanced_and_its_centre_frames_say_nothing(toy):
         mine = [pair for pair in pairs if pair[0].source == source]
         assert {q.subset for pair in mine for q in pair} == {subset} and len(mine) == 12
         assert sum(pair[0].candidates == mvp_eval.CANDIDATES for pair in mine) == 6
-        assert sum(pair[0].answer == mvp_eval.CANDIDATES[0] for pair in mine) == 6
     clips = {}
     for path in {q.video_path for q in questions}:
         images, _ = mvp_eval.decode(root / path, "uniform", 100)
@@ -290,7 +289,7 @@ def test_a_function_that_looks_is_perfect_and_one_that_sees_half_gets_nothing(to
     assert "no such layer" in refused(capsys, *flags, code=3)
 
 
-# --------------------------------------------------------------------------------------- an endpoint
+# ------------------------------------------------------------------------------------- an endpoint
 
 KEY = "sk-a-key-that-nobody-may-see"
 
@@ -690,10 +689,10 @@ def test_compare_runs_on_shared_pairs(distinct, toy, capsys):
     call("compare", "right", "some")
     assert "all: 1 pairs" in capsys.readouterr().out
     assert "no pair" in refused(capsys, "compare", "nowhere", "some")
-    assert "two runs" in refused(capsys, "compare", "some")
+    assert "unrecognized arguments: compare" in refused(capsys, "compare", "some")
 
 
-# ---------------------------------------------------------------------------------------- users' files
+# ------------------------------------------------------------------------------------ users' files
 
 
 def annotate(folder, subset, rows):
@@ -768,8 +767,8 @@ def test_missing_and_broken_videos(distinct, toy, tmp_path, capsys, no_waiting):
     with pytest.raises(SystemExit) as stop:
         call(*flags, "--check")
     printed = capsys.readouterr().out
-    assert stop.value.code == 1 and "toy_count: 1 missing or broken" in printed
-    assert "toy_turn: 1 missing or broken" in printed and gone in printed
+    assert stop.value.code == 1 and "{'toy_count': 1, 'toy_turn': 1} of 48" in printed
+    assert gone in printed and "toy_count/s001_00.mp4: " in printed
     call(*flags, "--out", "text")  # which needs no videos
     with StandIn(solve_request) as server:
         flags += ["--endpoint", server.url, "--baseline", "none", "--allow-missing", "--out", "b"]
