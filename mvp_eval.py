@@ -114,6 +114,8 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 
 HUB = "https://datasets-server.huggingface.co/rows?dataset=facebook/minimal_video_pairs"
+# what reading an object raises that is not as it should be
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
 SUBSETS = (  # the data set calls them configs
     "human_object_interactions",
     "robot_object_interactions",
@@ -168,7 +170,7 @@ def read_annotations(folder, split):
                 lines = path.read_text(encoding="utf-8-sig").split("\n")
                 rows = map(json.loads, filter(str.strip, lines))
                 questions += [make_question(row, subset) for row in rows]
-            except (OSError, ValueError, AttributeError) as error:
+            except (OSError, *MALFORMED) as error:
                 fail(f"cannot read the annotations {path}: {error}; expected an object a line")
     if not questions:
         expected = f"CONFIG/{split}.jsonl, CONFIG one of {', '.join(SUBSETS)}"
@@ -508,20 +510,22 @@ def write_toy(folder, scenes, seed):
     Half of the pairs list their candidates in the other order.
     """
     for source, (subset, question, _) in TOY.items():
+        path = folder / subset / "mini.jsonl"
+        if path.exists():
+            continue
         lines = []
         for scene, p in itertools.product(range(scenes), range(4)):
             listed = list(CANDIDATES)
             if (p + scene) % 2:
                 listed.reverse()
             for number, (states, answer) in enumerate(zip(PAIRS[p], CANDIDATES, strict=True), 1):
-                path = f"{source}/s{scene:03d}_{states}.mp4"
-                file = folder / "videos" / path
+                clip = f"{source}/s{scene:03d}_{states}.mp4"
+                file = folder / "videos" / clip
                 if not file.exists():
                     write_video(file, toy_clip(source, scene, states, seed))
-                row = {"video_id": f"{source}_s{scene:03d}_p{p}_{number}", "video_path": path}
+                row = {"video_id": f"{source}_s{scene:03d}_p{p}_{number}", "video_path": clip}
                 row.update(question=question, answer=answer, candidates=repr(listed))
                 lines.append(json.dumps({**row, "source": source}))
-        path = folder / subset / "mini.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text("\n".join(lines))
 
@@ -580,7 +584,6 @@ FILTER = re.compile(
     "|prohibited|(?<!case.)sensitive",
     re.I,
 )
-NO_REPLY = (ValueError, LookupError, TypeError, AttributeError)  # what is not as it should be
 FILTERED = {"reply": "", "finish_reason": "content_filter"}
 # what "status S type: text" looks like if no question can be answered: what to do about it
 REFUSALS = {
@@ -636,7 +639,7 @@ def make_payload(config, model, prompt, images=(), video=""):
 
 
 def read_reply(body):
-    """Return {reply, finish_reason} of a chat completion; raise one of NO_REPLY if it failed.
+    """Return {reply, finish_reason} of a chat completion; raise one of MALFORMED if it failed.
 
     A reply without content has no letter: the model only thought, or a content filter stopped it.
     """
@@ -652,7 +655,7 @@ def read_reply(body):
     if content is None and (finish or message.get("refusal")):
         content = message.get("refusal") or ""
     if error or FAILED.search(finish) or not isinstance(content, str):
-        raise ValueError("a failed request")
+        raise ValueError
     if FILTER.search(finish):
         finish = "content_filter"
     return {"reply": content, "finish_reason": finish}
@@ -696,7 +699,7 @@ class Endpoint:
             if self.config.model != "auto":  # some servers list nothing
                 return self.config.model
             return json.loads(text)["data"][0]["id"]
-        except (OSError, http.client.HTTPException, *NO_REPLY) as error:
+        except (OSError, http.client.HTTPException, *MALFORMED) as error:
             reason = refusal(said) or said or error
         advice = "Start the server, or wait for it; correct --endpoint, or name a --model"
         fail(f"{self.config.endpoint}/models: {reason}. {advice}")
@@ -726,7 +729,7 @@ class Endpoint:
                     pause = min(600.0, float(headers["Retry-After"]))
             except (OSError, http.client.HTTPException) as error:
                 said = repr(error)
-            except NO_REPLY:
+            except MALFORMED:
                 pass  # a failure: `said` shows what came
         return {"status": "error", "error": said}
 
@@ -734,10 +737,10 @@ class Endpoint:
 def import_function(name):
     """Return the function that module:function names, the working folder on the path."""
     module, _, attribute = name.partition(":")
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, *MALFORMED) as error:
         fail(f"--fn {name}: {error}; expected module:function, in this folder or installed")
 
 
@@ -772,7 +775,7 @@ def load_answers(out):
     rows = {}
     for file in Path(out).glob("answers*.jsonl"):
         for line in file.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(*MALFORMED):
                 row = json.loads(line)
                 if row["status"] == "ok":
                     rows[row["key"]] = row
@@ -839,7 +842,11 @@ def ask_all(todo, key_of, root, model, asked, config, run):
                 file.flush()
                 if row["status"] == "refused":
                     fail(f"{row['error']}. {kept}")
-                failed_in_row = (failed_in_row + 1) * (row["status"] == "error")
+                if row["status"] == "ok":
+                    failed_in_row = 0
+                else:
+                    failed_in_row += 1
+                    note(row["error"])
                 if failed_in_row == 20:
                     fail(f"20 questions in a row failed, the last: {row['error']}. {kept}", 3)
                 if bar.disable and done % 100 == 0:
@@ -938,7 +945,7 @@ def compare(first, second):
             x, y = np.array([[all(run[pair]) for pair in chosen] for run in runs], float)
             low, high = np.percentile(bootstrap(x - y, np.random.default_rng(0)), [2.5, 97.5])
             n = int(sum(x != y))
-            tail = range(1 + min(sum(x > y), sum(x < y)).astype(int))
+            tail = range(1 + min(sum(x > y), sum(x < y)))
             p = min(1.0, sum(math.comb(n, i) for i in tail) / 2 ** (n - 1))
             note(
                 f"{name}: {len(chosen)} pairs, {x.mean():.1%} - {y.mean():.1%} = "
@@ -1134,7 +1141,7 @@ def main(argv=None):
         return compare(*argv[1:])
     config, typed = common.parse_config(Config, PRESETS, DATA_PRESETS, argv)
     free, views = check(config)
-    world = common.start_world("cpu", "fp32")
+    world = common.start_world("cpu")
     asked = Endpoint(config) if config.endpoint else config.fn and import_function(config.fn)
     folder, root = find_data(config, world)
     questions = read_annotations(folder, config.split)

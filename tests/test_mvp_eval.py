@@ -961,7 +961,7 @@ def test_malformed_replies_raise_and_well_formed_ones_do_not():
     ]
     bad += [{"choices": [{**choice, "message": {"content": value}}]} for value in (3, [3], {})]
     for body in bad:
-        with pytest.raises(mvp_eval.NO_REPLY):
+        with pytest.raises(mvp_eval.MALFORMED):
             mvp_eval.read_reply(body)
     assert mvp_eval.read_reply({"choices": [choice]})["reply"] == "A"
     refusal = {"message": {"content": None, "refusal": "I cannot"}, "finish_reason": "stop"}
