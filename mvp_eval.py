@@ -58,7 +58,7 @@ from typing import Literal
 import av
 import numpy as np
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import common
@@ -114,6 +114,8 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 
 HUB = "https://datasets-server.huggingface.co/rows?dataset=facebook/minimal_video_pairs"
+# what reading an object raises that is not as it should be
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
 SUBSETS = (  # the data set calls them configs
     "human_object_interactions",
     "robot_object_interactions",
@@ -147,9 +149,7 @@ class Question:
 
 def make_question(row, subset):
     """Return the Question of a row, a dict. What is missing is empty."""
-    texts = {}
-    for name in Question.__dataclass_fields__:
-        texts[name] = "" if row.get(name) is None else str(row[name])
+    texts = {name: str(row.get(name) or "") for name in Question.__dataclass_fields__}
     try:  # candidates are a Python list, written as text
         candidates = tuple(map(str, ast.literal_eval(texts["candidates"])))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
@@ -168,13 +168,13 @@ def read_annotations(folder, split):
         if path.exists():
             try:
                 lines = path.read_text(encoding="utf-8-sig").split("\n")
-                rows = [json.loads(line) for line in lines if line.strip()]
+                rows = map(json.loads, filter(str.strip, lines))
                 questions += [make_question(row, subset) for row in rows]
-            except (OSError, ValueError, AttributeError) as error:
+            except (OSError, *MALFORMED) as error:
                 fail(f"cannot read the annotations {path}: {error}; expected an object a line")
     if not questions:
-        names = f"CONFIG/{split}.jsonl, CONFIG one of {', '.join(SUBSETS)}"
-        fail(f"no annotations in {folder}: expected {names}. --data hub downloads them")
+        expected = f"CONFIG/{split}.jsonl, CONFIG one of {', '.join(SUBSETS)}"
+        fail(f"no annotations in {folder}: expected {expected}. --data hub downloads them")
     return questions
 
 
@@ -215,10 +215,9 @@ def problem_of(pair, root, looks):
     if len(pair) != 2:
         return f"{len(pair)} rows share its id, not two"
     for q in pair:
-        if not q.question or len(q.candidates) != 2 or q.answer not in q.candidates:
-            return f"it needs a question and two candidates, one the answer: {q}"
-        if not q.video_path or ".." in q.video_path.split("/"):
-            return f"it needs a video_path below {root}: {q}"
+        inside = q.video_path and ".." not in q.video_path.split("/")
+        if not q.question or not inside or len(q.candidates) != 2 or q.answer not in q.candidates:
+            return f"it needs a question, a path below {root}, and an answer of two candidates: {q}"
         if looks and not (root / q.video_path).is_file():
             return f"there is no {root / q.video_path}"
     wanted = {"question": 1, "candidates": 1, "answer": 2, "video_path": 2, "video_id": 2}
@@ -232,6 +231,10 @@ def problem_of(pair, root, looks):
 # Prompt and parsers
 # --------------------------------------------------------------------------------------------------
 
+INSTRUCTION = (
+    "Even when unsure, always answer with a single letter from A or B, "
+    "format exactly like: 'Answer: A/B'."
+)
 LETTER = r"(?<!\w)([ab])(?!\w)"  # one that touches no other letter
 ALONE = r"\A\W*([ab])\W*\Z"
 BOTH = rf"\A\W*{LETTER}\W*(?:[/,&]|or|and)\W*{LETTER}\W*\Z"
@@ -257,9 +260,7 @@ POINTED = rf"\(\s*([ab])\s*\)|\[\s*([ab])\s*\]|(?<!\w)(?:option|choice)\s+{LETTE
 def make_prompt(question):
     """Return the official prompt, byte for byte: even the space before the last line break."""
     a, b = question.candidates
-    text = "Even when unsure, always answer with a single letter from A or B, "
-    text += "format exactly like: 'Answer: A/B'."
-    return f"Question: {question.question}\nOption:\n(A) {a}\n(B) {b} \n{text}"
+    return f"Question: {question.question}\nOption:\n(A) {a}\n(B) {b} \n{INSTRUCTION}"
 
 
 def parse_official(reply):
@@ -300,11 +301,11 @@ def held_candidates(text, candidates):
     words = words_of(text)
     options = [words_of(plain(candidate)) for candidate in candidates]
 
-    def is_held(option):
-        whole = option == words  # asked of yes and no, which are too short to be looked for
-        return option in words and option.strip() and (whole or option not in (" yes ", " no "))
-
-    held = {i for i in (0, 1) if is_held(options[i])}
+    held = set()
+    for i in (0, 1):  # yes and no are too short to be looked for
+        short = options[i] in (" yes ", " no ") and options[i] != words
+        if options[i].strip() and options[i] in words and not short:
+            held.add(i)
     if len(held) == 2:
         held = {i for i in held if options[i] not in options[1 - i]}
     return held
@@ -388,7 +389,7 @@ def decode(path, rule, n, size=10**6, total=0):
     with av.open(str(path)) as video:
         stream = video.streams.video[0]
         stream.thread_type = "NONE"  # clips are decoded side by side, one thread each
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        rate = float(stream.average_rate or 25)
         total = total or stream.frames or 1
         indices = frame_indices(rule, total, rate, n).tolist()
         for packet in video.demux(stream):
@@ -431,13 +432,10 @@ def check_videos(questions, root):
     paths = sorted({q.video_path for q in questions})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = [line for line in pool.map(problem, paths) if line]
-    note("\n".join(problems))
-    for source, count in collections.Counter(line.split("/")[0] for line in problems).items():
-        note(f"{source}: {count} missing or broken")
-    said = f"{len(problems)} of {len(paths)} videos in {root} are missing or broken"
+    sources = collections.Counter(line.split("/")[0] for line in problems)
+    note("\n".join([*problems, f"missing or broken in {root}: {dict(sources)} of {len(paths)}"]))
     if problems:
-        fail(said, code=1)
-    note(said)
+        fail("videos are missing or broken; README says how to make them", code=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -447,44 +445,41 @@ def check_videos(questions, root):
 # The answer is the XOR of something seen only before the centre frame and something seen only
 # after it. The centre frame is the same in all clips of a scene, so it says nothing, and no single
 # frame lifts a model above a coin's 25 %.
-TOY = {  # subset, question, (candidate if before = after, candidate if not), balls in state 0 and 1
+TOY = {  # source: subset, question, where balls are in state 0 and in state 1
     "toy_permanence": (
         "intuitive_physics",
-        "Could this happen in the real world?",
-        ("Yes, it could happen", "No, it could not happen"),
+        "Is a ball there both before and after the screen, or neither time?",
         ([], [(28, 36)]),
     ),
     "toy_turn": (
         "temporal_reasoning",
-        "Where is the ball after it was hidden?",
-        ("On the side where it was", "On the other side"),
+        "Is the ball on the same side before and after the screen?",
         ([(12, 36)], [(44, 36)]),
     ),
     "toy_count": (
         "human_object_interactions",
-        "How many balls are shown before and after the screen, in all?",
-        ("An even number", "An odd number"),
+        "Are there as many balls before as after the screen?",
         ([(16, 36)], [(16, 36), (40, 36)]),
     ),
     "toy_height": (
         "robot_object_interactions",
-        "Is the ball as high after it was hidden as before?",
-        ("As high", "Higher or lower"),
+        "Is the ball as high before as after the screen?",
         ([(28, 36)], [(28, 52)]),
     ),
 }
+CANDIDATES = ("Yes, it is so", "No, it is otherwise")  # right if before = after, and if not
 # a scene's pairs of clips, each named by its states before and after; the first is the equal one
 PAIRS = [("00", "01"), ("00", "10"), ("11", "01"), ("11", "10")]
-# Equal frames must decode to equal pixels: each frame by itself, at one quantiser. With frames
-# predicted from others the centre frame would carry traces of what came before it.
-TOY_CODEC = {"g": "1", "qp": "12"}
 
 
 def write_video(path, frames):
     """Write frames, uint8 [T, H, W, 3], as an H.264 mp4 of 10 frames a second."""
+    # Equal frames must decode to equal pixels: each frame by itself, at one quantiser. With frames
+    # predicted from others the centre frame would carry traces of what came before it.
+    options = {"g": "1", "qp": "12"}
     path.parent.mkdir(parents=True, exist_ok=True)
     with common.replacing(path) as file, av.open(file, "w", format="mp4") as video:
-        stream = video.add_stream("libx264", 10, TOY_CODEC)
+        stream = video.add_stream("libx264", 10, options)
         stream.height, stream.width = frames.shape[1:3]
         for frame in frames:
             video.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
@@ -501,7 +496,7 @@ def toy_clip(source, scene, states, seed):
     clip = np.stack([background] * 25).astype(np.uint8)
     for t, frame in enumerate(clip):
         state = int(states[t // 12 > 0])
-        for x, y in TOY[source][3][state]:
+        for x, y in TOY[source][2][state]:
             left = x + shift
             frame[y : y + 8, left : left + 8] = colour
         # the screen rises, covers the balls, and falls
@@ -512,26 +507,25 @@ def toy_clip(source, scene, states, seed):
 def write_toy(folder, scenes, seed):
     """Write folder/CONFIG/mini.jsonl and clips in folder/videos, 4 pairs a scene and source.
 
-    Half of the pairs list their candidates in the other order, and in half the rows are swapped.
+    Half of the pairs list their candidates in the other order.
     """
-    for source, (subset, question, candidates, _) in TOY.items():
+    for source, (subset, question, _) in TOY.items():
+        path = folder / subset / "mini.jsonl"
+        if path.exists():
+            continue
         lines = []
         for scene, p in itertools.product(range(scenes), range(4)):
-            rows = list(zip(PAIRS[p], candidates, strict=True))
-            listed = list(candidates)
-            if (p ^ scene) & 1:
+            listed = list(CANDIDATES)
+            if (p + scene) % 2:
                 listed.reverse()
-            if (p ^ scene) & 2:
-                rows.reverse()
-            for number, (states, answer) in enumerate(rows, 1):
-                path = f"{source}/s{scene:03d}_{states}.mp4"
-                file = folder / "videos" / path
+            for number, (states, answer) in enumerate(zip(PAIRS[p], CANDIDATES, strict=True), 1):
+                clip = f"{source}/s{scene:03d}_{states}.mp4"
+                file = folder / "videos" / clip
                 if not file.exists():
                     write_video(file, toy_clip(source, scene, states, seed))
-                row = {"video_id": f"{source}_s{scene:03d}_p{p}_{number}", "video_path": path}
+                row = {"video_id": f"{source}_s{scene:03d}_p{p}_{number}", "video_path": clip}
                 row.update(question=question, answer=answer, candidates=repr(listed))
                 lines.append(json.dumps({**row, "source": source}))
-        path = folder / subset / "mini.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text("\n".join(lines))
 
@@ -591,7 +585,7 @@ FILTER = re.compile(
     re.I,
 )
 FILTERED = {"reply": "", "finish_reason": "content_filter"}
-# what "status S: text" looks like if no question can be answered: what to do about it
+# what "status S type: text" looks like if no question can be answered: what to do about it
 REFUSALS = {
     "^status 3": "the server redirects: give the new address as --endpoint",
     "^status 40[13]": "the server refuses the key (--api-key-env, by default OPENAI_API_KEY)",
@@ -605,7 +599,7 @@ REFUSALS = {
 
 
 def refusal(said):
-    """Return what to do if no question will be answered, else ""; said: "status S: text"."""
+    """Return what to do if no question will be answered, else ""; said: as in REFUSALS."""
     for pattern, advice in REFUSALS.items():
         if re.search(pattern, said, re.I | re.S):
             return f"{advice}. {said}"
@@ -616,7 +610,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
     """Follows no redirect: the key is for one host."""
 
     def redirect_request(self, *_):
-        return None
+        """Return no request to follow."""
 
 
 def make_payload(config, model, prompt, images=(), video=""):
@@ -644,36 +638,24 @@ def make_payload(config, model, prompt, images=(), video=""):
     return {name: value for name, value in payload.items() if value is not None}
 
 
-def read_json(headers, text):
-    """Return the object in a response; raise ValueError that says what is there instead."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        kind = headers.get("Content-Type", "no type")
-        raise ValueError(f"expected JSON, got {kind}: {text[:80]!r}") from None
-
-
 def read_reply(body):
-    """Return {reply, finish_reason} of a chat completion; raise ValueError if the request failed.
+    """Return {reply, finish_reason} of a chat completion; raise one of MALFORMED if it failed.
 
     A reply without content has no letter: the model only thought, or a content filter stopped it.
     """
-    try:
-        choice = body if body.get("error") else body["choices"][0]
-        finish = str(choice.get("finish_reason") or "")
-        error = choice.get("error")
-        if error and FILTER.search(json.dumps(error)):
-            return FILTERED
-        message = choice["message"]
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content)
-        if content is None and (finish or message.get("refusal")):
-            content = message.get("refusal") or ""
-        if error or FAILED.search(finish) or not isinstance(content, str):
-            raise TypeError
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise ValueError(f"no reply, or a failed one: {json.dumps(body)[:300]}") from None
+    choice = body if body.get("error") else body["choices"][0]
+    finish = str(choice.get("finish_reason") or "")
+    error = choice.get("error")
+    if error and FILTER.search(json.dumps(error)):
+        return FILTERED
+    message = choice["message"]
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content)
+    if content is None and (finish or message.get("refusal")):
+        content = message.get("refusal") or ""
+    if error or FAILED.search(finish) or not isinstance(content, str):
+        raise ValueError
     if FILTER.search(finish):
         finish = "content_filter"
     return {"reply": content, "finish_reason": finish}
@@ -685,40 +667,40 @@ class Endpoint:
     def __init__(self, config):
         self.config = config
         self.key = os.environ.get(config.api_key_env, "").strip()
+        self.headers = {"Content-Type": "application/json", "User-Agent": "mvp_eval"}
+        if self.key:
+            self.headers["Authorization"] = f"Bearer {self.key}"
         self.opener = urllib.request.build_opener(NoRedirect)  # it reads the proxy variables
         self.stopped = threading.Event()
         if not re.fullmatch("[!-~]*", self.key):
             fail(f"${config.api_key_env} holds blanks or signs that no key has")
 
     def fetch(self, path, body=None):
-        """Return (status, headers, text) of one request; raise OSError or HTTPException."""
-        headers = {"Content-Type": "application/json", "User-Agent": "mvp_eval"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
+        """Return (status, headers, text, all of it in short); raise OSError or HTTPException."""
         data = body and json.dumps(body).encode()
         url = self.config.endpoint.rstrip("/") + path
-        request = urllib.request.Request(url, data, headers)
+        request = urllib.request.Request(url, data, self.headers)
         try:
             response = self.opener.open(request, timeout=self.config.timeout)
         except urllib.error.HTTPError as error:
             response = error
         with response:
             text = response.read().decode(errors="replace")
-        # some servers repeat the key
-        return response.status, response.headers, text.replace(self.key or "\0", "***")
+        text = text.replace(self.key or "\0", "***")  # some servers repeat the key
+        kind = response.headers.get("Content-Type")
+        said = f"status {response.status} {kind}: {text[:300]}"
+        return response.status, response.headers, text, said
 
     def find_model(self):
         """Return --model, or the first that the server lists. Exit with 2 if nobody is there."""
+        said = ""
         try:
-            status, headers, text = self.fetch("/models")
+            _, _, text, said = self.fetch("/models")
             if self.config.model != "auto":  # some servers list nothing
                 return self.config.model
-            if status == 200:
-                return read_json(headers, text)["data"][0]["id"]
-            reason = f"status {status}: {text[:300]}"
-            reason = refusal(reason) or reason
-        except Exception as error:  # noqa: BLE001  whatever stands there, if anything does
-            reason = repr(error)
+            return json.loads(text)["data"][0]["id"]
+        except (OSError, http.client.HTTPException, *MALFORMED) as error:
+            reason = refusal(said) or said or error
         advice = "Start the server, or wait for it; correct --endpoint, or name a --model"
         fail(f"{self.config.endpoint}/models: {reason}. {advice}")
 
@@ -726,37 +708,39 @@ class Endpoint:
         """Return status ok and the reply; status error, or refused if all would be, and why."""
         payload = make_payload(self.config, model, prompt, images, video)
         pause = 0.0
-        for attempt in range(self.config.retries + 1):
+        said = ""
+        for attempt in range(1, self.config.retries + 2):
             if self.stopped.wait(pause):
                 break
-            pause = min(60.0, 2.0 ** (attempt + 1)) * random.uniform(0.5, 1)
+            pause = min(60.0, 2.0**attempt) * random.uniform(0.5, 1)
             try:
-                status, headers, text = self.fetch("/chat/completions", payload)
+                status, headers, text, said = self.fetch("/chat/completions", payload)
                 if status == 200:
-                    return {"status": "ok", **read_reply(read_json(headers, text))}
+                    return {"status": "ok", **read_reply(json.loads(text))}
                 if status < 500 and FILTER.search(text):
                     return {"status": "ok", **FILTERED}
-                failure = f"status {status}: {text[:300]}"
-                if re.search("context|too long|maximum.*tokens|^status 413", failure, re.I):
-                    failure += " (try fewer --frames or a smaller --size)"
-                elif refusal(failure):
-                    return {"status": "refused", "error": refusal(failure)}
+                if re.search("context|too long|maximum.*tokens|^status 413", said, re.I):
+                    said += " (try fewer --frames or a smaller --size)"
+                elif refusal(said):
+                    return {"status": "refused", "error": refusal(said)}
                 if status < 500 and status not in (408, 409, 425, 429):
                     break
                 if re.fullmatch(r"[\d.]+", headers.get("Retry-After", "")):
                     pause = min(600.0, float(headers["Retry-After"]))
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                failure = repr(error)
-        return {"status": "error", "error": failure}
+            except (OSError, http.client.HTTPException) as error:
+                said = repr(error)
+            except MALFORMED:
+                pass  # a failure: `said` shows what came
+        return {"status": "error", "error": said}
 
 
 def import_function(name):
     """Return the function that module:function names, the working folder on the path."""
     module, _, attribute = name.partition(":")
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, *MALFORMED) as error:
         fail(f"--fn {name}: {error}; expected module:function, in this folder or installed")
 
 
@@ -789,9 +773,9 @@ def answer_key(config, model, question, view):
 def load_answers(out):
     """Return {key: row} of what a run has answers to. Torn lines and failures are skipped."""
     rows = {}
-    for file in sorted(Path(out).glob("answers*.jsonl")):
+    for file in Path(out).glob("answers*.jsonl"):
         for line in file.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(*MALFORMED):
                 row = json.loads(line)
                 if row["status"] == "ok":
                     rows[row["key"]] = row
@@ -814,7 +798,6 @@ def show(question, view, root, config):
 
 def in_flight(pool, function, items, most):
     """Yield function(item) as they get done, with at most `most` begun and not yet taken."""
-    items = iter(items)
     running = set()
     room = 1  # the first is begun alone: what a server refuses altogether is refused once
     while True:
@@ -845,7 +828,7 @@ def ask_all(todo, key_of, root, model, asked, config, run):
     failed_in_row = 0
     kept = f"All answers are kept. To go on: {run.resume_command()}"
     pool = ThreadPoolExecutor(config.concurrency)
-    rows = in_flight(pool, work, todo, config.concurrency)
+    rows = in_flight(pool, work, iter(todo), config.concurrency)
     # None hides the bar where there is no terminal
     bar = tqdm(rows, total=len(todo), unit="question", disable=True if run.world.rank else None)
     try:
@@ -859,7 +842,11 @@ def ask_all(todo, key_of, root, model, asked, config, run):
                 file.flush()
                 if row["status"] == "refused":
                     fail(f"{row['error']}. {kept}")
-                failed_in_row = (failed_in_row + 1) * (row["status"] == "error")
+                if row["status"] == "ok":
+                    failed_in_row = 0
+                else:
+                    failed_in_row += 1
+                    note(row["error"])
                 if failed_in_row == 20:
                     fail(f"20 questions in a row failed, the last: {row['error']}. {kept}", 3)
                 if bar.disable and done % 100 == 0:
@@ -958,7 +945,7 @@ def compare(first, second):
             x, y = np.array([[all(run[pair]) for pair in chosen] for run in runs], float)
             low, high = np.percentile(bootstrap(x - y, np.random.default_rng(0)), [2.5, 97.5])
             n = int(sum(x != y))
-            tail = range(1 + min(sum(x > y), sum(x < y)).astype(int))
+            tail = range(1 + min(sum(x > y), sum(x < y)))
             p = min(1.0, sum(math.comb(n, i) for i in tail) / 2 ** (n - 1))
             note(
                 f"{name}: {len(chosen)} pairs, {x.mean():.1%} - {y.mean():.1%} = "
@@ -988,45 +975,43 @@ one frame, LLaVA-OneVision-7B (mini)    11.7   12.2   10.5    2.3   21.9
 a coin                                  25.0   25.0   25.0   25.0   25.0
 any rule that reads only the text        0.0    0.0    0.0    0.0    0.0
 Intervals: 95 %, bootstrap over pairs. The paper's numbers are for the real videos.
+differ: replies that the two parsers read otherwise; if many, the official number is noise.
+unparsed: replies without a letter; submissions/ has the first candidate there, as officially.
 """
 
 
 def table_of(systems):
     """Return the table of all systems and groups."""
-    counts = ("unparsed", "errors", "differ")
-    line = "{:<36}{:>6}{:>22}{:>22}{:>22}{:>10}{:>8}{:>8}"
-    lines = [line.format("", "pairs", "pair %", "single %", "strict pair %", *counts)]
+    line = "{:<36}{pairs:>6}{pair:>22}{single:>22}{strict_pair:>22}"
+    line += "{unparsed:>10}{errors:>8}{differ:>8}"
+    lines = []
     for system, result in systems.items():
         for name, values in result.items():
-            cells = []
-            for column in COLUMNS[:3]:
+            cells = dict(values)
+            for column in COLUMNS:
                 low, high = values[f"{column}_ci"]
-                cells.append(f"{values[column]:.1f} [{low:.1f}, {high:.1f}]")
-            cells += [values[count] for count in counts]
-            lines.append(line.format(f"{system}, {name}", values["pairs"], *cells))
-    return "\n".join(lines)
+                cells[column] = f"{values[column]:.1f} [{low:.1f}, {high:.1f}]"
+            lines.append(line.format(f"{system}, {name}", **cells))
+    header = line.format("accuracies in percent", **{name: name for name in values})
+    return "\n".join([header, *lines])
 
 
-def warnings_of(system, rows, macro):
-    """Return what a reader should know before believing the numbers of a model."""
-    rows = [row for row in rows if row]
-    finishes = collections.Counter(row.get("finish_reason") for row in rows)
+def warnings_of(system, rows):
+    """Return how the replies of a model ended, where not as they should."""
+    ends = collections.Counter(row.get("finish_reason") for row in rows if row)
     counts = {
-        "are read otherwise by the strict parser: the official number is noise": macro["differ"],
-        "have no letter: submissions/ has the first candidate there": macro["unparsed"],
-        "were cut off at --max-tokens": finishes["length"],
-        "were stopped by a content filter": finishes["content_filter"],
-        "have no text: filtered, or only reasoning": sum(not row["reply"] for row in rows),
+        "were cut off at --max-tokens": ends["length"],
+        "were stopped by a content filter": ends["content_filter"],
+        "have no text: filtered, or only reasoning": sum(not row["reply"] for row in rows if row),
     }
-    least = 0.01 * len(rows)
-    return [f"warning: {system}: {n} replies {text}" for text, n in counts.items() if n > least]
+    return [f"warning: {system}: {n} replies {text}" for text, n in counts.items() if n]
 
 
 def write_submissions(folder, questions, guesses, split):
     """Write the leaderboard's files: the text of the chosen candidate, the first if unparsed."""
     folder.mkdir(exist_ok=True)
     data_name = "mvp_mini" if split == "mini" else "mvp"
-    for subset in dict.fromkeys(question.subset for question in questions):
+    for subset in {question.subset for question in questions}:
         with open(folder / f"{data_name}_{subset}_valid.jsonl", "w") as file:
             for question, guess in zip(questions, guesses, strict=True):
                 if question.subset == subset and guess != UNANSWERED:
@@ -1044,18 +1029,17 @@ def draw_failures(path, drawn, root):
             images, _ = decode(root / question.video_path, "segments", 6, 72)
             for column, image in enumerate(images):
                 sheet.paste(image, (72 * column, 80 * i))
-        lines = [f"{question.source}: {question.question}", f"right: {question.answer}"]
-        text = "\n".join(line[:95] for line in [*lines, f"said: {reply!r}"])
-        canvas.text((440, 80 * i), text, "black", ImageFont.load_default(11))
+        text = f"{question.source}: {question.question}\nright: {question.answer}\nsaid: {reply!r}"
+        canvas.text((440, 80 * i), text, "black")
     sheet.save(path)
 
 
-def make_report(questions, rows, views, root, config, run, warnings, **facts):
+def make_report(questions, rows, views, root, config, run, warnings, model):
     """Score all systems, print the table, write files; rows: {system: [2 P] answers or None}."""
     guesses = {system: parse_rows(rows[system]) for system in rows}
     systems = {system: score(questions, guesses[system], config.seed) for system in rows}
     for system in views:
-        warnings += warnings_of(system, rows[system], systems[system]["macro"])
+        warnings += warnings_of(system, rows[system])
     first = next(iter(rows))  # the model, if there is one
     official = guesses[first][:, :, 0].ravel()
     if views:
@@ -1068,7 +1052,7 @@ def make_report(questions, rows, views, root, config, run, warnings, **facts):
             drawn.append((questions[i], row["reply"]))
     if drawn:
         draw_failures(run.out / "picture.png", drawn, root)
-    report = {"config": asdict(config), "systems": systems, "warnings": warnings, **facts}
+    report = {"config": asdict(config), "model": model, "systems": systems, "warnings": warnings}
     (run.out / "report.json").write_text(json.dumps(report, indent=2))
     text = "\n".join([table_of(systems), PAPER, *warnings])
     (run.out / "report.md").write_text(f"```\n{text}\n```\n", encoding="utf-8")
@@ -1093,8 +1077,7 @@ def check(config):
     views += [name for name in ("frame", "blind") if views and name in names]
     free = [name for name in names if name not in (*views, "none")]
     if set(free) - {*RULES, "frame"} or not free + views:
-        known = f"{', '.join(RULES)}, frame or none; with --endpoint or --fn also blind"
-        fail(f"--baseline must name some of {known}")
+        fail(f"--baseline: {', '.join(RULES)}, frame or none; with --endpoint or --fn also blind")
     if config.fn and (config.endpoint or config.video_url):
         fail("--fn is a model of its own: leave out --endpoint and --video-url")
     if config.endpoint and not re.fullmatch(r"https?://[^/@?]+(/[^@?]*)?", config.endpoint):
@@ -1120,7 +1103,7 @@ def find_data(config, world):
             download_annotations(folder, config.split)
     if dist.is_initialized():
         dist.barrier()
-    return folder, Path(config.videos or folder / "videos").expanduser()
+    return folder, Path(config.videos or folder / "videos")
 
 
 def choose_questions(questions, root, looks, config):
@@ -1154,13 +1137,11 @@ def choose_questions(questions, root, looks, config):
 def main(argv=None):
     """Ask and report; see --help."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["compare"]:
-        if len(argv) != 3:
-            fail("compare takes the folders of two runs")
+    if argv[:1] == ["compare"] and len(argv) == 3:
         return compare(*argv[1:])
     config, typed = common.parse_config(Config, PRESETS, DATA_PRESETS, argv)
     free, views = check(config)
-    world = common.start_world("cpu", "fp32")
+    world = common.start_world("cpu")
     asked = Endpoint(config) if config.endpoint else config.fn and import_function(config.fn)
     folder, root = find_data(config, world)
     questions = read_annotations(folder, config.split)
@@ -1198,7 +1179,7 @@ def main(argv=None):
         else:
             guesses = [RULES[name](question, config.seed) for question in questions]
         rows[name] = [{"reply": "AB"[guess], "candidates": ()} for guess in guesses]
-    make_report(questions, rows, views, root, config, run, warnings, model=model)
+    make_report(questions, rows, views, root, config, run, warnings, model)
     if missing:
         again = f"their pairs count as wrong. To ask them again: {run.resume_command()}"
         fail(f"{missing} questions have no answer, and {again}", code=1)

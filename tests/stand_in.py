@@ -42,7 +42,7 @@ def solve(frames, prompt, row=None):
         even = (balls(first) + balls(last)) % 2 == 0
     else:
         even = abs(middle(first)[0] - middle(last)[0]) < 8
-    answer = mvp_eval.TOY[source][2][0 if even else 1]
+    answer = mvp_eval.CANDIDATES[0 if even else 1]
     return f"Answer: {'AB'[[a, b].index(answer)]}"
 
 
