@@ -179,8 +179,8 @@ def merge(word, pair):
 
 def learn_merges(captions, count):
     """Return up to `count` merges: each time the most frequent pair, of equals the first."""
-    pieces = Counter(piece for caption in captions for piece in PIECES.findall(clean(caption)))
-    words = {to_symbols(piece): n for piece, n in pieces.items()}
+    pieces = (piece for caption in captions for piece in PIECES.findall(clean(caption)))
+    words = Counter(map(to_symbols, pieces))
     merges = []
     while len(merges) < count:
         pairs = Counter()
@@ -986,13 +986,8 @@ def evaluate_retrieval(model, tokenizer, split, config, world):
     scores, _, names = common.extract(read, split, config, world)
     if world.rank:
         return {}
-    owned = zip(split.names, captions, strict=True)
-    owners = [name for name, texts in owned for _ in texts]
-    true = torch.zeros(scores.shape, dtype=torch.bool)
-    rows = {name: row for row, name in enumerate(names)}
-    for column, owner in enumerate(owners):
-        if owner in rows:
-            true[rows[owner], column] = True
+    owners = np.repeat(split.names, [len(texts) for texts in captions])
+    true = torch.from_numpy(np.array(names)[:, None] == owners)
     return retrieval(scores, true.to(world.device))
 
 
@@ -1067,9 +1062,9 @@ def write_features(model, split, config, world, run):
 
     features, labels, paths = common.extract(describe, split, config, world)
     if world.rank == 0:
-        arrays = {"features": features.cpu(), "labels": labels.cpu()}
-        np.savez(run.out / "features.npz", paths=paths, **arrays)
-        note(f"{run.out / 'features.npz'}: {len(paths)} images")
+        path = run.out / "features.npz"
+        np.savez(path, features=features.cpu(), labels=labels.cpu(), paths=paths)
+        note(f"{path}: {len(paths)} images")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1079,43 +1074,38 @@ def write_features(model, split, config, world, run):
 
 @torch.no_grad()
 def draw_picture(model, tokenizer, split, config, world, run):
-    """Show what different captions of an image look at: a row an image, a column a caption.
+    """Show what different captions of one image look at.
 
     Bright is where the tokens that the caption takes look in the last block, relative to the mean
     over captions.
     """
-    rows = sorted(range(min(100, len(split))), key=lambda i: -len(split.captions[i]))[:5]
-    n = len(rows)
-    captions = [split.captions[i][:5] for i in rows]
-    count = min(map(len, captions))
-    _, pixels, _ = common.centre_crops(split, config.image_size, rows)
-    images = common.normalize(pixels.to(world.device))
+    index = max(range(min(100, len(split))), key=lambda i: len(split.captions[i]))
+    captions = split.captions[index][:6]
+    _, pixels, _ = common.centre_crops(split, config.image_size, [index])
+    image = common.normalize(pixels.to(world.device))  # [1, 3, S, S]
     *blocks, last = model.visual.transformer.resblocks
-    x = model.visual.embed(clip_range(images))
+    x = model.visual.embed(clip_range(image))
     for block in blocks:
         x = block(x)
     x = last.ln_1(x)
     tokens = len(model.visual.class_embedding)
-    maps = last.attn(x[:, :tokens], x, x)[1][:, :, tokens:]  # mean over heads, [B, K, P]
+    maps = last.attn(x[:, :tokens], x, x)[1][0, :, tokens:]  # mean over heads, [K, P]
     if config.model == "llip":
-        texts = [text for row in captions for text in row[:count]]
-        q = model.text(tokenizer(texts).to(world.device))[:, 0]
-        k = model.image(clip_range(images))[:, 0]
-        weights = mixing_weights(k, q.unflatten(1, (model.heads, -1)), model.tau).mean(0)
-        weights = weights.unflatten(2, (n, count))[range(n), :, range(n)]  # [B, K, T]
-        maps = weights.mT @ maps  # [B, T, P]
-        maps = maps / maps.mean(1, keepdim=True)
-    side = math.isqrt(maps.shape[2])
-    maps = (maps / maps.amax(2, keepdim=True)).unflatten(2, (side, side))
-    seen = F.interpolate(maps, images.shape[2:], mode="bilinear")[:, :, None]
-    images = images[:, None] + 2.0  # black is about 0
+        q = model.text(tokenizer(captions).to(world.device))[:, 0]
+        k = model.image(clip_range(image))[:, 0]
+        weights = mixing_weights(k, q.unflatten(1, (model.heads, -1)), model.tau)
+        maps = weights[:, 0].mean(0).T @ maps  # [T, P]
+        maps = maps / maps.mean(0)
+    side = math.isqrt(maps.shape[1])
+    maps = (maps / maps.amax(1, keepdim=True)).view(-1, 1, side, side)
+    seen = F.interpolate(maps, image.shape[2:], mode="bilinear")
+    image = image + 2.0  # black is about 0
     path = run.out / "picture.png"
-    common.save_picture(path, torch.cat([images, images * seen], dim=1) - 2.0)
+    common.save_picture(path, torch.cat([image, image * seen])[None] - 2.0, tile=192)
     page = Image.open(path)
     draw = ImageDraw.Draw(page)
-    for i, j in itertools.product(range(n), range(count)):
-        text = re.sub("(.{15})", r"\1\n", captions[i][j][:60])
-        draw.text((104 * j + 110, 104 * i + 5), text, "white")
+    for column, caption in enumerate(captions):
+        draw.text((200 * column + 206, 6), re.sub("(.{30})", r"\1\n", caption), "white")
     page.save(path)
     note(f"{path}: what captions of one image look at")
 
@@ -1433,12 +1423,12 @@ def main(argv=None):
     val = open_pairs(config, "val", world)
     split = open_pairs(config, "train", world) if config.train or not val else None
     wanted = set(config.eval.split(","))
-    possible = {"features"}
+    possible = {"features", "none"}
     if val:
         possible.add("zeroshot" if val.classes else "retrieval")
     if (config.val_data or config.data) == "toy":
         possible.add("kinds")
-    skipped = wanted - possible - {"none"}
+    skipped = wanted - possible
     if skipped:
         note(f"{', '.join(sorted(skipped))}: skipped, since the val data cannot answer that")
     tokenizer = make_tokenizer(config, merges, split)

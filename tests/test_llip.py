@@ -492,7 +492,7 @@ def test_shards_train_and_evaluate(tmp_path):
     found = log_rows("one")[-1]["eval"]
     assert {"trained", "mean token", "random"} == found.keys() and "t2i R@5" in found["trained"]
     assert np.load("one/features.npz")["features"].shape == (63, 16)
-    assert Image.open("one/picture.png").size == (208, 520)
+    assert Image.open("one/picture.png").size == (400, 200)
 
 
 def test_bad_shards_are_named_and_limited(tmp_path, capsys):
