@@ -27,8 +27,8 @@ and not from z'; each token has its own key and value matrices; tau divides alon
 the sum over pairs is divided by the images. From the code, without another result: texts are
 gathered instead of passed in a ring; the loss goes by tiles, in fp32. With another result: small
 presets have tau near sqrt(D / H), the bias starts at ln(1 / (batch - 1)), scale and bias learn ten
-times faster; images are read by place and not as a stream. Released weights need CLIP's vocabulary,
-bpe_simple_vocab_16e6.txt.gz, in $DATA or by --vocabulary.
+times faster; images are read by place and not as a stream; a crop is resized together with what
+lies beyond its border. Released weights need --vocabulary bpe_simple_vocab_16e6.txt.gz.
 """
 
 import copy
