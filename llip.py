@@ -55,7 +55,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 
 import common
@@ -511,7 +510,12 @@ class PairLoss(torch.autograd.Function):
 
 def gather(x):
     """Concatenate all ranks' tensors. The backward pass sends each rank its gradients home."""
-    return torch.cat(all_gather(x)) if dist.is_initialized() else x
+    if not dist.is_initialized():
+        return x
+    parts = [torch.zeros_like(x)] * dist.get_world_size()
+    parts[dist.get_rank()] = x
+    # a sum over ranks, where all but one are zero: its gradient is the sum over ranks too
+    return common.mean_over_ranks(torch.cat(parts)) * len(parts)
 
 
 @torch.compiler.disable
@@ -907,7 +911,7 @@ def train(model, tokenizer, split, config, world):
         run.update()
         scale = model.logit_scale.detach()
         scale.clamp_(0, math.log(100))
-        run.log(lr=lr, logit_scale=scale.max())
+        run.log(lr=lr, logit_scale=scale.full_tensor() if config.shard else scale)
     return run
 
 
