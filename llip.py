@@ -27,8 +27,8 @@ and not from z'; each token has its own key and value matrices; tau divides alon
 the sum over pairs is divided by the images. From the code, without another result: texts are
 gathered instead of passed in a ring; the loss goes by tiles, in fp32. With another result: small
 presets have tau near sqrt(D / H), the bias starts at ln(1 / (batch - 1)), scale and bias learn ten
-times faster; images are read by place and not as a stream. Released weights need CLIP's vocabulary,
-bpe_simple_vocab_16e6.txt.gz, in $DATA or by --vocabulary.
+times faster; images are read by place and not as a stream; a crop is resized together with what
+lies beyond its border. Released weights need --vocabulary bpe_simple_vocab_16e6.txt.gz.
 """
 
 import copy
@@ -55,7 +55,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 
 import common
@@ -139,8 +138,7 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = PRINTABLE + sorted(
     set(range(256)) - set(PRINTABLE)
 )  # byte values in the order of their ids
-SIGNS = map(chr, [*PRINTABLE, *range(256, 324)])
-CHARACTERS = dict(zip(BYTES, SIGNS, strict=True))
+CHARACTERS = dict(zip(BYTES, map(chr, [*PRINTABLE, *range(256, 324)]), strict=True))
 MERGES = 49152 - 256 - 2  # lines of OpenAI's file that its tokenizer uses
 QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 WIDE = re.compile("[\u3000\ufb00-\ufb06\uff00-\uffef]+")  # ligatures and full-width letters
@@ -180,8 +178,8 @@ def merge(word, pair):
 
 def learn_merges(captions, count):
     """Return up to `count` merges: each time the most frequent pair, of equals the first."""
-    pieces = Counter(piece for caption in captions for piece in PIECES.findall(clean(caption)))
-    words = {to_symbols(piece): n for piece, n in pieces.items()}
+    pieces = (piece for caption in captions for piece in PIECES.findall(clean(caption)))
+    words = Counter(map(to_symbols, pieces))
     merges = []
     while len(merges) < count:
         pairs = Counter()
@@ -512,7 +510,12 @@ class PairLoss(torch.autograd.Function):
 
 def gather(x):
     """Concatenate all ranks' tensors. The backward pass sends each rank its gradients home."""
-    return torch.cat(all_gather(x)) if dist.is_initialized() else x
+    if not dist.is_initialized():
+        return x
+    parts = [torch.zeros_like(x)] * dist.get_world_size()
+    parts[dist.get_rank()] = x
+    # a sum over ranks, where all but one are zero: its gradient is the sum over ranks too
+    return common.mean_over_ranks(torch.cat(parts)) * len(parts)
 
 
 @torch.compiler.disable
@@ -596,8 +599,7 @@ def toy_world(part):
     """
     count = 8000 if part == "train" else 1000
     random = np.random.default_rng(count)
-    glyphs = np.array(list("".join(GLYPHS.split()))) == "#"
-    glyphs = glyphs.reshape(12, 6, 12)
+    glyphs = np.array(list("".join(GLYPHS.split()))).reshape(12, 6, 12) == "#"
     ground = random.uniform(20, 70, (count, 1, 1, 1))
     pixels = random.normal(ground, 6, (count, 32, 32, 3))
     facts = []
@@ -888,8 +890,7 @@ def make_optimizer(model, config):
 
 def train(model, tokenizer, split, config, world):
     """Train a model on Pairs. Returns the run; its last.pt holds the result."""
-    steps_an_epoch = max(1, len(split) // config.batch)
-    steps = config.steps or max(1, int(config.epochs * steps_an_epoch))
+    steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
     model.to(world.device)
     if config.compile:
         model.compile()
@@ -910,7 +911,7 @@ def train(model, tokenizer, split, config, world):
         run.update()
         scale = model.logit_scale.detach()
         scale.clamp_(0, math.log(100))
-        run.log(lr=lr, logit_scale=scale.max())
+        run.log(lr=lr, logit_scale=scale.full_tensor() if config.shard else scale)
     return run
 
 
@@ -989,13 +990,8 @@ def evaluate_retrieval(model, tokenizer, split, config, world):
     scores, _, names = common.extract(read, split, config, world)
     if world.rank:
         return {}
-    owned = zip(split.names, captions, strict=True)
-    owners = [name for name, texts in owned for _ in texts]
-    true = torch.zeros(scores.shape, dtype=torch.bool)
-    rows = {name: row for row, name in enumerate(names)}
-    for column, owner in enumerate(owners):
-        if owner in rows:
-            true[rows[owner], column] = True
+    owners = np.repeat(split.names, [len(texts) for texts in captions])
+    true = torch.from_numpy(np.array(names)[:, None] == owners)
     return retrieval(scores, true.to(world.device))
 
 
@@ -1070,9 +1066,9 @@ def write_features(model, split, config, world, run):
 
     features, labels, paths = common.extract(describe, split, config, world)
     if world.rank == 0:
-        arrays = {"features": features.cpu(), "labels": labels.cpu()}
-        np.savez(run.out / "features.npz", paths=paths, **arrays)
-        note(f"{run.out / 'features.npz'}: {len(paths)} images")
+        path = run.out / "features.npz"
+        np.savez(path, features=features.cpu(), labels=labels.cpu(), paths=paths)
+        note(f"{path}: {len(paths)} images")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1082,45 +1078,38 @@ def write_features(model, split, config, world, run):
 
 @torch.no_grad()
 def draw_picture(model, tokenizer, split, config, world, run):
-    """Show what different captions of an image look at: a row an image, a column a caption.
+    """Show what different captions of one image look at.
 
     Bright is where the tokens that the caption takes look in the last block, relative to the mean
     over captions.
     """
-    rows = range(min(100, len(split)))
-    rows = sorted(rows, key=lambda i: -len(split.captions[i]))[:5]
-    n = len(rows)
-    captions = [split.captions[i][:5] for i in rows]
-    count = min(map(len, captions))
-    _, pixels, _ = common.centre_crops(split, config.image_size, rows)
-    images = common.normalize(pixels.to(world.device))
+    index = max(range(min(100, len(split))), key=lambda i: len(split.captions[i]))
+    captions = split.captions[index][:6]
+    _, pixels, _ = common.centre_crops(split, config.image_size, [index])
+    image = common.normalize(pixels.to(world.device))  # [1, 3, S, S]
     *blocks, last = model.visual.transformer.resblocks
-    x = model.visual.embed(clip_range(images))
+    x = model.visual.embed(clip_range(image))
     for block in blocks:
         x = block(x)
     x = last.ln_1(x)
     tokens = len(model.visual.class_embedding)
-    maps = last.attn(x[:, :tokens], x, x)[1][:, :, tokens:]  # mean over heads, [B, K, P]
+    maps = last.attn(x[:, :tokens], x, x)[1][0, :, tokens:]  # mean over heads, [K, P]
     if config.model == "llip":
-        texts = [text for row in captions for text in row[:count]]
-        q = model.text(tokenizer(texts).to(world.device))[:, 0]
-        k = model.image(clip_range(images))[:, 0]
-        q = q.unflatten(1, (model.heads, -1))
-        weights = mixing_weights(k, q, model.tau).mean(0)
-        weights = weights.unflatten(2, (n, count))[range(n), :, range(n)]  # [B, K, T]
-        maps = weights.mT @ maps  # [B, T, P]
-        maps = maps / maps.mean(1, keepdim=True)
-    side = math.isqrt(maps.shape[2])
-    maps = (maps / maps.amax(2, keepdim=True)).unflatten(2, (side, side))
-    seen = F.interpolate(maps, images.shape[2:], mode="bilinear")[:, :, None]
-    images = images[:, None] + 2.0  # black is about 0
+        q = model.text(tokenizer(captions).to(world.device))[:, 0]
+        k = model.image(clip_range(image))[:, 0]
+        weights = mixing_weights(k, q.unflatten(1, (model.heads, -1)), model.tau)
+        maps = weights[:, 0].mean(0).T @ maps  # [T, P]
+        maps = maps / maps.mean(0)
+    side = math.isqrt(maps.shape[1])
+    maps = (maps / maps.amax(1, keepdim=True)).view(-1, 1, side, side)
+    seen = F.interpolate(maps, image.shape[2:], mode="bilinear")
+    image = image + 2.0  # black is about 0
     path = run.out / "picture.png"
-    common.save_picture(path, torch.cat([images, images * seen], dim=1) - 2.0)
+    common.save_picture(path, torch.cat([image, image * seen])[None] - 2.0, tile=192)
     page = Image.open(path)
     draw = ImageDraw.Draw(page)
-    for i, j in itertools.product(range(n), range(count)):
-        text = re.sub("(.{15})", r"\1\n", captions[i][j][:60])
-        draw.text((104 * j + 110, 104 * i + 5), text, "white")
+    for column, caption in enumerate(captions):
+        draw.text((200 * column + 206, 6), re.sub("(.{30})", r"\1\n", caption), "white")
     page.save(path)
     note(f"{path}: what captions of one image look at")
 
@@ -1438,12 +1427,12 @@ def main(argv=None):
     val = open_pairs(config, "val", world)
     split = open_pairs(config, "train", world) if config.train or not val else None
     wanted = set(config.eval.split(","))
-    possible = {"features"}
+    possible = {"features", "none"}
     if val:
         possible.add("zeroshot" if val.classes else "retrieval")
     if (config.val_data or config.data) == "toy":
         possible.add("kinds")
-    skipped = wanted - possible - {"none"}
+    skipped = wanted - possible
     if skipped:
         note(f"{', '.join(sorted(skipped))}: skipped, since the val data cannot answer that")
     tokenizer = make_tokenizer(config, merges, split)
