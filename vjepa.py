@@ -103,7 +103,7 @@ class Config:
     weight_decay_final: float = 0.04  # weight decay at the end
     momentum: float = 0.99  # EMA momentum at the start, 1 at the end
     schedule_scale: float = 1.25  # schedules are this many times longer than the run
-    clip: float = 10.0  # largest gradient norm, of encoder and of predictor, after the warm-up
+    clip: float = 10.0  # largest gradient norm of encoder and of predictor, 0 = any
 
     # run
     seed: int = 0  # seed of everything random
@@ -882,7 +882,8 @@ def as_videos(split, config):
         return None
     chosen = {}
     for i, (path, name) in enumerate(zip(split.images, split.names, strict=True)):
-        deep = name.count("/") > (2 if split.classes else 0)
+        below = name.removeprefix("train/").removeprefix("val/").count("/")
+        deep = below > (1 if split.classes else 0)
         chosen.setdefault(path.parent if deep and is_picture(path) else path, i)
     names = [split.names[i] for i in chosen.values()]
     labels = split.labels[list(chosen.values())]
@@ -912,7 +913,7 @@ def read_lists(lists, config):
             fail(f"no data at {path}: expected a list with one `path label` a line")
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
             fields = re.fullmatch(r'\s*"?(.+?)"?\s*[\s,]\s*"?(-?\d+)(?:\.0*)?"?\s*', line)
-            header = number == 1 and "." not in line  # no name of a file
+            header = number == 1 and re.fullmatch(r'"?\w+"?\s*[\s,]\s*"?\w+"?\s*', line)
             if fields:
                 videos.append(path.parent / fields[1].replace('""', '"'))
                 labels.append(int(fields[2]))
@@ -1011,7 +1012,8 @@ def train(model, target, split, config, world):
                 predictions = network(tubelets, *masks)
                 loss = vjepa_loss(predictions, tokens, masks[1::2], pixels)
             run.backward(loss / parts)
-        applied = run.update(clip if step >= config.warmup * steps else None)
+        clipped = config.clip and step >= config.warmup * steps
+        applied = run.update(clip if clipped else None)
         # the control's target is made of pixels, and its target encoder the encoder itself
         ema.update(0.0 if pixels else momentum, applied)
         run.log(lr=lr, momentum=momentum, **spread(tokens))
@@ -1639,7 +1641,10 @@ def main(argv=None):
     world = common.start_world(config.device, config.precision)
     check(config, world)
     wanted = set(config.eval.split(","))
-    train_split, val = open_data(config, ", ".join(sorted(wanted & {"knn", "probe"})))
+    val = None
+    if config.train or wanted - {"physics", "none"}:
+        train_split, val = open_data(config, ", ".join(sorted(wanted & {"knn", "probe"})))
+        unseen = val or open_split(config, "val") or train_split
     model, target = load_networks(config, weights, path, world)
     if config.train:
         run = train(model, target, train_split, config, world)
@@ -1656,7 +1661,6 @@ def main(argv=None):
         networks = {"trained": load_networks(physics, weights, path, world)}
         networks["random"] = load_networks(physics, None, path, world)
         shown = evaluate_physics(networks, physics, world, run)
-    unseen = val or open_split(config, "val") or train_split
     if world.rank == 0 and config.train:
         draw_picture(run.out / "picture.png", unseen, shown, config)
     if "features" in wanted:

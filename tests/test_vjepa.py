@@ -738,6 +738,10 @@ def test_folders_of_pictures_are_videos(tmp_path):
     assert len(val) == 1 and val.labels.tolist() == [1]
     flat = vjepa.open_split(Config(data=str(tmp_path / "clips" / "train" / "up")), "train")
     assert len(flat) == 3 and not flat.classes
+    for i in range(4):
+        (tmp_path / "stills" / "train").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(numbered(i)).save(tmp_path / "stills" / "train" / f"{i}.png")
+    assert len(vjepa.open_split(Config(data=str(tmp_path / "stills")), "train")) == 4
 
 
 LISTS = {
@@ -770,6 +774,7 @@ def test_lists_that_are_wrong(tmp_path, capsys):
         "0.mp4 0\n1.mp4\n2.mp4 1\n": "line 2",
         "0.mp4 dog\n": "line 1",
         "0.mp4\n": "line 1",
+        "clip\n0.mp4 0\n": "line 1",
         "": "no videos",
     }
     for text, words in texts.items():
@@ -980,7 +985,7 @@ def test_gradients_are_clipped_apart_and_after_the_warmup(monkeypatch):
 
 
 def test_vjepa_learns():
-    """In a minute on toy videos: what is in view is expected to stay, and the target does not collapse.
+    """In half a minute on toy videos: what is in view is expected to stay, and the target does not collapse.
 
     (That hidden things stay, which makes the physics, takes 1,000 steps.)
     """
