@@ -153,8 +153,9 @@ def grey_levels(images):
 
 def blend(base, images, factors):
     """Return base + factor (images - base), cut off as PIL does. factors [B]."""
-    mixed = torch.lerp(base, images, factors[:, None, None, None]).clamp(0, 255)
-    return (mixed + 1e-3).floor()  # 1e-3 for values that rounding puts just below an integer
+    mixed = torch.lerp(base, images, factors[:, None, None, None])
+    # 1e-3 for values that rounding puts just below an integer
+    return (mixed.clamp(0, 255) + 1e-3).floor()
 
 
 def brightness(images, factors):
@@ -241,9 +242,9 @@ def augment(images, order, amounts):
     order [B, 8], on the CPU: which comes first, second, ..., -1 = none; amounts [B, 8]: of each.
     """
     amounts = amounts.to(images.device, non_blocking=True)
-    for place in range(len(OPERATIONS)):
+    for drawn in order.T:
         for number, operation in enumerate(OPERATIONS):
-            rows = (order[:, place] == number).nonzero()[:, 0]
+            rows = (drawn == number).nonzero()[:, 0]
             if len(rows):
                 rows = rows.to(images.device, non_blocking=True)
                 images.index_copy_(0, rows, operation(images[rows], amounts[rows, number]))
@@ -1265,7 +1266,7 @@ def curate(argv):
             found = [retrieve_by_cluster(x, clusters, take=options.per_cluster) for x in near]
         kept = kept[torch.cat(found).unique()]
     with common.replacing(Path(options.out)) as file:
-        file.write("".join(names[i] + "\n" for i in kept).encode(errors="surrogateescape"))
+        file.write("".join(names[i] + "\n" for i in kept.tolist()).encode(errors="surrogateescape"))
     common.note(f"{options.out}: {len(kept)} images; train on them with --list {options.out}")
 
 
@@ -1471,7 +1472,7 @@ def main(argv=None):
     if config.init:
         weights, config = adopt_init(config, typed)
     if config.teacher:  # the student has its prototypes, and no stochastic depth
-        theirs = read_weights(config.teacher)["fields"]
+        theirs = common.load_own_checkpoint(config.teacher, "dinov2")["config"]
         names = ("patch", "image_size", "separate_heads", "prototypes", "ibot_prototypes")
         fields = {**{name: theirs[name] for name in names}, "drop_path": 0.0}
         config = common.adopt(config, fields, typed, config.teacher)

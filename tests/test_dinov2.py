@@ -715,6 +715,8 @@ def test_distillation(capsys):
     assert not torch.equal(average, after["encoder.cls_token"]), "the spare average"
     here(script, student, "student --resume")
     here(script, student, "fewer --distill-tokens 0.3")
+    official = f"--teacher {GOLDEN / 'vit_mlp_pretrain.pth'}"
+    assert "not written by dinov2.py" in refused(capsys, script, official)
     for flags in ("--prototypes 99", "--drop-path 0.1", "--no-separate-heads", "--patch 6"):
         assert "contradicts teacher/last.pt" in refused(capsys, script, student, "no", flags)
 
@@ -796,9 +798,14 @@ def test_centres_are_saved_and_masks_change_with_the_step():
     assert_same("whole", "parts")
 
 
-def test_two_ranks_with_softmax_centering():
+def test_two_ranks_with_softmax_centering_and_every_evaluation():
+    """Also sharded and recomputed; what is evaluated is what was saved, on all ranks."""
     script = SCRIPTS["dinov2"]
     flags = f"{script.small} {script.slow} --steps 3 --centering softmax --no-separate-heads"
-    run_several(f"dinov2 {flags} --out two", ranks=2)
+    shard = "--shard --recompute --eval knn,linear,features,picture --probe-epochs 1"
+    run_several(f"dinov2 {flags} --out two", f"dinov2 {flags} {shard} --out shard", ranks=2)
     here(script, flags, "--out one")
-    assert_same("one", "two", tolerance=1e-5, without=script.noise)
+    for other in ("two", "shard"):
+        assert_same("one", other, tolerance=1e-5, without=script.noise)
+    assert set(log_rows("shard")[-1]["eval"]["trained"]) == {"knn", "linear"}
+    assert np.load("shard/features.npz")["features"].shape == (2000, 16)
