@@ -416,6 +416,8 @@ def test_knn():
         close(scores / total, g[f"probas_{k}"])
         found.append(common.top1(scores, wanted))
         close(found[-1] / 100, g[f"top1_{k}"])
+    best = max(common.top1(common.knn(train, labels, test, k), wanted) for k in (10, 20, 100, 200))
+    assert dinov2.best_knn(train, labels, test, wanted) == best
 
 
 def test_pca():
@@ -778,13 +780,12 @@ def test_curate_command(tmp_path, capsys):
 
 def test_it_learns():
     """In half a minute on the toy: two views find each other, kNN beats a random encoder."""
-    script = SCRIPTS["dinov2"]
-    flags = "--steps 100 --local-crops 1 --eval knn --device cpu --no-compile --out learnt"
-    here(script, flags)
+    flags = "--preset toy-student --steps 150 --local-crops 1 --eval knn --workers 0"
+    here(SCRIPTS["dinov2"], flags, "--device cpu --no-compile --out learnt")
     *steps, own, evaluation = log_rows("learnt")
-    assert own["view_found"] > 5
+    assert own["view_found"] > 1.2, "chance is 0.4"
     results = evaluation["eval"]
-    assert results["trained"]["knn"] > results["random"]["knn"] + 5
+    assert results["trained"]["knn"] > results["random"]["knn"] + 4
     assert steps[-1]["feature_std"] > 0.1 and steps[-1]["prototypes"] > 32, "collapsed"
 
 
