@@ -153,8 +153,9 @@ def grey_levels(images):
 
 def blend(base, images, factors):
     """Return base + factor (images - base), cut off as PIL does. factors [B]."""
-    mixed = torch.lerp(base, images, factors[:, None, None, None]).clamp(0, 255)
-    return (mixed + 1e-3).floor()  # 1e-3 for values that rounding puts just below an integer
+    mixed = torch.lerp(base, images, factors[:, None, None, None])
+    # 1e-3 for values that rounding puts just below an integer
+    return (mixed.clamp(0, 255) + 1e-3).floor()
 
 
 def brightness(images, factors):
@@ -241,9 +242,9 @@ def augment(images, order, amounts):
     order [B, 8], on the CPU: which comes first, second, ..., -1 = none; amounts [B, 8]: of each.
     """
     amounts = amounts.to(images.device, non_blocking=True)
-    for place in range(len(OPERATIONS)):
+    for drawn in order.T:
         for number, operation in enumerate(OPERATIONS):
-            rows = (order[:, place] == number).nonzero()[:, 0]
+            rows = (drawn == number).nonzero()[:, 0]
             if len(rows):
                 rows = rows.to(images.device, non_blocking=True)
                 images.index_copy_(0, rows, operation(images[rows], amounts[rows, number]))
@@ -261,9 +262,8 @@ def augment_views(pixels, config, kind, step, rank=0):
     u = u[:, rank * share : (rank + 1) * share].flatten(0, 1)
     rare = config.blur * torch.tensor(RARE[kind])[:, None]
     rare = rare.expand(views, share, 2).flatten(0, 1)
-    order, amounts = draw_augmentation(u, rare)
-    images = augment(pixels.flatten(0, 1).float(), order, amounts)
-    return common.normalize(images)
+    images = pixels.flatten(0, 1).float()
+    return common.normalize(augment(images, *draw_augmentation(u, rare)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -409,12 +409,12 @@ class Block(nn.Module):
 
 
 def position_table(table, grid, offset=0.1, antialias=False):
-    """Resample a table [1, 1 + M*M, D], its first entry the class token's, to grid (rows, columns).
+    """Resample a table [1, 1 + M*M, D], its first entry the class token's, to grid [rows, columns].
 
     With an offset the scale is (rows + offset) / M, as in the released code: not quite a resize.
     """
     side = math.isqrt(table.shape[1] - 1)
-    if (side, side) == tuple(grid):
+    if grid == [side, side]:
         return table
     patches = table[:, 1:].mT.unflatten(2, (side, side))  # [1, D, M, M]
     to = {"size": grid}
@@ -779,9 +779,9 @@ def train(model, target, frozen, split, config, world):
             with torch.no_grad():
                 _, logits, _, patch_logits = teacher(crops, places)
             student = network(crops, places, local, None if frozen else masks, kept)
-        temperature = now["teacher_temp"]
-        found = teacher_targets(c, logits, patch_logits, centres, temperature)
-        targets, patch_targets, next_centres = found
+        targets, patch_targets, next_centres = teacher_targets(
+            c, logits, patch_logits, centres, now["teacher_temp"]
+        )
         loss, terms = total_loss(student, targets, patch_targets, weights, c)
         run.backward(loss)
         applied = run.update(clip=lambda: clip_gradients(model))
@@ -814,8 +814,14 @@ def encode(encoder, images):
 
 def best_knn(bank, labels, queries, wanted):
     """Return the top-1 of kNN in percent: the best of the paper's numbers of neighbours."""
-    scores = [common.knn(bank, labels, queries, k) for k in (10, 20, 100, 200)]
-    return max(common.top1(score, wanted) for score in scores)
+    cosines, nearest = neighbours(queries, bank, 200)
+    votes = (cosines / 0.07).exp()
+    found = []
+    for k in (10, 20, 100, 200):
+        scores = votes.new_zeros(len(votes), int(labels.max()) + 1)
+        scores.scatter_add_(1, labels[nearest[:, :k]], votes[:, :k])
+        found.append(common.top1(scores, wanted))
+    return max(found)
 
 
 def linear_probe(batches, steps, val, labels, classes, config):
@@ -923,9 +929,9 @@ def evaluate_one(read, train, val, config, world):
         result["knn"] = best_knn(features[:, -1], bank_labels, test[:, -1], labels)
     if "linear" in c.eval:
         steps = c.probe_epochs * math.ceil(len(train) / c.probe_batch)
-        found = linear_probe(batches, steps, test, labels, len(train.classes), c)
-        result["linear"] = found[0]
-        common.note(f"linear: the best head has {found[1]}")
+        probe = linear_probe(batches, steps, test, labels, len(train.classes), c)
+        result["linear"], head = probe
+        common.note(f"linear: the best head has {head}")
     if "head" in c.eval:
         result["head"] = common.top1(head_scores(c.linear_head, test), labels)
     return result
@@ -1020,7 +1026,7 @@ def draw_picture(path, encoder, images, crops=(), rows=6):
 
 def draw_images(encoder, split, config, world, run):
     """Draw the picture of a Split's images, without crops."""
-    indices = list(range(min(64, len(split))))
+    indices = range(min(64, len(split)))
     _, pixels, _ = common.centre_crops(split, config.image_size, indices)
     images = common.normalize(pixels.to(world.device))
     draw_picture(run.out / "picture.png", encoder, images)
@@ -1264,8 +1270,9 @@ def curate(argv):
             near = [assign(x, centroids) for x in queries]
             found = [retrieve_by_cluster(x, clusters, take=options.per_cluster) for x in near]
         kept = kept[torch.cat(found).unique()]
+    lines = "".join(names[i] + "\n" for i in kept.tolist())
     with common.replacing(Path(options.out)) as file:
-        file.write("".join(names[i] + "\n" for i in kept).encode(errors="surrogateescape"))
+        file.write(lines.encode(errors="surrogateescape"))
     common.note(f"{options.out}: {len(kept)} images; train on them with --list {options.out}")
 
 
@@ -1421,8 +1428,8 @@ for name, size in (("vits14", SMALL), ("vitb14", BASE), ("vitl14", LARGE)):
 DATA_PRESETS = {"toy": "toy", "letters": "toy", "textures": "toy", "cifar10": "cifar10"}
 DATA_PRESETS.update({"imagenet": "vitl16_short", "imagenet22k": "vitl14", "*": "folder"})
 # what a run that continues another one does not take over
-HERE = "preset list teacher train epochs steps out resume init device precision compile shard"
-HERE = f"{HERE} workers eval linear_head".split()
+HERE = "preset list teacher train epochs steps out resume init device precision".split()
+HERE += "compile shard workers eval linear_head".split()
 
 
 def check(config, world):
@@ -1471,7 +1478,7 @@ def main(argv=None):
     if config.init:
         weights, config = adopt_init(config, typed)
     if config.teacher:  # the student has its prototypes, and no stochastic depth
-        theirs = read_weights(config.teacher)["fields"]
+        theirs = common.load_own_checkpoint(config.teacher, "dinov2")["config"]
         names = ("patch", "image_size", "separate_heads", "prototypes", "ibot_prototypes")
         fields = {**{name: theirs[name] for name in names}, "drop_path": 0.0}
         config = common.adopt(config, fields, typed, config.teacher)
