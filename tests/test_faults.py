@@ -1,0 +1,43 @@
+"""The run that breaks every script works, and can fail. All of it: python tests/faults.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import faults
+from helpers import environment
+
+
+def test_cheap_faults_on_one_script():
+    command = [sys.executable, faults.__file__, "--scripts", "pixel_vit", "--out", "found"]
+    command += ["--faults", "folder", "checkpoint"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = Path("found/faults.md").read_text()
+    assert table in done.stdout and table.count("survived") == 2
+
+
+def test_what_does_not_survive_is_told(monkeypatch, capsys):
+    def unharmed(case):
+        """A."""
+        raise faults.NotApplicable("there is nothing to break")
+
+    def broken(case):
+        """B."""
+        raise KeyError("config")
+
+    def wrong(case):
+        """C."""
+        faults.run(case, "--wdith 3")
+
+    def differs(case):
+        """D."""
+        assert not list(faults.differences({"a": [1, 2]}, {"a": [1, 3]}))
+
+    monkeypatch.setattr(faults, "FAULTS", [unharmed, broken, wrong, differs])
+    monkeypatch.setattr(faults.common, "TOYS", {})
+    assert faults.main(["--scripts", "pixel_vit"]) == 1
+    table, told = capsys.readouterr()
+    assert "| A | not applicable (1) |" in table and "(1) there is nothing to break." in table
+    assert table.count("FAILED") == 3 and "KeyError: 'config'" in told
+    assert "exit code 2, not (0,)" in told and "--wdith" in told
