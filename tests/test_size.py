@@ -21,12 +21,12 @@ SIZES = {
     "msn.py": 6800,
     "pmsn.py": 7300,
     "dinov2.py": 11500,
-    "vjepa.py": 12900,
+    "vjepa.py": 12920,
     "iwm.py": 8200,
     "flexpredict.py": 7310,
     "pixel_vit.py": 13250,
-    "llip.py": 10420,
-    "mvp_eval.py": 8000,
+    "llip.py": 10300,
+    "mvp_eval.py": 7800,
 }
 
 
