@@ -138,7 +138,8 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = PRINTABLE + sorted(
     set(range(256)) - set(PRINTABLE)
 )  # byte values in the order of their ids
-CHARACTERS = dict(zip(BYTES, map(chr, [*PRINTABLE, *range(256, 324)]), strict=True))
+CHARACTERS = map(chr, [*PRINTABLE, *range(256, 324)])
+CHARACTERS = dict(zip(BYTES, CHARACTERS, strict=True))
 MERGES = 49152 - 256 - 2  # lines of OpenAI's file that its tokenizer uses
 QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 WIDE = re.compile("[\u3000\ufb00-\ufb06\uff00-\uffef]+")  # ligatures and full-width letters
@@ -599,7 +600,8 @@ def toy_world(part):
     """
     count = 8000 if part == "train" else 1000
     random = np.random.default_rng(count)
-    glyphs = np.array(list("".join(GLYPHS.split()))).reshape(12, 6, 12) == "#"
+    cells = np.array(list("".join(GLYPHS.split())))
+    glyphs = cells.reshape(12, 6, 12) == "#"
     ground = random.uniform(20, 70, (count, 1, 1, 1))
     pixels = random.normal(ground, 6, (count, 32, 32, 3))
     facts = []
@@ -890,7 +892,8 @@ def make_optimizer(model, config):
 
 def train(model, tokenizer, split, config, world):
     """Train a model on Pairs. Returns the run; its last.pt holds the result."""
-    steps = config.steps or max(1, int(config.epochs * max(1, len(split) // config.batch)))
+    steps = config.steps or int(config.epochs * max(1, len(split) // config.batch))
+    steps = max(1, steps)
     model.to(world.device)
     if config.compile:
         model.compile()
@@ -1083,7 +1086,8 @@ def draw_picture(model, tokenizer, split, config, world, run):
     Bright is where the tokens that the caption takes look in the last block, relative to the mean
     over captions.
     """
-    index = max(range(min(100, len(split))), key=lambda i: len(split.captions[i]))
+    first = range(min(100, len(split)))
+    index = max(first, key=lambda i: len(split.captions[i]))
     captions = split.captions[index][:6]
     _, pixels, _ = common.centre_crops(split, config.image_size, [index])
     image = common.normalize(pixels.to(world.device))  # [1, 3, S, S]
