@@ -19,6 +19,7 @@ import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import multiprocessing.queues
 import os
 import re
@@ -306,6 +307,8 @@ def command_line(main):
                 raise
             fail(f"the disk is full: {error}. Free some space, then --resume.", code=1)
         finally:
+            for worker in multiprocessing.active_children():
+                worker.kill()  # they ignore SIGTERM, so an exit would wait for them for ever
             if dist.is_initialized():
                 dist.destroy_process_group()
 

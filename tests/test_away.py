@@ -20,7 +20,7 @@ CASES = {
     "msn --prototypes 8": "knn",
     "pmsn --prototypes 8": "knn",
     "dinov2": "knn,picture",
-    f"vjepa {PREDICTOR} --frames 4 --physics-count 1": "physics",
+    f"vjepa {PREDICTOR} --frames 4 --micro 8": "knn",
     "llip": "retrieval",
     f"{PIXELS} --randaugment 2 --jitter 0.4 --grey 0.2 --mixup 0.8 --drop-path 0.2": "accuracy",
     f"{PIXELS} --preset toy-mae": "reconstruction,linear",
