@@ -651,7 +651,7 @@ def region_and_contour(predicted, true):
 
 
 def sequence_statistics(values):
-    """Return (mean, recall, decay) of J and F of an object over frames, [n, 2] -> [3, 2], as DAVIS."""
+    """Return (mean, recall, decay) of J and F over the frames of an object, [n, 2] -> [3, 2]."""
     # neighbouring quarters share a frame, as in the official code
     edges = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
     first = values[: edges[1] + 1].mean(0)

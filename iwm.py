@@ -133,7 +133,7 @@ def luma(images):
 
 
 def turn_hue(images, turns):
-    """Turn the hue of RGB images [B, 3, H, W], through HSV and back: turns [B], 1 a whole circle."""
+    """Turn the hue of RGB images [B, 3, H, W] through HSV: turns [B], 1 is a whole circle."""
     red, green, blue = images.unbind(1)
     value = images.amax(1)
     span = value - images.amin(1)
