@@ -486,11 +486,10 @@ def test_official_checkpoint_in_features_out_and_trained_on(capsys):
 
 
 def test_flexpredict_learns():
-    """Content is predicted, the noise stays, labels are carried better than by chance weights."""
-    rows = learn(SCRIPTS["flexpredict"], "--data scenes --steps 200 --batch 48 --micro 48")
-    found = next(row for row in rows if "content_ratio" in row)
+    """A quarter of the toy's run: features beat a random encoder's, and the noise stays."""
+    rows = learn(SCRIPTS["flexpredict"], "--steps 250 --eval linear --probe-epochs 4 --workers 0")
+    results = rows[-1]["eval"]
+    assert results["trained"]["linear"] > results["random"]["linear"] + 8
     last = [row for row in rows if "feature_std" in row][-1]
     assert last["feature_std"] > 0.02 and last["feature_rank"] > 3, "collapsed"
     assert last["position_noise"] > 0.02, "the noise on positions was trained away"
-    results = rows[-1]["eval"]
-    assert found["content_ratio"] > 1.0 and results["trained"]["J&F"] > results["random"]["J&F"]
