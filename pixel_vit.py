@@ -56,7 +56,7 @@ class Config:
     """Every field is a flag. The comment beside it is its help."""
 
     preset: str = ""  # a name of PRESETS, by default the one that fits --data
-    data: str = "toy"  # toy, glyphs, cifar10, imagenet, or a folder of images
+    data: str = "toy"  # toy, shapes, cifar10, imagenet, or a folder of images
     task: Literal["classify", "mae", "diffusion"] = "classify"  # presets choose it
 
     # model
@@ -1092,34 +1092,43 @@ def preparation(config, device):
     return prepare
 
 
-GLYPHS = """
-.###. .#### ##### #...# #.... .###. ##### #...# ##### ####.
-#...# #.... #.... #...# #.... #...# ..#.. .#.#. ...#. #...#
-##### #.... ####. ##### #.... #...# ..#.. ..#.. ..#.. ####.
-#...# #.... #.... #...# #.... #...# ..#.. .#.#. .#... #....
-#...# .#### ##### #...# ##### .###. ..#.. #...# ##### #....
-"""
-
-
 @functools.lru_cache(maxsize=2)
-def glyphs(name):
-    """Ten letters of 5 x 5 pixels, bright on dark or dark on bright, anywhere in 12 x 12 pixels."""
+def shapes(name):
+    """Ten bright shapes on dark ground, 12 x 12, of any colour, shifted, scaled and turned."""
     random, labels = common.toy_random(name)
-    rows = [[list(glyph) for glyph in line.split()] for line in GLYPHS.split("\n")[1:-1]]
-    drawn = np.array(rows).swapaxes(0, 1) == "#"  # [10, 5, 5]
-    image = np.arange(len(labels))[:, None, None]
-    top, left = random.integers(0, 8, (2, *image.shape))
-    line = np.arange(5)
-    ink = np.zeros((len(labels), 12, 12, 1))
-    ink[image, top + line[:, None], left + line] = drawn[labels][..., None]
-    paper = 128 + random.uniform(-40, 40, (len(labels), 1, 1, 3))
-    contrast = np.where(paper.mean(3, keepdims=True) > 128, -90, 90)
-    images = paper + contrast * ink
-    images = images + random.normal(0, 8, images.shape)
-    return common.in_memory(images, labels, list("ACEHLOTXZP"), name)
+    left, top, turn, scale = random.uniform(-0.25, 0.25, (4, len(labels), 1, 1))
+    line = (np.arange(12) - 5.5) / 6  # the image spans -1 to 1
+    place = line - left + 1j * (line[:, None] - top)  # complex numbers x + iy
+    place = place * np.exp(1j * turn) / (0.67 + scale / 4)
+    u = place.real
+    v = place.imag
+
+    def bar(u, v, length, width):
+        return np.maximum(abs(u) / length, abs(v) / width) - 1
+
+    upright = bar(v, u, 1, 0.3)
+    outlines = {  # negative inside
+        "disc": abs(place) - 1,
+        "ring": abs(abs(place) - 0.75) - 0.25,
+        "square": bar(u, v, 0.9, 0.9),
+        "frame": abs(bar(u, v, 0.75, 0.75)) - 0.35,
+        "plus": np.minimum(bar(u, v, 1, 0.3), upright),
+        "slash": bar(u + v, u - v, 1.5, 0.4),
+        "triangle": np.maximum(abs(u) * 1.7 - v - 1, v - 0.8),
+        "rows": bar(u, abs(v) - 0.6, 1, 0.3),
+        "columns": bar(v, abs(u) - 0.6, 1, 0.3),
+        "tee": np.minimum(bar(u, v + 0.7, 1, 0.3), upright),
+    }
+    outside = np.choose(labels[:, None, None], list(outlines.values()))
+    ink = np.clip(0.5 - 3 * outside, 0, 1)[..., None]  # soft edges
+    dark = random.uniform(0, 80, (len(labels), 1, 1, 3))
+    light = random.uniform(130, 255, dark.shape)
+    images = dark + (light - dark) * ink
+    images = images + random.normal(0, 6, images.shape)
+    return common.in_memory(images, labels, list(outlines), name)
 
 
-common.TOYS["glyphs"] = glyphs
+common.TOYS["shapes"] = shapes
 
 # --------------------------------------------------------------------------------------------------
 # Train
@@ -1597,7 +1606,7 @@ DIT_L = {**LATENTS, **LARGE, "batch": 2048, "epochs": 400, "warmup": 0.25, "lr":
 DIT_XL = {"width": 1152, "depth": 28, "heads": 16, "patch": 2, "positions": "sincos"}
 
 PRESETS = {
-    "toy": {**TOY, "steps": 1000},
+    "toy": {**TOY, "steps": 1000, "position_std": 0.5},
     "toy-mae": {**TOY, "task": "mae", "steps": 1500, "lr": 1.5e-3, "decoder_width": 48},
     "toy-diffusion": {**TOY, **TOY_DIFFUSION},
     "cifar10": CIFAR10,
@@ -1620,7 +1629,7 @@ PRESETS = {
     "dit_l2": {**DIT_L, "patch": 2, "positions": "sincos"},
     "dit_xl2": {**LATENTS, **DIT_XL, "batch": 256, "epochs": 1400, "warmup": 0.0, "lr": 1e-4},
 }
-DATA_PRESETS = {"toy": "toy", "glyphs": "toy", "cifar10": "cifar10", "imagenet": "imagenet28"}
+DATA_PRESETS = {"toy": "toy", "shapes": "toy", "cifar10": "cifar10", "imagenet": "imagenet28"}
 DATA_PRESETS["*"] = "folder"
 
 
@@ -1677,8 +1686,8 @@ def main(argv=None):
     check(config, world)
     wanted = set(config.eval.split(","))
     labelled = ", ".join(sorted(wanted & LABELLED))
-    train_split, val = common.open_data(config.data, labelled, "glyphs")
-    val = val or common.open_split(config.data, "val", "glyphs") or train_split
+    train_split, val = common.open_data(config.data, labelled, "shapes")
+    val = val or common.open_split(config.data, "val", "shapes") or train_split
     config = replace(config, classes=config.classes or len(train_split.classes))
     if config.task == "classify" and config.classes < 2:
         fail(f"a classifier needs train/CLASS/* of two classes or more; {config.data} has fewer")
