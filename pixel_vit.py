@@ -56,7 +56,7 @@ class Config:
     """Every field is a flag. The comment beside it is its help."""
 
     preset: str = ""  # a name of PRESETS, by default the one that fits --data
-    data: str = "toy"  # toy, glyphs, cifar10, imagenet, or a folder of images
+    data: str = "toy"  # toy, shapes, cifar10, imagenet, or a folder of images
     task: Literal["classify", "mae", "diffusion"] = "classify"  # presets choose it
 
     # model
@@ -1092,18 +1092,9 @@ def preparation(config, device):
     return prepare
 
 
-GLYPHS = """
-.###. .#### ##### #...# #.... .###. ##### #...# ##### ####.
-#...# #.... #.... #...# #.... #...# ..#.. .#.#. ...#. #...#
-##### #.... ####. ##### #.... #...# ..#.. ..#.. ..#.. ####.
-#...# #.... #.... #...# #.... #...# ..#.. .#.#. .#... #....
-#...# .#### ##### #...# ##### .###. ..#.. #...# ##### #....
-"""
-
-
 @functools.lru_cache(maxsize=2)
-def glyphs(name):
-    """Ten letters of 5 x 5 pixels, bright on dark or dark on bright, anywhere in 12 x 12 pixels."""
+def shapes(name):
+    """Ten bright shapes on dark ground, 12 x 12, of any colour, shifted, scaled and turned."""
     random, labels = common.toy_random(name)
     lines = GLYPHS.split("\n")[1:-1]
     rows = [[list(glyph) for glyph in line.split()] for line in lines]
@@ -1120,7 +1111,7 @@ def glyphs(name):
     return common.in_memory(images, labels, list("ACEHLOTXZP"), name)
 
 
-common.TOYS["glyphs"] = glyphs
+common.TOYS["shapes"] = shapes
 
 # --------------------------------------------------------------------------------------------------
 # Train
@@ -1598,7 +1589,7 @@ DIT_L = {**LATENTS, **LARGE, "batch": 2048, "epochs": 400, "warmup": 0.25, "lr":
 DIT_XL = {"width": 1152, "depth": 28, "heads": 16, "patch": 2, "positions": "sincos"}
 
 PRESETS = {
-    "toy": {**TOY, "steps": 1000},
+    "toy": {**TOY, "steps": 1000, "position_std": 0.5},
     "toy-mae": {**TOY, "task": "mae", "steps": 1500, "lr": 1.5e-3, "decoder_width": 48},
     "toy-diffusion": {**TOY, **TOY_DIFFUSION},
     "cifar10": CIFAR10,
@@ -1621,7 +1612,7 @@ PRESETS = {
     "dit_l2": {**DIT_L, "patch": 2, "positions": "sincos"},
     "dit_xl2": {**LATENTS, **DIT_XL, "batch": 256, "epochs": 1400, "warmup": 0.0, "lr": 1e-4},
 }
-DATA_PRESETS = {"toy": "toy", "glyphs": "toy", "cifar10": "cifar10", "imagenet": "imagenet28"}
+DATA_PRESETS = {"toy": "toy", "shapes": "toy", "cifar10": "cifar10", "imagenet": "imagenet28"}
 DATA_PRESETS["*"] = "folder"
 
 
@@ -1678,8 +1669,8 @@ def main(argv=None):
     check(config, world)
     wanted = set(config.eval.split(","))
     labelled = ", ".join(sorted(wanted & LABELLED))
-    train_split, val = common.open_data(config.data, labelled, "glyphs")
-    val = val or common.open_split(config.data, "val", "glyphs") or train_split
+    train_split, val = common.open_data(config.data, labelled, "shapes")
+    val = val or common.open_split(config.data, "val", "shapes") or train_split
     config = replace(config, classes=config.classes or len(train_split.classes))
     if config.task == "classify" and config.classes < 2:
         fail(f"a classifier needs train/CLASS/* of two classes or more; {config.data} has fewer")
