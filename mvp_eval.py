@@ -1150,10 +1150,10 @@ def main(argv=None):
     looks = {"frame", "model"} & {*free, *views}
     questions, warnings = choose_questions(questions, root, looks, config)
     run = common.Run(config, world)
-    log = run.out / "log.jsonl"
+    logged = (run.out / "log.jsonl").read_text().split("\n")[0]
     model = config.fn
-    if config.endpoint and config.resume and log.exists() and "model" not in typed:
-        model = json.loads(log.read_text().split("\n")[0])["model"]  # without a request
+    if config.endpoint and config.resume and logged and "model" not in typed:
+        model = json.loads(logged)["model"]  # without a request
     elif config.endpoint:
         model = asked.find_model()
     run.write(model=model, config=asdict(config))
