@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import random
 import resource
-import shlex
 import shutil
 import signal
 import socket
@@ -36,7 +35,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
@@ -71,35 +70,39 @@ def progress(out):
     return sum(path.read_bytes().count(b"\n") for path in Path(out).glob("*.jsonl"))
 
 
+def leaves(state, place=""):
+    """Yield (place, value) of all that a nested state holds, tensors as bytes."""
+    if isinstance(state, (dict, list, tuple)):
+        pairs = state.items() if isinstance(state, dict) else enumerate(state)
+        for key, value in pairs:
+            yield from leaves(value, f"{place}.{key}")
+    elif isinstance(state, torch.Tensor):
+        yield place, state.numpy().tobytes()
+    else:
+        yield place, state
+
+
+def assert_equal(a, b, what):
+    """Check that two nested states are the same, bit for bit."""
+    a = dict(leaves(a))
+    b = dict(leaves(b))
+    found = [place for place in a.keys() | b.keys() if a.get(place) != b.get(place)]
+    assert not found, f"{what}: {len(found)} of {len(a)} values differ, such as {found[:3]}"
+
+
 def result(out):
     """Return all that a run ended with: its log and checkpoint, or its answers."""
     if not (Path(out) / "last.pt").exists():
         return {key: row["reply"] for key, row in mvp_eval.load_answers(out).items()}
     state = torch.load(Path(out) / "last.pt", weights_only=True)
     del state["config"], state["log_bytes"]
-    state["log"] = [(row["step"], row["loss"]) for row in log_rows(out) if "step" in row]
+    state["log"] = [(row["step"], row["loss"]) for row in log_rows(out) if "loss" in row]
     return state
 
 
-def differences(a, b, place=""):
-    """Yield where two nested states are not the same, bit for bit."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in a.keys() | b.keys():
-            yield from differences(a.get(key), b.get(key), f"{place}.{key}")
-    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        for i in range(len(a)):
-            yield from differences(a[i], b[i], f"{place}.{i}")
-    elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        if not torch.equal(a, b):
-            yield place
-    elif a != b:
-        yield place
-
-
 def assert_same(out, other):
-    """Check that two runs ended alike, bit for bit."""
-    found = list(differences(result(out), result(other)))
-    assert not found, f"{other} differs from {out} in {len(found)} places, such as {found[:3]}"
+    """Check that two runs ended alike."""
+    assert_equal(result(out), result(other), f"{out} and {other}")
 
 
 # --------------------------------------------------------------------------------------- processes
@@ -272,8 +275,7 @@ def read_damaged(path, seed):
         except SystemExit:
             refused += 1
         else:
-            found = list(differences(expected, state))
-            assert not found, f"byte {place} of {len(whole)}: {found[:3]} read otherwise"
+            assert_equal(expected, state, f"byte {place} of {len(whole)} damaged")
     assert refused > 100, f"only {refused} of 200 were refused"
 
 
@@ -296,74 +298,40 @@ def checkpoint(case):
     run(case, "--steps 2 --out good --resume")
 
 
-def damage(files, seed):
-    """Break files, each in one of five ways, in place; return what they were."""
-    chance = random.Random(seed)
-    before = {path: path.read_bytes() for path in files}
-    for i, path in enumerate(files):
-        data = bytearray(before[path])
-        for place in chance.sample(range(len(data)), 20):
-            data[place] ^= 1 << chance.randrange(8)
-        cut = data[: chance.randrange(len(data))]
-        ways = (data, cut, b"", bytes(len(data)), chance.randbytes(len(data)))
-        path.write_bytes(ways[i % 5])
-    return before
+def damage(path, way, chance):
+    """Break a file in place, in one of five ways."""
+    data = bytearray(path.read_bytes())
+    for place in chance.sample(range(len(data)), 20):
+        data[place] ^= 1 << chance.randrange(8)
+    cut = data[: chance.randrange(len(data))]
+    noise = chance.randbytes(len(data))
+    path.write_bytes((data, cut, noise, bytes(len(data)), b"")[way])
 
 
 def flood(case):
-    """Most data files broken, or gone during the run."""
-    flags = "--steps 40 --workers 1 --data photos --out flood --resume"
-    if trains(case):
-        files = sorted(photographs(Path("photos"), count=200).rglob("train/*/*.jpg"))
-    else:
-        run(case, "--baseline random --fn= --out toy")
-        files = sorted(Path("data").rglob("*.mp4"))
-        flags = "--out flood --resume"
-    case = replace(case, small=f"{case.folder} --save-every 1")
+    """Most images broken, then gone, during the run."""
     if not trains(case):
-        case.small = f"{case.folder} --data {next(Path('data').iterdir())}"
+        raise NotApplicable("tests/test_mvp_eval.py breaks its videos")
+    photographs(Path("photos"), count=200)
+    shutil.copytree("photos", "good")
+    files = list(Path("photos").rglob("*.jpg"))
+    case = replace(case, small=f"{case.folder} --steps 60 --save-every 1 --workers 1")
+    flags = "--data photos --out flood --resume"
     process = start(case, flags)
     wait_for(process, "flood")
-    whole = damage(files, case.name)
+    chance = random.Random(case.name)
+    for i, path in enumerate(files):
+        damage(path, i % 5, chance)
     assert "could not be read" in process.end(2)
     run(case, flags, codes=[2])
+    shutil.copytree("good", "photos", dirs_exist_ok=True)
+    process = start(case, flags)
+    wait_for(process, "flood", progress("flood") + 4)
     for path in files:
         path.unlink()
-    run(case, flags, codes=[2])
-    for path, data in whole.items():
-        path.write_bytes(data)
+    assert "could not be read" in process.end(2)
+    shutil.copytree("good", "photos", dirs_exist_ok=True)
     run(case, flags)
-
-
-def poison_gradients():
-    """Make gradients NaN after four steps; the loss stays finite."""
-    update = common.Run.update
-
-    def poisoned(run, *args, **options):
-        if run.step >= 4:
-            run.optimizer.param_groups[0]["params"][0].grad.fill_(float("nan"))
-        return update(run, *args, **options)
-
-    common.Run.update = poisoned
-
-
-def nan(case):
-    """Gradients not finite, whatever is logged and saved how often."""
-    if not trains(case):
-        raise NotApplicable("it trains nothing")
-    run(case, "--steps 4 --out good")
-    good = result("good")
-    for log, save in ((1, 1), (1, 500), (5, 1)):
-        flags = f"--log-every {log} --save-every {save} --out {log}-{save}"
-        printed = run(case, flags, codes=[3], before=poison_gradients)
-        last = Path(f"{log}-{save}/last.pt")
-        assert last.exists() == ("holds good weights" in printed), printed
-        if last.exists():
-            state = result(last.parent)
-            assert state["model"].keys() == good["model"].keys()
-            assert all(value.isfinite().all() for value in state["model"].values())
-        run(case, flags, "--resume")
-        assert result(last.parent)["step"] == STEPS
 
 
 def ranked(name, words):
@@ -399,13 +367,6 @@ def rank(case):
 def twice(case):
     """Two runs, one `--out`."""
     run(case, "--out whole")
-    first = start(case, "--out same")
-    wait_for(first, "same")
-    for more in ("", "--resume"):
-        assert "same" in run(case, "--out same", more, codes=[2])
-    assert first.poll() is None, "the first run was over too soon"
-    first.end()
-    assert_same("whole", "same")
     pair = [start(case, "--out race --resume") for _ in range(2)]  # at one moment
     printed = [process.communicate()[0] for process in pair]
     codes = sorted(process.poll() for process in pair)
@@ -487,23 +448,7 @@ def memory(case):
     assert "--shm-size" in process.end(1)
 
 
-def signals(case):
-    """SIGTERM, SIGINT, then the command that is printed."""
-    run(case, "--out whole")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        out = number.name.lower()
-        process = start(case, f"--out {out}", "--workers 1" * trains(case))
-        wait_for(process, out)
-        os.killpg(process.pid, number)  # schedulers signal the loading processes too
-        printed = process.end()
-        line = next(line for line in printed.splitlines() if "--resume" in line)
-        launcher, script, *words = shlex.split(line.split(": ", 1)[1])
-        assert launcher == "python" and script == f"{case.name}.py", line
-        Forked(command_line, case.name, words, lambda: None).end()
-        assert_same("whole", out)
-
-
-FAULTS = [kill, disk, checkpoint, flood, nan, rank, twice, folder, network, memory, signals]
+FAULTS = [kill, disk, checkpoint, flood, rank, twice, folder, network, memory]
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -527,19 +472,14 @@ def attempt(case, fault):
 
 
 def as_table(cells, scripts, faults):
-    """Return the results as Markdown, with the reasons below. cells: {(script, fault): (...)}."""
+    """Return the results as Markdown. cells: {(script, fault): (outcome, why)}."""
     lines = [f"| | {' | '.join(scripts)} |", "|---" * (len(scripts) + 1) + "|"]
-    reasons = []
     for fault in faults:
-        shown = []
+        row = [fault.__doc__.rstrip(".")]
         for script in scripts:
             outcome, why = cells[script, fault]
-            if outcome == "not applicable":
-                reasons += [why] if why not in reasons else []
-                outcome += f" ({reasons.index(why) + 1})"
-            shown.append(outcome)
-        lines.append(f"| {fault.__doc__.rstrip('.')} | {' | '.join(shown)} |")
-    lines += [f"\n({i}) {why}." for i, why in enumerate(reasons, start=1)]
+            row.append(f"{outcome}: {why}" if outcome == "not applicable" else outcome)
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 
