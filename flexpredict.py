@@ -449,7 +449,7 @@ def train(model, target, split, config, world):
         applied = run.update()
         ema.update(momentum, applied)
         # std of a coordinate of a position (figure 4): 0 if the noise was trained away
-        norm = model.predictor.predictor_embed.weight.norm()
+        norm = model.predictor.predictor_embed.weight.detach().norm()
         noise_std = config.sigma * norm / math.sqrt(config.predictor_width)
         run.log(functools.partial(spread, tokens), lr=lr, position_noise=noise_std)
     return run

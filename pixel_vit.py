@@ -1096,19 +1096,36 @@ def preparation(config, device):
 def shapes(name):
     """Ten bright shapes on dark ground, 12 x 12, of any colour, shifted, scaled and turned."""
     random, labels = common.toy_random(name)
-    lines = GLYPHS.split("\n")[1:-1]
-    rows = [[list(glyph) for glyph in line.split()] for line in lines]
-    drawn = np.array(rows).swapaxes(0, 1) == "#"  # [10, 5, 5]
-    image = np.arange(len(labels))[:, None, None]
-    top, left = random.integers(0, 8, (2, *image.shape))
-    line = np.arange(5)
-    ink = np.zeros((len(labels), 12, 12, 1))
-    ink[image, top + line[:, None], left + line] = drawn[labels][..., None]
-    paper = 128 + random.uniform(-40, 40, (len(labels), 1, 1, 3))
-    contrast = np.where(paper.mean(3, keepdims=True) > 128, -90, 90)
-    images = paper + contrast * ink
-    images = images + random.normal(0, 8, images.shape)
-    return common.in_memory(images, labels, list("ACEHLOTXZP"), name)
+    left, top, turn, scale = random.uniform(-0.25, 0.25, (4, len(labels), 1, 1))
+    line = (np.arange(12) - 5.5) / 6  # the image spans -1 to 1
+    place = line - left + 1j * (line[:, None] - top)  # complex numbers x + iy
+    place = place * np.exp(1j * turn) / (0.67 + scale / 4)
+    u = place.real
+    v = place.imag
+
+    def bar(u, v, length, width):
+        return np.maximum(abs(u) / length, abs(v) / width) - 1
+
+    upright = bar(v, u, 1, 0.3)
+    outlines = {  # negative inside
+        "disc": abs(place) - 1,
+        "ring": abs(abs(place) - 0.75) - 0.25,
+        "square": bar(u, v, 0.9, 0.9),
+        "frame": abs(bar(u, v, 0.75, 0.75)) - 0.35,
+        "plus": np.minimum(bar(u, v, 1, 0.3), upright),
+        "slash": bar(u + v, u - v, 1.5, 0.4),
+        "triangle": np.maximum(abs(u) * 1.7 - v - 1, v - 0.8),
+        "rows": bar(u, abs(v) - 0.6, 1, 0.3),
+        "columns": bar(v, abs(u) - 0.6, 1, 0.3),
+        "tee": np.minimum(bar(u, v + 0.7, 1, 0.3), upright),
+    }
+    outside = np.choose(labels[:, None, None], list(outlines.values()))
+    ink = np.clip(0.5 - 3 * outside, 0, 1)[..., None]  # soft edges
+    dark = random.uniform(0, 80, (len(labels), 1, 1, 3))
+    light = random.uniform(130, 255, dark.shape)
+    images = dark + (light - dark) * ink
+    images = images + random.normal(0, 6, images.shape)
+    return common.in_memory(images, labels, list(outlines), name)
 
 
 common.TOYS["shapes"] = shapes
