@@ -228,7 +228,6 @@ def on_two_ranks(tmp_path_factory):
     folder, lines = tmp_path_factory.mktemp("ranks"), []
     for name, script in SCRIPTS.items():
         flags = f"{name} {script.small} {FOUR_STEPS} {script.slow} --out {folder}/{name}/"
-        flags = f"{name} {script.small} {script.slow} {FOUR_STEPS} --out {folder}/{name}/"
         shard = f"{flags}shard --shard --save-every 2 --steps"
         lines += [f"{flags}two", f"{shard} 2", f"{shard} 4 --resume --eval {script.toy_score[0]}"]
     run_several(*lines, ranks=2)
@@ -239,7 +238,6 @@ def on_two_ranks(tmp_path_factory):
 def test_two_ranks_are_one_process(script, on_two_ranks):
     """Same losses, gradients and weights on two ranks, with DDP and FSDP2; a sharded run resumes."""
     here(script, script.small, FOUR_STEPS, script.slow, f"--out one --eval {script.toy_score[0]}")
-    here(script, script.small, script.slow, FOUR_STEPS, "--out one --eval knn")
     found = on_two_ranks / script.name
     assert_same("one", found / "two", tolerance=1e-5, without=script.noise)
     one, two = log_rows("one"), log_rows(found / "two")
