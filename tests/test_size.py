@@ -24,7 +24,7 @@ SIZES = {
     "vjepa.py": 12920,
     "iwm.py": 8200,
     "flexpredict.py": 7310,
-    "pixel_vit.py": 13250,
+    "pixel_vit.py": 13400,
     "llip.py": 10300,
     "mvp_eval.py": 7800,
 }
