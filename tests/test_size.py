@@ -23,7 +23,7 @@ SIZES = {
     "dinov2.py": 11500,
     "vjepa.py": 12920,
     "iwm.py": 8200,
-    "flexpredict.py": 7310,
+    "flexpredict.py": 7315,
     "pixel_vit.py": 13400,
     "llip.py": 10300,
     "mvp_eval.py": 7800,
