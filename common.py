@@ -685,13 +685,15 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(out)
         self.out = out[0]
-        (self.out / "log.jsonl").touch()
         self.step = 0
         self.bad = 0  # steps in a row that were not finite
         self.loss = 0.0
         self.signalled = self.stopping = False
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-        if steps and config.resume and (self.out / "last.pt").exists():
+        resumed = steps and config.resume and (self.out / "last.pt").exists()
+        if world.rank == 0:  # what a run logged that died before it saved comes again
+            open(self.out / "log.jsonl", "a" if resumed or not steps else "w").close()
+        if resumed:
             self.load()
         if steps and world.rank == 0:
             text = json.dumps(dataclasses.asdict(config), indent=2)
@@ -1084,6 +1086,7 @@ def cifar10(folder, name):
             folder.mkdir(parents=True, exist_ok=True)
             urllib.request.urlretrieve(CIFAR10_URL, part)
         except OSError as error:
+            part.unlink(missing_ok=True)
             place = f"{folder}/cifar10/train/CLASS/*.png and val/CLASS/*.png"
             fail(f"no CIFAR-10 ({error}): put {CIFAR10_URL} at {archive}, or images at {place}")
         part.replace(archive)
