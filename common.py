@@ -307,8 +307,10 @@ def command_line(main):
                 raise
             fail(f"the disk is full: {error}. Free some space, then --resume.", code=1)
         finally:
-            for worker in multiprocessing.active_children():
-                worker.kill()  # they ignore SIGTERM, so an exit would wait for them for ever
+            if isinstance(sys.exc_info()[1], Exception):
+                # a traceback keeps loaders alive; the exit would wait for them, who ignore SIGTERM
+                for worker in multiprocessing.active_children():
+                    worker.kill()
             if dist.is_initialized():
                 dist.destroy_process_group()
 
