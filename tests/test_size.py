@@ -16,7 +16,7 @@ SKIP.add(tokenize.ENDMARKER)
 
 # code tokens of each file at most
 SIZES = {
-    "common.py": 10530,
+    "common.py": 10535,
     "ijepa.py": 6300,
     "msn.py": 6800,
     "pmsn.py": 7300,
