@@ -1004,7 +1004,7 @@ def test_msn_learns():
     trained, random = (rows[-1]["eval"][name] for name in ("trained", "random"))
     assert trained["1-shot"] > random["1-shot"] + 4 and trained["5-shot"] > random["5-shot"] + 4
     last = [row for row in rows if "me_max" in row][-1]
-    assert last["prototypes_used"] > 8 and last["me_max"] < 0.1, "collapsed"
+    assert last["prototypes_used"] > 3 and last["me_max"] < 0.1, "collapsed"
 
 
 def test_pmsn_moves_cluster_sizes_to_the_prior_it_is_given():
