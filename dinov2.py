@@ -145,12 +145,14 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 
 
+# Copied from msn.py
 def grey_levels(images):
     """Return PIL's grey of images [B, 3, H, W], rounded: [B, 1, H, W]."""
     red, green, blue = images.split(1, dim=1)
     return (0.299 * red + 0.587 * green + 0.114 * blue + 0.5).floor()
 
 
+# Copied from msn.py
 def blend(base, images, factors):
     """Return base + factor (images - base), cut off as PIL does. factors [B]."""
     mixed = torch.lerp(base, images, factors[:, None, None, None])
@@ -163,6 +165,7 @@ def brightness(images, factors):
     return blend(images.new_zeros(()), images, factors)
 
 
+# Copied from msn.py
 def contrast(images, factors):
     """Blend with the mean grey: images [B, 3, H, W], factors [B]."""
     mean = grey_levels(images).mean((1, 2, 3), keepdim=True)
@@ -883,6 +886,7 @@ def head_scores(path, features):
     return x @ head["weight"].to(x).T + head["bias"].to(x)
 
 
+# Copied from msn.py
 @dataclass
 class RandomCrops(common.Split):
     """A split whose images are read as random crops, half of them mirrored."""

@@ -437,7 +437,9 @@ def test_flat_folder_trains_and_says_that_probes_are_skipped(script, tmp_path, c
 def test_few_images_are_enough(script, tmp_path):
     """One image, one class, fewer images than the batch or than a probe's batch."""
     photographs(tmp_path / "one", count=1, classes=("a",))
-    here(script, script.folder, f"--data {tmp_path / 'one'} --steps 2 --eval {script.probes}")
+    flags = f"--data {tmp_path / 'one'} --steps 2 --eval {script.probes} --out one"
+    here(script, script.folder, flags)
+    assert weights("one")[0] == 2
 
 
 def test_names_resolve_below_the_data_variable(tmp_path, monkeypatch):
