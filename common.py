@@ -12,27 +12,23 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import errno
 import fcntl
 import functools
 import hashlib
 import inspect
 import json
 import math
-import multiprocessing
 import multiprocessing.queues
 import os
 import re
 import shlex
 import signal
-import struct
 import sys
 import tarfile
 import time
 import typing
 import urllib.request
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +39,6 @@ from PIL import Image, PngImagePlugin
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -66,10 +60,9 @@ def sincos_1d(width, positions):
 def sincos_2d(width, height, breadth):
     """Return positions of a grid in raster order, float64 [height * breadth, width].
 
-    The first half of the channels encodes the column, the second the row, as in MAE.
+    The first half of the channels encodes the column, the second the row, as in MAE. So width must
+    be divisible by 4.
     """
-    if width % 4:
-        raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, not {width}")
     row, column = np.mgrid[:height, :breadth].reshape(2, -1)
     return torch.cat([sincos_1d(width // 2, column), sincos_1d(width // 2, row)], dim=1)
 
@@ -83,19 +76,15 @@ def interpolate_positions(table, grid):
     if (side, side) == tuple(grid):
         return table
     special = table.shape[1] - side**2
-    patches = (
-        table[:, special:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    )  # [1, D, side, side]
-    patches = F.interpolate(patches.float(), grid, mode="bicubic")
-    patches = patches.flatten(2).transpose(1, 2).to(table.dtype)
-    return torch.cat([table[:, :special], patches], dim=1)
+    patches = table[:, special:].mT.unflatten(2, (side, side))  # [1, D, side, side]
+    patches = F.interpolate(patches, grid, mode="bicubic").flatten(2)
+    return torch.cat([table[:, :special], patches.mT], dim=1)
 
 
 def gather_tokens(x, keep):
     """Pick tokens of x [B, N, D]: keep [B, K] gives [B, K, D], keep [M, B, K] gives [M*B, K, D]."""
-    rows = torch.arange(x.shape[0], device=x.device)[:, None]
-    picked = x[rows, keep]
-    return picked if keep.dim() == 2 else picked.flatten(0, 1)
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return x[rows, keep].flatten(0, -3)
 
 
 def attend(q, k, v):
@@ -118,13 +107,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, queries=None):
+    def forward(self, x, queries=0):
         """x [B, N, D] -> [B, N, D]. With queries=n only the last n tokens ask: [B, n, D]."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # [B, N, 3, H, D/H]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        if queries is not None:
-            q = q[:, :, -queries:]
-        x = attend(q, k, v)  # [B, H, N, D/H]
+        x = attend(q[:, :, -queries:], k, v)  # -0 is 0, so all ask: [B, H, N, D/H]
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -151,12 +138,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, hidden or 4 * width)
 
-    def forward(self, x, queries=None):
+    def forward(self, x, queries=0):
         """x [B, N, D] -> [B, N, D]. With queries=n only the last n tokens come out: [B, n, D]."""
-        attended = self.attn(self.norm1(x), queries)
-        if queries is not None:
-            x = x[:, -queries:]
-        x = x + attended
+        x = x[:, -queries:] + self.attn(self.norm1(x), queries)
         return x + self.mlp(self.norm2(x))
 
 
@@ -203,7 +187,6 @@ class ViT(nn.Module):
         super().__init__()
         side = image_size // patch
         self.patch = patch
-        self.width = width
         self.patch_embed = PatchEmbed(patch, width)
         if class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -219,9 +202,8 @@ class ViT(nn.Module):
         """Return what enters the first block: [class | patches] with positions. See `forward`."""
         positions = self.pos_embed
         if x.dim() == 4:
-            positions = interpolate_positions(
-                positions, [side // self.patch for side in x.shape[2:]]
-            )
+            grid = [side // self.patch for side in x.shape[2:]]
+            positions = interpolate_positions(positions, grid)
             x = patchify(x, self.patch)
         special = positions.shape[1] - x.shape[1]
         patch_positions = positions[0, special:]
@@ -252,12 +234,11 @@ class ViT(nn.Module):
 
 
 class EMA:
-    """Moving average of trainable parameters: target = m target + (1 - m) source."""
+    """Moving average of parameters: target = m target + (1 - m) source."""
 
     def __init__(self, target, source):
-        pairs = zip(target.parameters(), source.parameters(), strict=True)
-        trained = [pair for pair in pairs if pair[1].requires_grad]
-        self.targets, self.sources = zip(*trained, strict=True)
+        self.targets = list(target.parameters())
+        self.sources = list(source.parameters())
         target.requires_grad_(False)
 
     @torch.no_grad()
@@ -265,7 +246,7 @@ class EMA:
         """Move the target. applied: 0-dim tensor, 0 where the optimizer skipped the step."""
         # lerp would need a Python number, and `applied` is a tensor on the device
         change = torch._foreach_sub(self.sources, self.targets)
-        torch._foreach_mul_(change, (1 - momentum) * applied.to(change[0].dtype))
+        torch._foreach_mul_(change, (1 - momentum) * applied)
         torch._foreach_add_(self.targets, change)
 
 
@@ -294,23 +275,20 @@ def command_line(main):
     def guarded(argv=None):
         try:
             return main(argv)
-        except torch.OutOfMemoryError as error:
-            advice = "lower --micro or --batch, or try --recompute, --shard, --precision bf16"
-            fail(f"out of GPU memory ({str(error).split('. ')[0]}): {advice} (see --help)", code=4)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            advice = "lower --workers; in Docker give it more shared memory by --shm-size=8g"
-            fail(f"a loading process died, perhaps for want of memory: {advice}", code=1)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            fail(f"the disk is full: {error}. Free some space, then --resume.", code=1)
+        except Exception as error:
+            # a traceback keeps loaders alive; the exit would wait for them, who ignore SIGTERM
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            if isinstance(error, torch.OutOfMemoryError):
+                advice = "lower --micro or --batch, or try --recompute, --shard, --precision bf16"
+                fail(f"out of GPU memory ({str(error).split('. ')[0]}): {advice}", code=4)
+            if "DataLoader worker" in str(error):
+                advice = "lower --workers; in Docker give it more shared memory by --shm-size=8g"
+                fail(f"a loading process died, perhaps for want of memory: {advice}", code=1)
+            if isinstance(error, OSError):
+                fail(f"{error}. If the disk is full, free some space. Then --resume.", code=1)
+            raise
         finally:
-            if isinstance(sys.exc_info()[1], Exception):
-                # a traceback keeps loaders alive; the exit would wait for them, who ignore SIGTERM
-                for worker in multiprocessing.active_children():
-                    worker.kill()
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -323,50 +301,48 @@ def parse_config(config_class, presets, data_presets, argv=None):
     A field is a flag, the comment beside it its help. Flags win over the preset.
     presets: {name: {field: value}}; data_presets: {--data: preset}, "*" for any other data.
     """
-    comments = r"^    (\w+):[^#\n]*# (.*)$"
-    comments = dict(re.findall(comments, inspect.getsource(config_class), re.MULTILINE))
-    description = sys.modules[config_class.__module__].__doc__.split("\n\n")[0]
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
+    comments = dict(re.findall(r"(\w+): .*?# (.*)", inspect.getsource(config_class)))
+    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = fail  # one line, without the usage of all flags
-    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-    for name, hint in typing.get_type_hints(config_class).items():
-        options = {"help": f"{comments[name]} [{defaults[name]}]".replace("%", "%%")}
-        kinds = typing.get_args(hint)
-        if hint is bool:
+    for field in dataclasses.fields(config_class):
+        options = {"help": f"{comments[field.name]} [{field.default}]".replace("%", "%%")}
+        kinds = typing.get_args(field.type)
+        if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif name == "preset":
+        elif field.name == "preset":
             options["choices"] = presets
-        elif typing.get_origin(hint) is typing.Literal:
-            options["choices"] = kinds
-        elif kinds:  # tuple[float, float] takes two values, tuple[float, ...] any number
+        elif isinstance(field.default, tuple):  # tuple[float, ...] takes any number of values
             options.update(type=kinds[0], nargs="*" if kinds[1] is ... else len(kinds))
+        elif kinds:
+            options["choices"] = kinds
         else:
-            options["type"] = hint
-        parser.add_argument("--" + name.replace("_", "-"), **options)
+            options["type"] = field.type
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
     typed = vars(parser.parse_args(argv))
-    data = typed.get("data", defaults["data"])
+    default = config_class()
+    data = typed.get("data", default.data)
     preset = typed.get("preset") or data_presets.get(data, data_presets["*"])
-    values = {**defaults, **presets[preset], **typed, "preset": preset}
-    for name, value in values.items():
-        least = min(1, defaults[name]) if type(defaults[name]) is int else 0
+    config = dataclasses.replace(default, **{**presets[preset], **typed, "preset": preset})
+    for name, value in vars(config).items():
+        least = min(1, getattr(default, name)) if type(value) is int else 0
         if isinstance(value, (int, float)) and not value >= least:  # so is NaN
             fail(f"--{name.replace('_', '-')} {value} must be at least {least}")
         if isinstance(value, list):
-            values[name] = tuple(value)
-    return config_class(**values), typed.keys()
+            setattr(config, name, tuple(value))
+    return config, typed.keys()
 
 
 def adopt(config, found, typed, path):
     """Take over the fields that a checkpoint tells; refuse flags that contradict it (exit 2)."""
-    for name in typed & found.keys() - {"image_size"}:  # positions can be interpolated
-        if getattr(config, name) != found[name]:
-            fail(f"--{name} {getattr(config, name)} contradicts {path}, which has {found[name]}")
-    return dataclasses.replace(config, **{k: v for k, v in found.items() if k not in typed})
+    for name, value in found.items():
+        if name not in typed:
+            setattr(config, name, value)
+        elif value != getattr(config, name) and name != "image_size":  # positions are interpolated
+            fail(f"--{name} {getattr(config, name)} contradicts {path}, which has {value}")
+    return config
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class World:
     """Where this process stands: rank of size, the device, and the type that it computes in."""
 
@@ -386,11 +362,9 @@ def start_world(device="", precision=""):
     device: cuda, mps or cpu, "" = the best there is. precision: bf16, fp16 or fp32,
     "" = bf16 where the hardware computes in it, else fp32.
     """
-    accelerated = torch.accelerator.is_available()
-    best = torch.accelerator.current_accelerator().type if accelerated else "cpu"
-    device = device or best
-    if device not in ("cpu", best):
-        fail(f"--device {device}, but torch finds none on this machine; try --device {best}")
+    if not device:
+        found = torch.accelerator.is_available()
+        device = torch.accelerator.current_accelerator().type if found else "cpu"
     fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -401,7 +375,7 @@ def start_world(device="", precision=""):
     if "RANK" not in os.environ:
         return World(device=torch.device(device), dtype=dtype)
     if not dist.is_initialized():
-        store, rank, size = next(rendezvous("env://"))
+        store, rank, size = next(dist.rendezvous("env://"))
         # torchrun keeps its store over restarts: without a prefix, ranks find addresses of the dead
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         store = dist.PrefixStore(f"attempt {attempt}", store)
@@ -447,8 +421,7 @@ def distribute(model, world, shard=False):
         return fully_shard(model)
     if world.size == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def generator(*key):
@@ -515,72 +488,58 @@ def replacing(path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         temporary.unlink(missing_ok=True)
-        kept = f"the previous {path.name} is intact. " if path.exists() else ""
-        fail(f"could not write {path}: {error}; {kept}Free some space, then --resume.", code=1)
+        kept = f"the previous {path.name} is intact, if there was one"
+        fail(f"could not write {path}: {error}; {kept}. Free some space, then --resume.", code=1)
 
 
 def read_safetensors(path):
     """Read a .safetensors file: eight bytes of length, a JSON header, raw tensors."""
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
-    kinds.update(BF16=torch.bfloat16, I64=torch.int64)
-    raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
-    start = 8 + int.from_bytes(bytes(raw[:8]), "little")
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
     state = {}
-    for name, entry in json.loads(bytes(raw[8:start])).items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            data = raw[start + first : start + last].clone()  # a view needs an aligned address
-            state[name] = data.view(kinds[entry["dtype"]]).view(entry["shape"])
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        data = content[start + first : start + last]
+        kind = entry["dtype"].replace("F", "float").replace("I", "int").lower()  # BF16: bfloat16
+        state[name] = torch.frombuffer(data, dtype=getattr(torch, kind)).view(entry["shape"])
     return state
 
 
 def load_checkpoint(path):
     """Read a torch or safetensors checkpoint, a dict of plain values; runs no code in it.
 
-    Strips the prefixes that wrappers add. What is no checkpoint is named in full (exit 2).
+    Names are ours, see `with_our_names`. What is no checkpoint is named in full (exit 2).
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        fail(f"{path} is a folder: name the file in it, such as {path}/model.safetensors")
     if not path.is_file():
-        fail(f"no checkpoint at {path}")
+        fail(f"no checkpoint at {path}: name a file, such as last.pt or model.safetensors")
     if path.open("rb").read(23) == b"version https://git-lfs":
         fail(f"{path} is a Git LFS pointer, not the weights: fetch them by `git lfs pull`")
     try:
         if path.suffix == ".safetensors":
-            return strip_prefixes(read_safetensors(path))
+            return with_our_names(read_safetensors(path))
         archive = zipfile.is_zipfile(path)  # files older than torch 1.6 are none
         if archive and os.environ.get("RANK", "0") == "0":
             # torch does not look at checksums: a flipped bit would become a weight
-            damaged = zipfile.ZipFile(path).testzip()
-            if damaged:
-                raise ValueError(f"the checksum of {damaged} is wrong")
+            if zipfile.ZipFile(path).testzip():
+                raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        return with_our_names(state)
     except Exception as error:  # noqa: BLE001  whatever a broken file raises
         reason = f"{type(error).__name__}: {error}"
-        pickled = re.search(r"GLOBAL ([\w.]+)|TorchScript", reason)
+        pickled = re.search(r"(?<=GLOBAL )[\w.]+|TorchScript", reason)
         if pickled:
-            what = pickled[1] or "TorchScript"
-            fail(f"{path} holds a pickled {what}, which could run code: save its state_dict()")
+            advice = "which could run code: save its state_dict()"
+            fail(f"{path} holds a pickled {pickled[0]}, {advice}")
         fail(f"{path} is truncated or damaged, or not a checkpoint ({reason.splitlines()[0]})")
-    if not isinstance(state, dict):
-        fail(
-            f"{path} is not a checkpoint: expected a dict of weights, found {type(state).__name__}"
-        )
-    return strip_prefixes(state)
 
 
-def strip_prefixes(state):
-    """Remove what DDP, torch.compile and training wrappers put before the names, repeatedly."""
-    clean = {}
-    for name, value in state.items():
-        name = re.sub(r"^((module|_orig_mod|backbone)\.)+", "", str(name))
-        clean[name] = strip_prefixes(value) if isinstance(value, dict) else value
-    return clean
-
-
-HUB_NAMES = {
-    r"^\w+\.(?=embeddings|encoder|layernorm)": "",  # vit., dinov2.
+# patterns of names and what we write: prefixes of DDP, torch.compile and training wrappers, then
+# the layout of the Hugging Face Hub
+OUR_NAMES = {
+    r"^((module|_orig_mod|backbone|vit|ijepa|dinov2\w*)\.)+": "",
     r"^embeddings\.position_embeddings": "pos_embed",
     r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj",
     r"^embeddings\.": "",
@@ -597,15 +556,14 @@ HUB_NAMES = {
 }
 
 
-def from_hub(state):
-    """Rename an encoder in the layout of the Hugging Face Hub to ours; another stays as it is."""
-    if not any("patch_embeddings.projection" in name for name in state):
-        return state
+def with_our_names(state):
+    """Return a nested state dict under the names of our modules."""
     renamed = {}
     for name, value in state.items():
-        for pattern, ours in HUB_NAMES.items():
+        name = str(name)
+        for pattern, ours in OUR_NAMES.items():
             name = re.sub(pattern, ours, name)
-        renamed[name] = value
+        renamed[name] = with_our_names(value) if isinstance(value, dict) else value
     for name in [name for name in renamed if "attention.query" in name]:
         parts = [renamed.pop(name.replace("query", part)) for part in ("query", "key", "value")]
         renamed[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
@@ -616,11 +574,11 @@ def load_state(module, state, what):
     """Load weights; positions are interpolated where the grid differs, all else is refused."""
     state = dict(state)
     for name, own in module.state_dict().items():
-        count = state[name].shape[1] if name.endswith("pos_embed") and name in state else 0
-        if count and count != own.shape[1]:
-            note(f"{what}: {name} interpolated from {count} to {own.shape[1]} tokens")
+        found = state.get(name, own)
+        if name.endswith("pos_embed") and found.shape[1] != own.shape[1]:
+            note(f"{what}: {name} interpolated from {found.shape[1]} to {own.shape[1]} tokens")
             side = math.isqrt(own.shape[1])
-            state[name] = interpolate_positions(state[name], (side, side))
+            state[name] = interpolate_positions(found, (side, side))
     with mismatch_is_refused(what):
         module.load_state_dict(state)
 
@@ -646,22 +604,31 @@ def load_own_checkpoint(path, script):
 
 def choose_out(config, script):
     """Make and lock the run's folder; exit with 2 if it cannot be had."""
-    names = [f"runs/{script}", *(f"runs/{script}-{i}" for i in range(2, 10000))]
-    free = next(i for i, name in enumerate(names) if not Path(name).exists())
-    latest = max(0, free - 1)
-    out = Path(config.out or names[latest if config.resume else free])
+    latest = free = Path("runs", script)
+    count = 1
+    while free.exists():
+        count += 1
+        latest = free
+        free = Path(f"runs/{script}-{count}")
+    out = Path(config.out or (latest if config.resume else free))
     if not config.resume and (out / "log.jsonl").exists():
         fail(f"{out} already holds a run: add --resume to continue it, or choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / "log.jsonl").touch()
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # open to the end of the process
+    except OSError as error:
+        fail(f"cannot write to {out}: {error}; choose another --out")
+    try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another process is writing to {out}: wait for its end, or choose another --out")
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # no such locks
-            fail(f"cannot write to {out}: {error}; choose another --out")
+    except OSError:
+        pass  # some network file systems have no locks
     return out
+
+
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # plain tensors on rank 0
 
 
 class Run:
@@ -681,59 +648,51 @@ class Run:
         self.steps = steps
         self.model = model
         self.optimizer = optimizer
-        self.networks = networks
+        self.networks = {"model": model, **networks}
         self.script = Path(inspect.getfile(type(config))).stem
         out = [choose_out(config, self.script) if world.rank == 0 else None]
         if dist.is_initialized():
             dist.broadcast_object_list(out)
         self.out = out[0]
-        self.step = 0
-        self.bad = 0  # steps in a row that were not finite
-        self.loss = 0.0
-        self.signalled = self.stopping = False
+        self.step = 0  # the one in progress, counted from 1
+        self.loss = 0.0  # of the micro-batches of this step
+        self.row = {"bad_steps": 0}  # in a row, that were not finite
+        self.training = self.signalled = False
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-        resumed = steps and config.resume and (self.out / "last.pt").exists()
-        if world.rank == 0:  # what a run logged that died before it saved comes again
-            open(self.out / "log.jsonl", "a" if resumed or not steps else "w").close()
-        if resumed:
-            self.load()
+        logged = 0  # bytes of the log
+        if steps and config.resume and (self.out / "last.pt").exists():
+            logged = self.load()
         if steps and world.rank == 0:
-            text = json.dumps(dataclasses.asdict(config), indent=2)
-            (self.out / "config.json").write_text(text)
-        hidden = True if world.rank or not steps else None  # None: where there is no terminal
-        self.bar = tqdm(total=steps, initial=self.step, unit="step", disable=hidden)
-        self.start_window(self.step)
+            os.truncate(self.out / "log.jsonl", logged)  # rows after the checkpoint come again
+            (self.out / "config.json").write_text(json.dumps(vars(config), indent=2))
+        self.start_window()
 
-    def start_window(self, step):
+    def start_window(self):
         """Measure speed from here on."""
-        self.window = step
+        self.window = self.step
         self.since = time.monotonic()
         self.waited = 0.0
 
     def load(self):
         """Continue from last.pt, on any number of ranks and in any precision."""
-        state = load_own_checkpoint(self.out / "last.pt", self.script)
-        options = dcp.StateDictOptions(full_state_dict=True)
-        with mismatch_is_refused(self.out / "last.pt"):
-            for name, network in {"model": self.model, **self.networks}.items():
-                dcp.set_model_state_dict(network, state[name], options=options)
-        moments = state["optimizer"]
-        dcp.set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
-        if state["scaler"] and self.scaler.is_enabled():
+        path = self.out / "last.pt"
+        state = load_own_checkpoint(path, self.script)
+        with mismatch_is_refused(path):
+            for name, network in self.networks.items():
+                dcp.set_model_state_dict(network, state[name], options=WHOLE)
+        dcp.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=WHOLE)
+        if state["scaler"]:  # of a run in fp16
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
-        if self.world.rank == 0:  # rows after the checkpoint come again
-            os.truncate(self.out / "log.jsonl", state["log_bytes"])
+        return state["log_bytes"]
 
     def save(self):
         """Write last.pt: plain tensors, numbers and strings."""
-        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, moments = dcp.get_state_dict(self.model, self.optimizer, options=options)
-        state = {"script": self.script, "config": dataclasses.asdict(self.config)}
-        state.update(step=self.step, model=weights, optimizer=moments)
-        for name, network in self.networks.items():
-            state[name] = dcp.get_model_state_dict(network, options=options)
+        state = {"script": self.script, "config": vars(self.config), "step": self.step}
         state["scaler"] = self.scaler.state_dict()
+        for name, network in self.networks.items():
+            state[name] = dcp.get_model_state_dict(network, options=WHOLE)
+        state["optimizer"] = dcp.get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
         if self.world.rank == 0:
             state["log_bytes"] = (self.out / "log.jsonl").stat().st_size
             with replacing(self.out / "last.pt") as file:
@@ -747,33 +706,36 @@ class Run:
         launcher = f"torchrun --nproc-per-node {ranks}" if ranks else "python"
         return f"{launcher} {shlex.join(sys.argv)} --out {self.out} --resume"
 
-    def ask_to_stop(self, number, frame):
-        """Answer a signal in training: finish the step. A second one ends the process at once."""
-        self.signalled = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def leave(self, number, frame):
-        """Answer a signal after training: nothing is lost, so end at once."""
+    def leave(self, *_):
+        """Answer a signal: finish a training step first. After training, or asked twice, end."""
+        if self.training and not self.signalled:
+            self.signalled = True
+            return
         note(f"stopped. To continue: {self.resume_command()}")
         os._exit(0)
 
     def __iter__(self):
-        signal.signal(signal.SIGINT, self.ask_to_stop)
-        signal.signal(signal.SIGTERM, self.ask_to_stop)
-        while self.step < self.steps:
-            yield self.step
-            self.step += 1
-            self.bar.update()
-            done = self.step == self.steps
-            if done or self.stopping or self.step % self.config.save_every == 0:
-                self.save()
-            if self.stopping and not done:
-                self.bar.close()
-                note(f"stopped after step {self.step}. To continue: {self.resume_command()}")
-                raise SystemExit(0)
-        self.bar.close()
+        self.training = True
         signal.signal(signal.SIGINT, self.leave)
         signal.signal(signal.SIGTERM, self.leave)
+        steps = range(self.step, self.steps)
+        hidden = True if self.world.rank else None  # None: where there is no terminal
+        self.bar = tqdm(steps, initial=self.step, total=self.steps, unit="step", disable=hidden)
+        for step in self.bar:
+            self.step = step + 1
+            yield step
+            stop = self.signalled and self.world.size == 1
+            if self.world.size > 1 and self.step % self.config.log_every == 0:  # all stop together
+                signals = torch.tensor(float(self.signalled), device=self.world.device)
+                stop = mean_over_ranks(signals) > 0
+            if stop or self.step == self.steps or self.step % self.config.save_every == 0:
+                self.save()
+            if stop:
+                break
+        self.training = False
+        if self.step < self.steps:
+            note(f"stopped after step {self.step}. To continue: {self.resume_command()}")
+            raise SystemExit(0)
 
     def next(self, loader, split):
         """Return the loader's next item on the device. Its last part names unreadable files."""
@@ -801,14 +763,17 @@ class Run:
         Returns a 0-dim bool tensor, whether the step was applied: no host waits for it.
         """
         self.scaler.unscale_(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self.mean_loss = mean_over_ranks(self.loss)
-        applied = (self.mean_loss + self.norm).isfinite()
+        groups = self.optimizer.param_groups
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        loss = mean_over_ranks(self.loss)
+        applied = (loss + norm).isfinite()
         # fp16's loss scaling makes gradients overflow now and then: there only the loss counts
-        good = self.mean_loss.isfinite() if self.scaler.is_enabled() else applied
-        self.bad = (self.bad + 1) * ~good
+        good = loss.isfinite() if self.scaler.is_enabled() else applied
+        bad = (self.row["bad_steps"] + 1) * ~good
+        self.row = {"loss": loss, "gradient_norm": norm, "bad_steps": bad}
+        self.loss = 0.0
         if clip:
             clip()
         if not self.scaler.is_enabled():
@@ -817,7 +782,6 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.loss = 0.0
         return applied
 
     def log(self, measure=dict, **row):
@@ -825,35 +789,25 @@ class Run:
 
         measure: a function that is only called then, and returns more of the row.
         """
-        done = self.step + 1
-        alone = self.signalled and self.world.size == 1
-        if done % self.config.log_every and done < self.steps and not alone:
+        if self.step % self.config.log_every and self.step < self.steps:
             return
-        signals = torch.tensor(float(self.signalled), device=self.world.device)
-        self.stopping = bool(mean_over_ranks(signals) > 0)  # of any rank
-        row = {
-            "loss": self.mean_loss,
-            "gradient_norm": self.norm,
-            "bad_steps": self.bad,
-            **row,
-            **measure(),
-        }
-        row = {name: float(value) for name, value in row.items()}
+        row = {**self.row, **row, **measure()}
+        with torch.no_grad():
+            row = {name: float(value) for name, value in row.items()}
         seconds = time.monotonic() - self.since
-        row["images_per_s"] = self.config.batch * (done - self.window) / seconds
+        row["images_per_s"] = self.config.batch * (self.step - self.window) / seconds
         row["data_wait"] = self.waited / seconds
         row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.start_window(done)
-        self.write(step=done, **row)
-        shown = {k: f"{row[k]:.4g}" for k in ("loss", "lr", "images_per_s")}
-        self.bar.set_postfix(shown)
+        self.start_window()
+        self.write(step=self.step, **row)
+        shown = ", ".join(f"{name} {row[name]:.4g}" for name in ("loss", "lr", "images_per_s"))
+        self.bar.set_postfix_str(shown)
         if self.bar.disable:
-            note(f"step {done}/{self.steps} " + " ".join(f"{k} {v}" for k, v in shown.items()))
+            note(f"step {self.step}/{self.steps} {shown}")
         if row["bad_steps"] >= 3:
-            last = self.out / "last.pt"
-            kept = f"{last} holds good weights" if last.exists() else "nothing had been saved yet"
+            kept = f"{self.out}/last.pt, if it was saved by then, holds good weights"
             advice = "Try a lower --lr, or --precision fp32."
-            fail(f"loss not finite for three steps before step {done}; {kept}. {advice}", code=3)
+            fail(f"loss not finite for three steps before step {self.step}; {kept}. {advice}", 3)
 
     def write(self, **row):
         """Append a JSON object to log.jsonl (rank 0), null for what is not finite."""
@@ -863,10 +817,10 @@ class Run:
                 file.write(json.dumps(row) + "\n")
 
     def report(self, results):
-        """Print and log {network: {evaluation: top-1 in percent}}."""
+        """Print and log {network: {evaluation: a number, mostly top-1 in percent}}."""
         for network, scores in results.items():
             cells = [f"{name} {score:.1f}" for name, score in scores.items()]
-            note(f"{network:<8} top-1, %: {', '.join(cells)}")
+            note(f"{network:<8} {', '.join(cells)}")
         self.write(eval=results)
 
 
@@ -876,14 +830,12 @@ class Run:
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+EXTENSIONS = set(".jpg .jpeg .png .webp .bmp .tif .tiff .gif".split())
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-# what Pillow raises on broken files: OSError for most, the others from parsers of headers
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, MemoryError)
-UNREADABLE += (AttributeError, ArithmeticError, struct.error, zlib.error)
-UNREADABLE += (Image.DecompressionBombError,)
+UNREADABLE = (Exception,)  # what broken files make Pillow raise: nearly everything
+ALIASES = {"train": "train|training", "val": "val|valid|validation|test"}
 # text beside the pixels must not cost an image
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
@@ -911,8 +863,10 @@ class Split:
         if not Path(path).is_file():
             fail(f"no list of names at {path}")
         wanted = [line for line in Path(path).read_text().splitlines() if line]
-        index = {Path(name).name: i for i, name in enumerate(self.names)}
-        index.update({name: i for i, name in enumerate(self.names)})
+        index = {}
+        for i, name in enumerate(self.names):
+            index.setdefault(Path(name).name, i)
+            index[name] = i
         missing = [name for name in wanted if name not in index]
         if missing or not wanted:
             fail(f"{path}: {len(missing)} of {len(wanted)} names are no images: {missing[:3]}")
@@ -927,21 +881,22 @@ class Split:
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
         with image:
             turn = exif_turn(image)
-            width, height = image.size[::-1] if turn in SIDEWAYS else image.size
+            sideways = turn in (5, 6, 7, 8)
+            width, height = image.size[::-1] if sideways else image.size
             boxes = choose_boxes(width, height)
-            scale = max(size / min(box[2:]) for box, size in zip(boxes, sizes, strict=True))
-            if scale < 1:  # a JPEG decodes at 1/2, 1/4 or 1/8 in less time
-                image.draft("RGB", [math.ceil(side * scale) for side in image.size])
+            parts = list(zip(boxes, sizes, strict=True))
+            # a JPEG decodes at 1/2, 1/4 or 1/8 in less time
+            scale = max(size / min(box[2:]) for box, size in parts)
+            image.draft("RGB", [math.ceil(side * scale) for side in image.size])
             image = to_rgb(image, turn)
         fx = image.width / width
         fy = image.height / height
-        parts = []
-        for (top, left, h, w), size in zip(boxes, sizes, strict=True):
-            corners = (left * fx, top * fy, (left + w) * fx, (top + h) * fy)
-            box = np.minimum(corners, image.size * 2)  # rounding must not leave the image
-            part = image.resize((size, size), resample, tuple(box))
-            parts.append(torch.from_numpy(np.array(part)).permute(2, 0, 1))
-        return parts
+        pixels = []
+        for (top, left, h, w), size in parts:
+            box = (left * fx, top * fy, (left + w) * fx, (top + h) * fy)
+            part = image.resize((size, size), resample, box)
+            pixels.append(torch.from_numpy(np.array(part)).permute(2, 0, 1))
+        return pixels
 
     def read_batch(self, indices, choose_boxes, sizes, resample=Image.BILINEAR):
         """Read images: (their indices [B], uint8 [B, 3, s, s] for each s of sizes, bad files).
@@ -957,9 +912,9 @@ class Split:
                 found.append((index, *self.read(index, boxes, sizes, resample)))
             except UNREADABLE as error:
                 bad.append(f"{self.images[index]}: {error}")
-        if not found:  # a worker must not end the run: `count_bad` will
-            blank = [torch.zeros(3, size, size, dtype=torch.uint8) for size in sizes]
-            found.append((indices[0], *blank))
+        # a worker must not end the run: `count_bad` will
+        blank = [torch.zeros(3, size, size).byte() for size in sizes]
+        found = found or [(indices[0], *blank)]
         found = [found[i % len(found)] for i in range(len(indices))]
         index, *views = zip(*found, strict=True)
         return torch.tensor(index), *map(torch.stack, views), bad
@@ -975,28 +930,25 @@ class Split:
             fail(f"{count} of {len(self)} images could not be read, more than 1 %: see above")
 
 
-# how to turn an image by EXIF's orientation, 2 to 8
-TURNS = (
-    "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
-)
-SIDEWAYS = TURNS[3:]
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = dict(enumerate(TURNS.split(), start=2))  # how to turn an image, by EXIF's orientation
 
 
 def exif_turn(image):
-    """Return how an opened image has to be turned, or "". Broken metadata cost nothing."""
+    """Return the EXIF orientation of an opened image. Broken metadata cost nothing."""
     try:
-        return dict(enumerate(TURNS, start=2)).get(image.getexif().get(0x0112), "")
+        return image.getexif().get(0x0112)
     except UNREADABLE:
-        return ""
+        return None
 
 
-def to_rgb(image, turn=""):
+def to_rgb(image, turn=None):
     """Return any PIL image as RGB, 16 bits scaled to 8, turned upright."""
     if image.mode.startswith("I"):
-        pixels = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
+        pixels = (np.asarray(image) >> 8).clip(0, 255)
         image = Image.fromarray(pixels.astype(np.uint8))
     image = image.convert("RGB")
-    return image.transpose(Image.Transpose[turn]) if turn else image
+    return image.transpose(Image.Transpose[TURNS[turn]]) if turn in TURNS else image
 
 
 def files_below(folder, above=()):
@@ -1005,7 +957,7 @@ def files_below(folder, above=()):
     if real in above:  # a loop of links
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
+        if entry.name.startswith("."):
             continue
         if entry.is_dir():
             yield from files_below(entry.path, (*above, real))
@@ -1019,44 +971,34 @@ def open_split(data, name, toy="letters"):
     if data in TOYS:
         return TOYS[data](name)
     root = Path(data).expanduser()
-    if not root.exists() and "/" not in data:
+    if not root.exists():
         root = Path(os.environ.get("DATA", "data"), data)
-    folders = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    folders = sorted(os.listdir(root)) if root.is_dir() else []
     if data == "cifar10" and "train" not in folders:
         return cifar10(root.parent, name)
-    if not root.is_dir():
-        fail(f"no data at {root}: expected train/CLASS/*.jpg and val/CLASS/*.jpg, or any images")
     if name not in folders and (name == "train" or "train" in folders):
         for other in folders:
-            if other.lower() in ALIASES[name]:
+            if re.fullmatch(ALIASES[name], other, re.IGNORECASE):
                 fail(f"{root} has {other}/ and no {name}/: did you mean to call it {name}?")
-    folder = root / name if "train" in folders else root
-    if name == "val" and name not in folders or folder == root and name == "val":
+    if name == "val" and name not in folders:
         return None
-    files = list(files_below(folder))
+    folder = root / name if name in folders else root
+    files = list(files_below(folder)) if folders else []
     images = [path for path in files if path.suffix.lower() in EXTENSIONS]
-    leave_out(folder, set(files) - set(images), "no images")
     if not images:
-        fail(f"no images in {folder}: looked for {', '.join(sorted(EXTENSIONS))} in it and below")
+        wanted = "train/CLASS/*.jpg and val/CLASS/*.jpg, or files in any folders"
+        fail(f"no images at {folder}: expected {wanted}, {', '.join(sorted(EXTENSIONS))}")
     labelled = [path for path in images if path.parent != folder != root]
-    if labelled:
-        leave_out(folder, set(images) - set(labelled), "in no class folder")
-        images = labelled
+    images = labelled or images
+    left = sorted(set(files) - set(images), key=lambda path: (len(path.parts), path))
+    if left:
+        few = [path.name for path in left[:5]]
+        note(f"{folder}: left out {len(left)} files, no images or in no class folder: {few}")
     labels = [path.relative_to(folder).parts[0] if labelled else "" for path in images]
     classes = sorted({*labels} - {""})
     numbers = {label: i for i, label in enumerate(classes)}
     labels = torch.tensor([numbers.get(label, -1) for label in labels])
     return Split(images, [path.relative_to(root).as_posix() for path in images], labels, classes)
-
-
-ALIASES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
-
-
-def leave_out(folder, paths, reason):
-    """Say which files of a folder are not used."""
-    if paths:
-        few = ", ".join(sorted(path.name for path in paths)[:5])
-        note(f"{folder}: {len(paths)} files left out, since they are {reason}: {few}")
 
 
 def open_data(data, wanted, toy="letters"):
@@ -1068,14 +1010,15 @@ def open_data(data, wanted, toy="letters"):
     val = open_split(data, "val", toy) if wanted else None
     if wanted and not (val and val.classes and train.classes):
         note(f"{wanted}: skipped, since {data} has no {'labels' if val else 'val split'}")
-        return train, None
+        val = None
     if val and val.classes != train.classes:
-        more = set(val.classes) - set(train.classes)
-        if more:
-            fail(f"val/ of {data} has classes that train/ lacks: {sorted(more)[:5]}")
-        note(f"val/ has no images of {sorted(set(train.classes) - set(val.classes))}")
+        absent = sorted({*val.classes} - {*train.classes})
+        if absent:
+            fail(f"val/ of {data} has classes that train/ lacks: {absent[:5]}")
+        note(f"val/ has no images of {sorted({*train.classes} - {*val.classes})}")
         numbers = torch.tensor([train.classes.index(name) for name in val.classes])
-        val = dataclasses.replace(val, labels=numbers[val.labels], classes=train.classes)
+        val.labels = numbers[val.labels]
+        val.classes = train.classes
     return train, val
 
 
@@ -1089,7 +1032,7 @@ def cifar10(folder, name):
             urllib.request.urlretrieve(CIFAR10_URL, part)
         except OSError as error:
             part.unlink(missing_ok=True)
-            place = f"{folder}/cifar10/train/CLASS/*.png and val/CLASS/*.png"
+            place = f"{folder}/cifar10/train and val"
             fail(f"no CIFAR-10 ({error}): put {CIFAR10_URL} at {archive}, or images at {place}")
         part.replace(archive)
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
@@ -1108,7 +1051,7 @@ def in_memory(pixels, labels, classes, name):
     """Return a Split of decoded images: pixels [N, H, W, 3], 0 to 255, and labels [N]."""
     pixels = pixels.clip(0, 255).astype(np.uint8)
     names = [f"{name}/{classes[label]}/{i:05d}" for i, label in enumerate(labels)]
-    return Split(list(pixels), names, torch.tensor(labels, dtype=torch.long), classes)
+    return Split(list(pixels), names, torch.as_tensor(labels).long(), classes)
 
 
 def toy_random(name):
@@ -1131,15 +1074,16 @@ def letters(name):
     for letter in alphabets.reshape(100, 8, 8):
         for _ in range(design.integers(2, 4)):
             start, end = points[design.choice(9, 2, replace=False)]
-            along = ((tile - start) / (end - start)).real.clip(0, 1)  # nearest point of the stroke
-            distance = abs(tile - start - along * (end - start))
+            stroke = end - start
+            along = ((tile - start) / stroke).real.clip(0, 1)  # of a pixel's nearest point
+            distance = abs(tile - start - along * stroke)
             np.maximum(letter, (1.2 - distance).clip(0, 1), out=letter)
     random, labels = toy_random(name)
     which = random.integers(0, 10, (len(labels), 6, 6))
     ink = alphabets[labels[:, None, None], which].transpose(0, 1, 3, 2, 4)  # [N, 6, 8, 6, 8]
     paper = 128 + random.uniform(-40, 40, (len(labels), 6, 1, 6, 1, 3))
-    light = paper.mean(-1, keepdims=True) > 128
-    contrast = random.uniform(80, 110, light.shape) * np.where(light, -1, 1)
+    side = np.sign(128 - paper.mean(-1, keepdims=True))  # -1: light paper, darker ink
+    contrast = random.uniform(80, 110, side.shape) * side
     images = paper + contrast * ink[..., None]
     images = (images + random.normal(0, 8, images.shape)).reshape(-1, 48, 48, 3)
     return in_memory(images, labels, [f"alphabet {i}" for i in range(10)], name)
@@ -1150,27 +1094,30 @@ def textures(name):
     """Ten grey textures, 24 x 24, at any turn, phase and scale, in noise."""
     random, labels = toy_random(name)
     draws = random.uniform(-np.pi, np.pi, (4, len(labels), 1, 1))
-    turn, scale, *phases = draws
-    pixels = np.arange(24) - 12 + 1j * (np.arange(24) - 12)[:, None]  # complex numbers x + iy
+    turn, scale, x, y = draws
+    line = np.arange(-12, 12)
+    pixels = line + 1j * line[:, None]  # complex numbers x + iy
     pixels = pixels * np.pi / 6 * np.exp(scale / 16 + 1j * turn)  # radians
-    u = pixels.real + phases[0]
-    v = pixels.imag + phases[1]
+    u = pixels.real + x
+    v = pixels.imag + y
+    across = np.sin(u)
+    down = np.sin(v)
     kinds = {
-        "stripes": np.sin(u),
-        "lines": np.sin(u) ** 8,
-        "checks": np.sin(u) * np.sin(v),
-        "dots": (np.sin(u) * np.sin(v)) ** 8,
-        "grid": np.maximum(np.sin(u) ** 8, np.sin(v) ** 8),
+        "stripes": across,
+        "lines": across**8,
+        "checks": across * down,
+        "dots": (across * down) ** 8,
+        "grid": np.maximum(across**8, down**8),
         "honeycomb": np.cos(u) + 2 * np.cos(u / 2) * np.cos(0.866 * v),
         "zigzag": np.sin(u + 4 * abs(v / np.pi % 2 - 1)),
-        "snakes": np.sin(u + 2 * np.sin(v)),
+        "snakes": np.sin(u + 2 * down),
         "rings": np.sin(np.hypot(u, v)),
-        "weave": np.sin(u) * np.sign(np.sin(v)),
+        "weave": across * np.sign(down),
     }
     grey = np.choose(labels[:, None, None], list(kinds.values()))
-    grey = grey - grey.mean((1, 2), keepdims=True)
+    grey -= grey.mean((1, 2), keepdims=True)
     grey = 128 + 40 * grey / grey.std((1, 2), keepdims=True)
-    grey = grey + random.normal(0, 8, grey.shape)
+    grey += random.normal(0, 8, grey.shape)
     return in_memory(np.stack([grey] * 3, axis=3), labels, list(kinds), name)
 
 
@@ -1192,9 +1139,11 @@ def random_crop(width, height, scale, random):
     def uniform(low, high):
         return torch.empty(1).uniform_(low, high, generator=random).item()
 
-    for _ in range(10):
+    most = math.log(4 / 3)
+    tries = 10 if scale[0] < 1 else 0  # the whole image leaves no choice
+    for _ in range(tries):
         area = width * height * uniform(*scale)
-        ratio = math.exp(uniform(math.log(3 / 4), math.log(4 / 3)))
+        ratio = math.exp(uniform(-most, most))
         w = round(math.sqrt(area * ratio))
         h = round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -1204,16 +1153,6 @@ def random_crop(width, height, scale, random):
     w = min(width, round(height * 4 / 3))
     h = min(height, round(width * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
-
-
-def centre_box(size, i, width, height):
-    """Return the part that evaluation sees: shorter side to size*256/224, then a centre crop.
-
-    An image of exactly size x size stays as it is.
-    """
-    whole = (width, height) == (size, size)
-    side = size if whole else min(width, height) * size / int(size * 256 / 224)
-    return [((height - side) / 2, (width - side) / 2, side, side)]
 
 
 @functools.lru_cache(maxsize=4)
@@ -1248,18 +1187,29 @@ def start_worker(worker):
 
 def make_loader(make, numbers, config, world):
     """Iterate over make(number), made ahead of time in --workers processes."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    options = {"num_workers": min(config.workers, max(1, os.cpu_count() // ranks))}
-    options["pin_memory"] = world.device.type == "cuda"
     loader = DataLoader(
-        numbers, batch_size=None, collate_fn=make, worker_init_fn=start_worker, **options
+        numbers,
+        batch_size=None,
+        num_workers=config.workers,
+        collate_fn=make,
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=start_worker,
     )
     return iter(loader)
 
 
 def centre_crops(split, size, indices):
-    """Make a loader's item: (indices [B], pixels uint8 [B, 3, S, S], unreadable files)."""
-    box = functools.partial(centre_box, size)
+    """Read what evaluation sees: (indices [B], pixels uint8 [B, 3, S, S], unreadable files).
+
+    Shorter side to size*256/224, then a centre crop. An image of size x size stays as it is.
+    """
+
+    def box(i, width, height):
+        side = min(width, height) * size / int(size * 256 / 224)
+        if (width, height) == (size, size):
+            side = size
+        return [((height - side) / 2, (width - side) / 2, side, side)]
+
     return split.read_batch(indices, box, [size], Image.BICUBIC)
 
 
@@ -1282,9 +1232,9 @@ def extract(encode, split, config, world, batch=64):
             rows = encode(normalize(pixels.to(world.device)))
         rows = gather_over_ranks(rows.float())
         indices = gather_over_ranks(indices.to(world.device))
-        if features is None and world.rank == 0:  # a large bank is held once, and filled in place
-            features = rows.new_empty(n, *rows.shape[1:])
         if world.rank == 0:
+            if features is None:  # a large bank is held once, and filled in place
+                features = rows.new_empty(n, *rows.shape[1:])
             features[indices] = rows
             good[indices.cpu()] = True
     names = [name for name, read in zip(split.names, good, strict=True) if read]
@@ -1303,7 +1253,7 @@ def knn(bank, labels, queries, k=20, temperature=0.07):
     k = min(k, len(bank))
     norms = bank.norm(dim=1)
     scores = []
-    chunk = max(1, 2**27 // len(bank))  # 0.5 GiB of similarities
+    chunk = 2**27 // len(bank) + 1  # 0.5 GiB of similarities
     for rows in F.normalize(queries, dim=1).split(chunk):
         similarity, nearest = (rows @ bank.T / norms).topk(k, dim=1)
         votes = (similarity / temperature).exp()
@@ -1351,8 +1301,7 @@ def linear_probe(batches, val, labels, heads, epochs, make_optimizer, milestones
     accuracy = {}
     with torch.no_grad():
         for name, (head, _, _) in heads.items():
-            scores = [head.eval()(x) for x in val.split(2048)]
-            accuracy[name] = top1(torch.cat(scores), labels)
+            accuracy[name] = top1(head.eval()(val), labels)
     best = max(accuracy, key=accuracy.get)
     return accuracy[best], best
 

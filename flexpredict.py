@@ -249,8 +249,9 @@ class Predictor(nn.Module):
         grid = config.image_size // config.patch
         table = common.sincos_2d(width, grid, grid).float()[None]
         self.predictor_pos_embed = nn.Parameter(table, requires_grad=False)
-        depth = config.predictor_depth
-        self.predictor_blocks = nn.ModuleList(Block(width, config.heads) for _ in range(depth))
+        self.predictor_blocks = nn.ModuleList(
+            Block(width, config.heads) for _ in range(config.predictor_depth)
+        )
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, config.width)
 
@@ -333,7 +334,8 @@ def make_micro_batch(split, config, number):
         return [common.random_crop(width, height, config.crop_scale, random)]
 
     _, pixels, bad = split.read_batch(indices, box, [config.image_size])
-    augment(pixels, config, random)
+    if config.flip or config.grey or config.blur:
+        augment(pixels, config, random)
     context, targets = sample_masks(config, number)
     return pixels, context, targets, bad
 
@@ -530,10 +532,9 @@ def classify(config, classes, train, val, few=None):
             heads[lr] = (head.to(bank.device), lr, 5e-4)
         batches = common.shuffled_batches(bank.flatten(1), labels, 256, config.seed)
         sgd = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)
-        epochs = config.probe_epochs
-        drops = [epochs * share // 7 for share in (2, 4, 6)]
-        views = (test.flatten(1), test_labels)
-        result["linear"], _ = common.linear_probe(batches, *views, heads, epochs, sgd, drops)
+        drops = [config.probe_epochs * share // 7 for share in (2, 4, 6)]
+        views = (batches, test.flatten(1), test_labels)
+        result["linear"], _ = common.linear_probe(*views, heads, config.probe_epochs, sgd, drops)
     if few:
         shots, labels, _ = few
         weight = logistic_regression(standardise(shots[:, -1]), labels, classes)
@@ -561,20 +562,18 @@ def evaluate(encoder, splits, config, world, run):
     run.report(results)
 
 
-# Copied from ijepa.py
 def write_features(encoder, split, config, world, run):
     """Write features.npz: features [N, D], labels [N], paths; with --tokens tokens [N, T, D]."""
 
     def read(images):
         tokens = encoder(images)
-        pooled = tokens.mean(1, keepdim=True)
-        return torch.cat([pooled, tokens], dim=1) if config.tokens else pooled
+        return tokens if config.tokens else tokens.mean(1, keepdim=True)
 
-    features, labels, names = common.extract(read, split, config, world)
+    tokens, labels, names = common.extract(read, split, config, world)
     if world.rank == 0:
-        arrays = {"features": features[:, 0].cpu(), "labels": labels.cpu(), "paths": names}
+        arrays = {"features": tokens.mean(1).cpu(), "labels": labels.cpu(), "paths": names}
         if config.tokens:
-            arrays["tokens"] = features[:, 1:].cpu()
+            arrays["tokens"] = tokens.cpu()
         np.savez(run.out / "features.npz", **arrays)
         common.note(f"{run.out / 'features.npz'}: {len(names)} images")
 
@@ -676,9 +675,19 @@ def segment_video(tokens, labels, patch):
     return torch.stack([sequence_statistics(score) for score in scores])
 
 
+def open_image(path):
+    """Return a decoded PIL image; exit 2 if the file is missing or broken."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except common.UNREADABLE as error:
+        fail(f"{path} cannot be read: {error}")
+    return image
+
+
 def read_mask(path):
     """Read a DAVIS mask, uint8 [H, W]: 0 background, i the i-th object."""
-    mask = Image.open(path)
+    mask = open_image(path)
     if mask.mode not in ("P", "L", "1"):
         fail(f"{path} has colours ({mask.mode}): expected numbers of objects, as in DAVIS-2017")
     labels = torch.from_numpy(np.array(mask).astype(np.uint8))
@@ -695,10 +704,9 @@ def davis_sequences(folder):
     for name in listed.read_text().split():
         frames = sorted((root / "JPEGImages/480p" / name).glob("[!.]*.jpg"))
         masks = [root / "Annotations/480p" / name / f"{frame.stem}.png" for frame in frames]
-        whole = len(frames) > 2 and all(mask.is_file() for mask in masks)
-        if not whole or not read_mask(masks[0]).any():  # first and last are not scored
-            need = "three frames or more, a mask for each, an object (255 is none) in the first"
-            fail(f"DAVIS sequence {name}: expected {need}")
+        labels = [read_mask(mask) for mask in masks]  # exit 2 where one is missing
+        if len(frames) < 3 or not labels[0].any():  # first and last are not scored
+            fail(f"DAVIS sequence {name} needs three frames, the first with an object (not 255)")
         sequences.append(list(zip(frames, masks, strict=True)))
     return sequences
 
@@ -708,7 +716,7 @@ def read_video(sequence):
 
     Frames are 480 high, a multiple of 64 wide, resized without antialiasing, as in DINO's code.
     """
-    frames = [np.array(common.to_rgb(Image.open(path))) for path, _ in sequence]
+    frames = [np.array(common.to_rgb(open_image(path))) for path, _ in sequence]
     frames = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255
     height, width = frames.shape[2:]
     frames = F.interpolate(frames, (480, 480 * width // height // 64 * 64), mode="bilinear")
@@ -798,7 +806,7 @@ def read_weights(path, heads=0):
     if "script" in state:
         state = common.load_own_checkpoint(path, "flexpredict")
         fields = {name: state["config"][name] for name in MODEL}
-        return {"model": state["model"], "target": state["target"], "fields": fields}
+        return {**state, "fields": fields}
     target = state.get("target_encoder", {})
     if "pos_embed" not in target or "predictor" not in state:
         found = f"found {', '.join(list(state)[:8])}"
@@ -833,28 +841,42 @@ def load_weights(model, target, weights, path):
 # Presets and main
 # --------------------------------------------------------------------------------------------------
 
-IMAGENET = {
-    "data": "imagenet",
+FOLDER = {  # any images, ViT-S/16, one GPU
+    "data": "folder",
     "image_size": 224,
     "patch": 16,
-    "predictor_width": 384,
-    "predictor_depth": 12,
+    "width": 384,
+    "depth": 12,
+    "heads": 6,
+    "predictor_width": 192,
+    "predictor_depth": 6,
     "init_std": 0.02,
     "patch_std": 0.02,
-    "released": True,
-    "min_context": 11,
+    "min_context": 24,
     "crop_scale": (0.3, 1.0),
     "flip": True,
     "grey": 0.2,
     "blur": 0.5,
-    "batch": 2048,
-    "epochs": 600,
-    "warmup": 0.025,
+    "batch": 256,
+    "micro": 256,
+    "epochs": 100,
     "lr": 8e-4,
     "lr_final": 1e-4,
     "weight_decay_final": 0.4,
     "momentum": 0.996,
     "workers": 12,
+}
+IMAGENET = {
+    **FOLDER,
+    "data": "imagenet",
+    "predictor_width": 384,
+    "predictor_depth": 12,
+    "released": True,
+    "min_context": 11,
+    "batch": 2048,
+    "micro": 64,
+    "epochs": 600,
+    "warmup": 0.025,
     "eval": "linear,lowshot",
 }
 CIFAR10 = {
@@ -910,23 +932,8 @@ PRESETS = {
         "momentum": 0.996,
         "workers": 8,
     },
-    "folder": {  # any images, ViT-S/16, one GPU
-        **IMAGENET,
-        "data": "folder",
-        "width": 384,
-        "heads": 6,
-        "depth": 12,
-        "predictor_width": 192,
-        "predictor_depth": 6,
-        "released": False,
-        "min_context": 24,
-        "batch": 256,
-        "micro": 256,
-        "epochs": 100,
-        "warmup": 0.1,
-        "eval": "knn,linear",
-    },
-    "vit_b16_in1k": {**IMAGENET, "width": 768, "depth": 12, "heads": 12, "predictor_depth": 6},
+    "folder": FOLDER,
+    "vit_b16_in1k": {**IMAGENET, "width": 768, "heads": 12, "predictor_depth": 6},
     "vit_l16_in1k": {**IMAGENET, "width": 1024, "depth": 24, "heads": 16},
     "vit_h16_in1k": {
         **IMAGENET,

@@ -640,7 +640,7 @@ def read_weights(path, heads=0):
             weights[part][name] = value
         weights["fields"] = {name: state["config"][name] for name in MODEL}
         return weights
-    target = common.from_hub(state.get("target_encoder") or state.get("encoder") or state)
+    target = state.get("target_encoder") or state.get("encoder") or state
     if "pos_embed" not in target or "cls_token" in target:
         found = ", ".join(list(state)[:8])
         fail(

@@ -650,6 +650,7 @@ def tune(encoder, predictor, tasks, train, val, config, world, run, all_of_it=Fa
         group.update(share=share, weight_decay=0.05 * group["decay"])
     # the same scaler and guard as in training
     run.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    run.row["bad_steps"] = 0
     network = common.distribute(model, world)
     make = functools.partial(
         make_task_batch, train, config, max(1, config.tune_batch // world.size)
@@ -673,6 +674,11 @@ def tune(encoder, predictor, tasks, train, val, config, world, run, all_of_it=Fa
             losses.append(F.cross_entropy(score, wanted[task].flatten(), label_smoothing=0.1))
         run.backward(sum(losses) / len(losses))
         run.update()
+        done = step + 1
+        # only now and then, since reading it waits for the device
+        if (done % config.log_every == 0 or done == steps) and run.row["bad_steps"] >= 3:
+            advice = "try a lower --tune-lr, or --precision fp32"
+            fail(f"loss not finite for three steps of tuning before step {done}: {advice}", code=3)
     model.eval()
     return {task: judge(model, task, val, config, world) for task in tasks}
 
@@ -918,7 +924,12 @@ IMAGENET = {
     "tune_batch": 1024,
 }
 TOY = {
-    "steps": 700,
+    # larger first weights, so that letters are learned too, not only what tints them
+    "init_std": 0.06,
+    "patch_std": 0.8,
+    "lr": 3e-3,
+    "momentum": 0.98,
+    "steps": 1000,
     "precision": "fp32",
     "workers": 1,
     "probe_epochs": 6,

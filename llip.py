@@ -44,7 +44,7 @@ import os
 import re
 import tarfile
 import unicodedata
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -135,21 +135,22 @@ START = "<start_of_text>"
 END = "<end_of_text>"
 # printable bytes are written as the character of the same number, the others as 256, 257, ...
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = PRINTABLE + sorted(
-    set(range(256)) - set(PRINTABLE)
-)  # byte values in the order of their ids
+# byte values in the order of their ids
+BYTES = PRINTABLE + sorted(set(range(256)) - set(PRINTABLE))
 SIGNS = map(chr, [*PRINTABLE, *range(256, 324)])
 CHARACTERS = dict(zip(BYTES, SIGNS, strict=True))
 MERGES = 49152 - 256 - 2  # lines of OpenAI's file that its tokenizer uses
 QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 WIDE = re.compile("[\u3000\ufb00-\ufb06\uff00-\uffef]+")  # ligatures and full-width letters
 # numbers such as fractions, which Python's \d leaves out
-NUMBERS = filter(lambda c: unicodedata.category(c) in ("No", "Nl"), map(chr, range(0x20000)))
+NUMBERS = [c for c in map(chr, range(0x20000)) if unicodedata.category(c) in ("No", "Nl")]
 NUMBERS = "".join(NUMBERS)
 # pieces: special tokens, contractions, letters, single digits, other signs
-PIECES = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d"
-PIECES += rf"|[^\W\d_{NUMBERS}]+|[\d{NUMBERS}]|(?:[^\s\w]|_)+"
-PIECES = re.compile(PIECES, re.IGNORECASE)
+PIECES = re.compile(
+    rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d"
+    rf"|[^\W\d_{NUMBERS}]+|[\d{NUMBERS}]|(?:[^\s\w]|_)+",
+    re.IGNORECASE,
+)
 
 
 def clean(text):
@@ -167,13 +168,8 @@ def to_symbols(piece):
     return "".join(f" {CHARACTERS[b]} " for b in piece.encode())[:-1] + "</w> "
 
 
-def pairs_of(word):
-    """Return the neighbours in a word of spaced symbols."""
-    return list(itertools.pairwise(word.split()))
-
-
 def merge(word, pair):
-    """Join all occurrences of a pair of neighbours, from left to right."""
+    """Join all occurrences of a pair of neighbours in spaced symbols, from left to right."""
     return word.replace(" {}  {} ".format(*pair), " {}{} ".format(*pair))
 
 
@@ -185,7 +181,7 @@ def learn_merges(captions, count):
     while len(merges) < count:
         pairs = Counter()
         for word, n in words.items():
-            for pair in pairs_of(word):
+            for pair in itertools.pairwise(word.split()):
                 pairs[pair] += n
         best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
         if pairs[best] < 2:
@@ -208,7 +204,7 @@ class Tokenizer(nn.Module):
         self.register_buffer("text", torch.tensor(list(text), dtype=torch.uint8))
         self.context = context
         self.ranks = {tuple(line.split(" ")): rank for rank, line in enumerate(merges)}
-        characters = [CHARACTERS[b] for b in BYTES]
+        characters = CHARACTERS.values()
         names = [*characters, *(c + "</w>" for c in characters), *map("".join, self.ranks)]
         self.ids = {name: i for i, name in enumerate(names)}
         self.start = len(names)
@@ -221,7 +217,7 @@ class Tokenizer(nn.Module):
             if piece not in self.pieces:
                 word = to_symbols(piece)
                 for _ in piece.encode():  # as many merges as there can be
-                    known = self.ranks.keys() & pairs_of(word)
+                    known = self.ranks.keys() & itertools.pairwise(word.split())
                     word = merge(word, min(known, key=self.ranks.get)) if known else word
                 self.pieces[piece] = [self.ids[symbol] for symbol in word.split()]
             ids += self.pieces[piece]
@@ -230,10 +226,10 @@ class Tokenizer(nn.Module):
     def forward(self, captions):
         """Return int64 [T, L]. Of a caption that is too long, the end stays."""
         rows = []
+        padding = [0] * self.context
         for caption in captions:
             ids = [self.start, *self.encode(caption)][: self.context - 1]
-            rows.append([*ids, self.start + 1])
-            rows[-1] += [0] * (self.context - len(rows[-1]))
+            rows.append([*ids, self.start + 1, *padding][: self.context])
         return torch.tensor(rows)
 
 
@@ -247,14 +243,11 @@ def locate(name):
 
 def read_merges(name):
     """Read a vocabulary file: gzip, a header, then "left right" a line."""
-    path = locate(name)
-    if not path.is_file():
-        advice = "CLIP's repository has it; or learn one by --vocabulary '' --merges 4000"
-        fail(f"no vocabulary at {path}: {advice}")
     try:
-        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        lines = gzip.decompress(locate(name).read_bytes()).decode().splitlines()
     except (OSError, EOFError, ValueError) as error:
-        fail(f"{path} is no vocabulary file: {error}")
+        advice = "CLIP's repository has it; or learn one by --vocabulary '' --merges 4000"
+        fail(f"no vocabulary in {locate(name)} ({error}): {advice}")
     return lines[1 : 1 + MERGES]
 
 
@@ -279,17 +272,19 @@ class ResidualBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.ln_2 = nn.LayerNorm(width)
-        mlp = OrderedDict(c_fc=nn.Linear(width, hidden))
-        mlp["gelu"] = QuickGELU() if quick_gelu else nn.GELU()
-        mlp["c_proj"] = nn.Linear(hidden, width)
-        self.mlp = nn.Sequential(mlp)
+        self.mlp = nn.Sequential()
+        self.mlp.c_fc = nn.Linear(width, hidden)
+        self.mlp.gelu = QuickGELU() if quick_gelu else nn.GELU()
+        self.mlp.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x, mask=None, first=None):
         """x [B, N, W] -> [B, N, W], or only its `first` tokens. mask: of causal attention."""
         keys = self.ln_1(x)
         queries = keys if first is None else keys[:, :first]
-        mask = {"attn_mask": mask, "is_causal": mask is not None}
-        x = x[:, :first] + self.attn(queries, keys, keys, need_weights=False, **mask)[0]
+        attended, _ = self.attn(
+            queries, keys, keys, need_weights=False, attn_mask=mask, is_causal=mask is not None
+        )
+        x = x[:, :first] + attended
         return x + self.mlp(self.ln_2(x))
 
 
@@ -299,14 +294,15 @@ class Transformer(nn.Module):
     def __init__(self, width, depth, heads, hidden, config):
         super().__init__()
         self.recompute = config.recompute
-        blocks = [ResidualBlock(width, heads, hidden, config.quick_gelu) for _ in range(depth)]
-        self.resblocks = nn.ModuleList(blocks)
+        self.resblocks = nn.ModuleList(
+            ResidualBlock(width, heads, hidden, config.quick_gelu) for _ in range(depth)
+        )
 
     def forward(self, x, mask=None, first=None):
         """x [B, N, W] -> [B, N, W]. first: the last block computes only so many tokens."""
         for block in self.resblocks:
             wanted = first if block is self.resblocks[-1] else None
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute:
                 x = checkpoint(block, x, mask, wanted, use_reentrant=False)
             else:
                 x = block(x, mask, wanted)
@@ -374,10 +370,10 @@ class CLIP(nn.Module):
 
         Padding comes after the end and attention looks back only, so it needs no mask.
         """
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        ends = tokens.argmax(1)  # the end has the largest id
+        x = self.token_embedding(tokens) + self.positional_embedding
         mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], x.device)
-        x = self.transformer(x, mask=mask)
+        x = self.transformer(x, mask)
+        ends = tokens.argmax(1)  # the end has the largest id
         return self.ln_final(x[torch.arange(len(x), device=x.device), ends])
 
     def image(self, images):
@@ -446,11 +442,14 @@ def mixing_weights(k, q, tau):
     return logits.view(*keys.shape[:3], -1).softmax(2)
 
 
-def pair_scores(k, v, q, z_text, out_proj, tau):
+def pair_scores(image, text, out_proj, tau):
     """Return the cosine of each image, mixed for a caption, with that caption: [B, T].
 
-    k, v [B, H, K, d]; q [T, H, d]; z_text: z' [T, D]; out_proj [D, D].
+    image: keys and values [B, 2, H, K, d]; text: queries and z' [T, 2, D]; out_proj [D, D].
     """
+    k, v = image.unbind(1)
+    q, z_text = text.unbind(1)
+    q = q.unflatten(1, (k.shape[1], -1))  # [T, H, d]
     mixed = mixing_weights(k, q, tau).mT @ v.transpose(0, 1)  # [H, B, T, d]
     z = mixed.permute(1, 2, 0, 3).flatten(2) @ out_proj  # [B, T, D]
     products = torch.einsum("btd,td->bt", z, F.normalize(z_text, dim=1))
@@ -467,11 +466,11 @@ def sigmoid_loss(scores, scale, bias, first):
     return -F.logsigmoid(y * (scale * scores + bias)).sum()
 
 
-def pairs_in_tile(k, z_text):
+def pairs_in_tile(image, text):
     """Return how many pairs a tile may have: what a CPU's caches hold, or what fills a GPU."""
-    _, heads, tokens, _ = k.shape
-    memory = 2**29 if k.device.type == "cuda" else 2**24
-    return max(1, memory // (4 * (3 * heads * tokens + 4 * z_text.shape[1])))
+    heads, tokens = image.shape[2:4]
+    memory = 2**29 if image.device.type == "cuda" else 2**24
+    return max(1, memory // (4 * (3 * heads * tokens + 4 * text.shape[2])))
 
 
 class PairLoss(torch.autograd.Function):
@@ -483,19 +482,19 @@ class PairLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, side, first, tau, *inputs):
-        """inputs: k, v, q, z', out_proj as for `pair_scores`, scale, bias [1]. side: of a tile."""
+        """inputs: image, text, out_proj as for `pair_scores`; scale, bias [1]. side: of a tile."""
         gradients = [torch.zeros_like(x) for x in inputs]
         total = 0.0
         for i in range(0, len(inputs[0]), side):
-            for j in range(0, len(inputs[2]), side):
-                images = slice(i, i + side)
-                texts = slice(j, j + side)
-                places = [images, images, texts, texts, ..., ..., ...]
-                tile = [x[place].detach() for x, place in zip(inputs, places, strict=True)]
+            for j in range(0, len(inputs[1]), side):
+                places = [slice(i, i + side), slice(j, j + side), ..., ..., ...]
+                tile = [
+                    x[place].detach().requires_grad_()
+                    for x, place in zip(inputs, places, strict=True)
+                ]
                 with torch.enable_grad():
-                    tile = [x.requires_grad_() for x in tile]
-                    scores = pair_scores(*tile[:5], tau)
-                    loss = sigmoid_loss(scores, *tile[5:], first + i - j)
+                    scores = pair_scores(*tile[:3], tau)
+                    loss = sigmoid_loss(scores, *tile[3:], first + i - j)
                     parts = torch.autograd.grad(loss, tile)
                 for gradient, place, part in zip(gradients, places, parts, strict=True):
                     gradient[place] += part
@@ -532,16 +531,13 @@ def contrastive_loss(image, text, model):
     with torch.autocast(image.device.type, enabled=False):
         image = image.float()
         text = gather(text.float())
-        z_text = text[:, -1]
         scale = model.logit_scale.exp()
         if isinstance(model, Llip):
-            k, v = image.unbind(1)
-            q = text[:, 0].unflatten(1, (model.heads, -1))
-            pieces = (k, v, q, z_text, model.out_proj, scale, model.logit_bias)
-            side = math.isqrt(pairs_in_tile(k, z_text))
-            return PairLoss.apply(side, first, model.tau, *pieces) / n
+            side = math.isqrt(pairs_in_tile(image, text))
+            inputs = (image, text, model.out_proj, scale, model.logit_bias)
+            return PairLoss.apply(side, first, model.tau, *inputs) / n
         image = F.normalize(image, dim=1)
-        z_text = F.normalize(z_text, dim=1)
+        z_text = F.normalize(text[:, 0], dim=1)
         scores = image @ z_text.T
         if hasattr(model, "logit_bias"):
             return sigmoid_loss(scores, scale, model.logit_bias, first) / n
@@ -644,12 +640,12 @@ class Member(io.BytesIO):
         return self.name
 
 
+@dataclass
 class Ranges:
     """Byte ranges of files, read when they are asked for. places: rows (file, offset, length)."""
 
-    def __init__(self, paths, places):
-        self.paths = paths
-        self.places = places
+    paths: list
+    places: np.ndarray
 
     def __getitem__(self, index):
         path, offset, length = self.places[index].tolist()
@@ -689,13 +685,11 @@ def unlabelled(images, names, captions, part):
 
 def centre_box(size, width, height):
     """Return what CLIP's evaluation sees: shorter side to `size`, then the central square."""
-    box = []
-    for side in (height, width):
-        resized = int(size * side / min(width, height))
-        pixel = side / resized
-        box.append((round((resized - size) / 2) * pixel, size * pixel))
-    (top, h), (left, w) = box
-    return [(top, left, h, w)]
+    sides = np.array([height, width])
+    resized = size * sides // sides.min()
+    pixel = sides / resized
+    corner = np.round((resized - size) / 2) * pixel
+    return [(*corner, *(size * pixel))]
 
 
 def make_batch(split, tokenizer, config, world, step):
@@ -760,7 +754,7 @@ def open_shards(paths, part, config, world):
         places.append(F.pad(samples, (1, 0), value=len(places)))
         wrong += problems
     places = torch.cat(places).numpy()
-    if not len(places):
+    if not places.size:
         fail(f"no image with a caption in {paths[0].parent}: {'; '.join(wrong[:3])}")
     texts = Texts(paths, places[:, [0, 3, 4]])
     split = unlabelled(Ranges(paths, places[:, :3]), range(len(places)), texts, part)
@@ -799,22 +793,25 @@ def as_val(path):
 
 
 def open_captions(path, part, config):
-    """Return Pairs of a captions file; None if it has no captions for this part."""
+    """Return the train or val Pairs of a captions file; exit 2 if there are none."""
     try:
         rows = read_json(path) if path.suffix == ".json" else read_table(path, config.columns)
     except (LookupError, TypeError, ValueError, csv.Error) as error:
-        known = (
-            f"COCO's, Karpathy's, or a csv or tsv with columns named as --columns {config.columns}"
-        )
+        known = f"COCO's, Karpathy's, or a csv or tsv with --columns {config.columns}"
         fail(f"{path} is no captions file such as {known}: {error!r}")
     parts = {row[2] for row in rows} - {"train"}
     wanted = "train" if part == "train" else min(parts, default="")  # test, else val
+    rows = [row for row in rows if row[2] in ("", wanted)]
     captions = defaultdict(list)
-    for image, caption, of_part in rows:
-        if image and caption and of_part in ("", wanted):
-            captions[image].append(caption.strip())
+    for image, caption, _ in rows:
+        if image and caption:
+            captions[image].append(caption)
+    lost = len(rows) - sum(map(len, captions.values()))
+    if lost:
+        note(f"{path}: {lost} {part} pairs are left out, since they lack an image or a caption")
     root = locate(config.images) if config.images else path.parent
-    root = as_val(root) if part == "val" else root
+    if part == "val":
+        root = as_val(root)
     images = [root / image for image in captions]
     if not any(image.is_file() for image in images[:100]):
         advice = "--images is the folder that the names are relative to; download what is a link"
@@ -829,8 +826,9 @@ def class_captions(classes, config):
         names = json.loads(Path(config.class_names).read_text())
     if len(names) != len(classes):
         fail(f"{config.class_names} has {len(names)} names, the data has {len(classes)} classes")
-    imagenet = "imagenet" in f"{config.data} {config.val_data}"
-    prompts = IMAGENET_PROMPTS if imagenet else CIFAR10_PROMPTS
+    data = f"{config.data} {config.val_data}"
+    prompts = (IMAGENET_PROMPTS if "imagenet" in data else CIFAR10_PROMPTS).splitlines()
+    prompts = dict.fromkeys([*prompts, *(prompt.replace("the ", "a ") for prompt in prompts)])
     captions = []
     for name in names:
         synonyms = [name] if isinstance(name, str) else name
@@ -928,10 +926,9 @@ def train(model, tokenizer, split, config, world):
 def encode_texts(model, tokenizer, captions, world):
     """Return the text of captions, float32 [T, 2, D], or [T, 1, D] of a baseline."""
     parts = []
-    for i in range(0, len(captions), 256):
+    for tokens in tokenizer(captions).split(256):
         with world.autocast():
-            text = model.text(tokenizer(captions[i : i + 256]).to(world.device))
-        parts.append(text.float())
+            parts.append(model.text(tokens.to(world.device)).float())
     return torch.cat(parts)
 
 
@@ -941,11 +938,8 @@ def score(model, text, images):
     with torch.autocast(image.device.type, enabled=False):
         if not isinstance(model, Llip):
             return F.normalize(image, dim=1) @ F.normalize(text[:, 0], dim=1).T
-        k, v = image.unbind(1)
-        scores = []
-        for part in text.split(max(1, pairs_in_tile(k, text[:, 0]) // len(image))):
-            q = part[:, 0].unflatten(1, (model.heads, -1))
-            scores.append(pair_scores(k, v, q, part[:, 1], model.out_proj, model.tau))
+        parts = text.split(max(1, pairs_in_tile(image, text) // len(image)))
+        scores = [pair_scores(image, part, model.out_proj, model.tau) for part in parts]
         return torch.cat(scores, dim=1)
 
 
@@ -966,23 +960,16 @@ def recall(scores, true, name, numbers):
     return {f"{name}{k}": 100 * (ranks < k).float().mean().item() for k in numbers}
 
 
-def zeroshot(scores, labels):
-    """Return top-1 and top-5 accuracy of scores [N, C]."""
-    true = F.one_hot(labels, scores.shape[1]).bool()
-    return recall(scores, true, "top", (1, 5))
-
-
 def retrieval(scores, true):
     """Return recall both ways, and the spread over an image's captions, in percent.
 
     scores [N, T]; true: which captions belong to an image. The best own caption of an image counts.
     Spread: standard deviation of the scores of an image's own captions, mean over images.
     """
-    results = recall(scores, true, "i2t R@", (1, 5, 10))
-    results.update(recall(scores.T, true.T, "t2i R@", (1, 5, 10)))
+    of_images = recall(scores, true, "i2t R@", (1, 5, 10))
+    of_texts = recall(scores.T, true.T, "t2i R@", (1, 5, 10))
     spreads = [row[own].std(correction=0) for row, own in zip(scores, true, strict=True)]
-    results["spread"] = 100 * torch.stack(spreads).nanmean().item()
-    return results
+    return {**of_images, **of_texts, "spread": 100 * torch.stack(spreads).nanmean().item()}
 
 
 def evaluate_retrieval(model, tokenizer, split, config, world):
@@ -1006,7 +993,10 @@ def evaluate_zeroshot(model, tokenizer, split, config, world):
         texts.append(mean_of_prompts(encode_texts(model, tokenizer, captions, world)))
     read = functools.partial(score, model, torch.stack(texts))
     scores, labels, _ = common.extract(read, split, config, world)
-    return zeroshot(scores, labels) if world.rank == 0 else {}
+    if world.rank:
+        return {}
+    true = F.one_hot(labels, len(texts)).bool()
+    return recall(scores, true, "top", (1, 5))
 
 
 def evaluate_kinds(model, tokenizer, split, config, world):
@@ -1052,8 +1042,7 @@ def evaluate(model, tokenizer, val, wanted, config, world, run):
         results[column] = {}
         for name in wanted:
             results[column].update(EVALUATIONS[name](network, tokenizer, val, config, world))
-    if world.rank == 0:
-        run.report(results)
+    run.report(results)
 
 
 def write_features(model, split, config, world, run):
@@ -1087,10 +1076,8 @@ def draw_picture(model, tokenizer, split, config, world, run):
     Bright is where the tokens that the caption takes look in the last block, relative to the mean
     over captions.
     """
-    some = range(min(100, len(split)))
-    index = max(some, key=lambda i: len(split.captions[i]))
-    captions = split.captions[index][:6]
-    _, pixels, _ = common.centre_crops(split, config.image_size, [index])
+    captions = split.captions[0][:6]
+    _, pixels, _ = common.centre_crops(split, config.image_size, [0])
     image = common.normalize(pixels.to(world.device))  # [1, 3, S, S]
     *blocks, last = model.visual.transformer.resblocks
     x = model.visual.embed(clip_range(image))
@@ -1100,7 +1087,7 @@ def draw_picture(model, tokenizer, split, config, world, run):
     tokens = len(model.visual.class_embedding)
     maps = last.attn(x[:, :tokens], x, x)[1][0, :, tokens:]  # mean over heads, [K, P]
     if config.model == "llip":
-        q = model.text(tokenizer(captions).to(world.device))[:, 0]
+        q = encode_texts(model, tokenizer, captions, world)[:, 0]
         k = model.image(clip_range(image))[:, 0]
         weights = mixing_weights(k, q.unflatten(1, (model.heads, -1)), model.tau)
         maps = weights[:, 0].mean(0).T @ maps  # [T, P]
@@ -1123,21 +1110,17 @@ def draw_picture(model, tokenizer, split, config, world, run):
 # Weights: ours, Llip's, and in CLIP's layout
 # --------------------------------------------------------------------------------------------------
 
-MODEL = "model image_size patch width depth heads hidden mixture_tokens text_width text_depth"
-MODEL += " text_heads context embedding mix_heads mix_norm tau quick_gelu vocabulary merges"
-MODEL = MODEL.split()
+MODEL = (
+    "model image_size patch width depth heads hidden mixture_tokens text_width text_depth "
+    "text_heads context embedding mix_heads mix_norm tau quick_gelu vocabulary merges"
+).split()
 
 
-def count_blocks(state, tower):
-    """Return the number of transformer blocks in a state dict."""
-    return len([name for name in state if re.match(rf"{tower}resblocks.\d+.ln_1.weight", name)])
-
-
-def read_weights(path, known):
-    """Read a checkpoint: its state dict `model`, `fields` of Config, and `merges`, None if unknown.
+def read_weights(path, typed=()):
+    """Read a checkpoint: its state dict `model`, `fields` of Config, and `merges` if it is ours.
 
     Ours; Llip's; those of OpenAI, OpenCLIP and MetaCLIP as state dicts. What shapes don't tell
-    (heads, tau) is in `known`, {field: value}, or as in the released models.
+    (heads, tau) is as in the released models, unless the flag was `typed`.
     """
     state = common.load_checkpoint(path)
     if "script" in state:
@@ -1149,36 +1132,39 @@ def read_weights(path, known):
     if "visual.conv1.weight" not in weights:
         found = ", ".join(list(state)[:8])
         fail(f"{path} is no checkpoint of Llip or CLIP: no visual.conv1.weight; found {found}")
-    # OpenAI's files also hold whole numbers; half precision becomes single
-    weights = {k: v.float() for k, v in weights.items() if v.is_floating_point()}
-    weights = {k.removeprefix("pred."): torch.atleast_1d(v) for k, v in weights.items()}
+    for name in list(weights):
+        value = weights.pop(name)
+        if value.is_floating_point():  # OpenAI's files also hold whole numbers
+            weights[name.removeprefix("pred.")] = torch.atleast_1d(value.float())
     width, _, patch, _ = weights["visual.conv1.weight"].shape
     tokens = weights["visual.class_embedding"].view(-1, width)
     weights["visual.class_embedding"] = tokens
     baseline = "siglip" if "logit_bias" in weights else "clip"
     text_width, embedding = weights["text_projection"].shape
     positions = weights["visual.positional_embedding"]
+    blocks = Counter(name.split("resblocks")[0] for name in weights if "ln_1.weight" in name)
     found = {
         "model": "llip" if "k_proj" in weights else baseline,
         "image_size": patch * math.isqrt(len(positions) - len(tokens)),
         "patch": patch,
         "width": width,
-        "depth": count_blocks(weights, "visual.transformer."),
+        "depth": blocks["visual.transformer."],
         "hidden": len(weights["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
         "mixture_tokens": len(tokens),
         "text_width": text_width,
-        "text_depth": count_blocks(weights, "transformer."),
+        "text_depth": blocks["transformer."],
         "context": len(weights["positional_embedding"]),
         "embedding": embedding,
         "mix_norm": "K_norm.weight" in weights,
     }
-    # no shape tells these: as in the released models, if not known
+    # no shape tells these
     released = {"heads": min(16, width // 64), "text_heads": text_width // 64, "mix_heads": 8}
     released["tau"] = 1.0 if width == 1024 else 5.0
-    found.update({name: known.get(name, released[name]) for name in released})
-    if not found["heads"] or not found["text_heads"]:
+    released = {name: value for name, value in released.items() if name not in typed}
+    if 0 in released.values():
         fail(f"{path} cannot tell its heads: add --heads, --text-heads, --mix-heads and --tau")
-    return {"model": weights, "fields": found, "merges": None}
+    found.update(released)
+    return {"model": weights, "fields": found}
 
 
 def load_weights(model, weights, path):
@@ -1197,13 +1183,8 @@ def load_weights(model, weights, path):
 # --------------------------------------------------------------------------------------------------
 
 
-def both_articles(text):
-    """Return prompts, one a line: as they are, and with "a" for "the"."""
-    lines = text.strip().split("\n")
-    return list(dict.fromkeys([*lines, *(line.replace("the ", "a ") for line in lines)]))
-
-
-CIFAR10_PROMPTS = both_articles("""
+# one a line; each is also used with "a" for "the"
+CIFAR10_PROMPTS = """\
 a photo of the {}
 a blurry photo of the {}
 a black and white photo of the {}
@@ -1212,9 +1193,8 @@ a high contrast photo of the {}
 a bad photo of the {}
 a good photo of the {}
 a photo of the small {}
-a photo of the big {}
-""")
-IMAGENET_PROMPTS = both_articles("""
+a photo of the big {}"""
+IMAGENET_PROMPTS = """\
 a bad photo of the {}.
 a low resolution photo of the {}.
 a cropped photo of the {}.
@@ -1256,35 +1236,47 @@ the {} in a video game.
 a photo of many {}.
 a photo of my {}.
 a photo of one {}.
-itap of my {}.
-""")
+itap of my {}."""
 
-PAPER = {
+FOLDER = {  # any captions or class folders, ViT-S/16, one GPU
     "data": "folder",
     "image_size": 224,
     "patch": 16,
-    "width": 768,
+    "width": 384,
     "depth": 12,
+    "heads": 6,
+    "mixture_tokens": 32,
+    "text_width": 256,
+    "text_depth": 6,
+    "text_heads": 4,
+    "context": 77,
+    "embedding": 256,
+    "mix_heads": 8,
+    "tau": 5.0,
+    "merges": 2000,
+    "crop_scale": (0.5, 1.0),
+    "batch": 256,
+    "epochs": 30,
+    "lr": 5e-4,
+    "weight_decay": 0.2,
+    "eval": "zeroshot,retrieval",
+    "workers": 12,
+}
+PAPER = {
+    **FOLDER,
+    "width": 768,
     "heads": 12,
     "mixture_tokens": 64,
     "text_width": 512,
     "text_depth": 12,
     "text_heads": 8,
-    "context": 77,
     "embedding": 512,
-    "mix_heads": 8,
-    "tau": 5.0,
     "vocabulary": "bpe_simple_vocab_16e6.txt.gz",
     "paper_logits": True,
     "crop_scale": (0.9, 1.0),
     "batch": 32768,
     "steps": 390656,
     "warmup": 2000 / 390656,
-    "lr": 5e-4,
-    "weight_decay": 0.2,
-    "eval": "zeroshot,retrieval",
-    "log_every": 50,
-    "workers": 12,
 }
 LARGE = {
     **PAPER,
@@ -1337,7 +1329,6 @@ CIFAR10 = {
     "epochs": 100,
     "lr": 1e-3,
     "eval": "zeroshot",
-    "log_every": 50,
     "workers": 8,
 }
 
@@ -1357,24 +1348,7 @@ PRESETS = {
         "workers": 1,
     },
     "cifar10": CIFAR10,  # one GPU
-    "folder": {  # any captions or class folders, ViT-S/16, one GPU
-        **PAPER,
-        "width": 384,
-        "heads": 6,
-        "mixture_tokens": 32,
-        "text_width": 256,
-        "text_depth": 6,
-        "text_heads": 4,
-        "embedding": 256,
-        "vocabulary": "",
-        "merges": 2000,
-        "paper_logits": False,
-        "crop_scale": (0.5, 1.0),
-        "batch": 256,
-        "steps": 0,
-        "epochs": 30,
-        "warmup": 0.05,
-    },
+    "folder": FOLDER,
     "vit_b32": {**PAPER, "patch": 32},
     "vit_b16": {**PAPER, "mixture_tokens": 32},
     "vit_l14": {**LARGE, "mixture_tokens": 32, "context": 64},
@@ -1390,8 +1364,11 @@ def check(config, world):
     c = config
     if c.image_size % c.patch:
         fail(f"--image-size {c.image_size} is no multiple of --patch {c.patch}")
-    pairs = [(c.width, c.heads), (c.text_width, c.text_heads)]
-    for width, heads in [*pairs, (c.embedding, c.mix_heads)]:
+    for width, heads in (
+        (c.width, c.heads),
+        (c.text_width, c.text_heads),
+        (c.embedding, c.mix_heads),
+    ):
         if width % heads:
             fail(f"a width of {width} is no multiple of its heads, {heads}: see --width, --heads")
     known = {*EVALUATIONS, "features", "none"}
@@ -1406,16 +1383,24 @@ def check(config, world):
 
 
 def make_tokenizer(config, merges, split):
-    """Return the Tokenizer of the weights' merges, of --vocabulary, or of the split's captions."""
-    if merges is None and config.vocabulary:
-        merges = read_merges(config.vocabulary)
-    elif merges is None and config.init:
-        fail(f"{config.init} has no vocabulary: add --vocabulary bpe_simple_vocab_16e6.txt.gz")
-    elif merges is None:
-        rows = range(0, len(split), math.ceil(len(split) / 20000))
-        captions = {caption for i in rows for caption in split.captions[i]}
-        merges = learn_merges(captions, config.merges)
-    return Tokenizer(merges, config.context)
+    """Return the Tokenizer of the weights' merges, of --vocabulary, or of the split's captions.
+
+    Reads the captions of at most 20,000 images, and says how many are cut.
+    """
+    rows = range(0, len(split), 1 + len(split) // 20000)
+    captions = {caption for i in rows for caption in split.captions[i]}
+    if merges is None:
+        if config.vocabulary:
+            merges = read_merges(config.vocabulary)
+        elif config.init:
+            fail(f"{config.init} has no vocabulary: add --vocabulary bpe_simple_vocab_16e6.txt.gz")
+        else:
+            merges = learn_merges(captions, config.merges)
+    tokenizer = Tokenizer(merges, config.context)
+    cut = sum(len(tokenizer.encode(caption)) > config.context - 2 for caption in captions)
+    if cut:
+        note(f"{cut} of {len(captions)} captions read are cut to --context {config.context} tokens")
+    return tokenizer
 
 
 @common.command_line
@@ -1424,9 +1409,9 @@ def main(argv=None):
     config, typed = common.parse_config(Config, PRESETS, DATA_PRESETS, argv)
     merges = None
     if config.init:
-        weights = read_weights(config.init, {name: getattr(config, name) for name in typed})
+        weights = read_weights(config.init, typed)
         config = common.adopt(config, weights["fields"], typed, config.init)
-        merges = weights["merges"]
+        merges = weights.get("merges")
     world = common.start_world(config.device, config.precision)
     check(config, world)
     val = open_pairs(config, "val", world)
@@ -1440,7 +1425,7 @@ def main(argv=None):
     skipped = wanted - possible
     if skipped:
         note(f"{', '.join(sorted(skipped))}: skipped, since the val data cannot answer that")
-    tokenizer = make_tokenizer(config, merges, split)
+    tokenizer = make_tokenizer(config, merges, split or val)
     model = build(config, tokenizer.start + 2)
     if config.init:
         load_weights(model, weights, config.init)
@@ -1448,7 +1433,7 @@ def main(argv=None):
         run = train(model, tokenizer, split, config, world)
         # what is evaluated is what was saved, in a model that is neither wrapped nor sharded
         model = build(config, tokenizer.start + 2)
-        load_weights(model, read_weights(run.out / "last.pt", {}), run.out / "last.pt")
+        load_weights(model, read_weights(run.out / "last.pt"), run.out / "last.pt")
     else:
         run = common.Run(config, world)
     model.to(world.device).eval()

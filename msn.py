@@ -756,7 +756,7 @@ def read_weights(path, heads=0):
         weights = {"prototypes": network.pop("prototypes"), "network": network}
         weights["fields"] = {name: state["config"][name] for name in MODEL}
         return {**weights, "target": state["target"]}
-    target = common.from_hub(state.get("target_encoder") or state.get("encoder") or state)
+    target = state.get("target_encoder") or state.get("encoder") or state
     if "pos_embed" not in target or "cls_token" not in target:
         found = ", ".join(list(state)[:8])
         fail(f"{path} is no MSN checkpoint: expected target_encoder or a ViT, found {found}")
@@ -771,7 +771,7 @@ def read_weights(path, heads=0):
         fields["embedding"], fields["head_hidden"] = target["fc.fc3.weight"].shape
     if "prototypes" in state:
         fields["prototypes"] = len(state["prototypes"])
-    network = common.from_hub(state.get("encoder") or target)
+    network = state.get("encoder") or target
     weights = {"network": in_network(network), "target": in_network(target), "fields": fields}
     return {**weights, "prototypes": state.get("prototypes")}
 

@@ -8,9 +8,9 @@ builds on: masked autoencoders (He et al. 2022, 2111.06377) and DiT (Peebles, Xi
 The idea. A vision transformer cuts an image into patches. So it knows, before it learns anything,
 that nearby pixels belong together. Take that away: every pixel is a token of its own, and a learned
 embedding, which starts as noise, says where it stands. Nothing in the network knows rows, columns
-or neighbours. It still learns, and at equal image size pixels beat all larger patches. This is a
-finding, not a practical method: half the patch means four times the tokens, which is why tokens
-and multiply-adds are printed at the start.
+or neighbours. It still learns, and at equal image size smaller patches are better, down to a pixel.
+This is a finding, not a practical method: half the patch means four times the tokens. So tokens and
+multiply-adds are printed at the start.
 
     image [B, 3, S, S] -> pixels [B, S*S, 3] -> Linear, + positions -> tokens [B, N, D]
       |-- 1. classify:  [class | tokens] -> blocks -> mean -> norm -> Linear -> classes
@@ -22,15 +22,20 @@ and multiply-adds are printed at the start.
     torchrun --nproc-per-node 8 pixel_vit.py --data imagenet --preset vit_b1_imagenet28
     python pixel_vit.py --init mae_pretrain_vit_base.pth --preset mae_b16_finetune --data imagenet
 
-There is no official code. What follows MAE, DiT and timm equals their numbers. Departures: random
-draws depend on the seed and the micro-batch only; erasing's noise is cut to the range of pixels;
-sizes of MAE's decoder on small images are ours; targets are not normalised with patch 1, which
-would lose the brightness; the probe runs on features computed once, MAE's on random crops.
+There is no official code. What follows MAE, DiT and timm equals their numbers. Departures:
+- random draws depend on the seed and the micro-batch only; DiT samples in micro-batches too;
+- erasing cuts its rectangle to the image, and its noise to the range of pixels;
+- sizes of MAE's decoder on small images are ours; patch 1 has no normalised targets, which would
+  lose the brightness;
+- the linear probe reads features computed once, the mean of the tokens, in batches of 256, and
+  reports the best of its rates; MAE's reads the class token of random crops, in larger batches.
 CIFAR-100 is read from a folder cifar100/train/CLASS/*.png, since its archive is pickled.
 """
 
 import argparse
+import copy
 import functools
+import itertools
 import math
 import re
 from dataclasses import dataclass, replace
@@ -41,7 +46,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import common
 from common import MLP, Attention, Block, PatchEmbed, ViT, fail
@@ -56,7 +60,7 @@ class Config:
     """Every field is a flag. The comment beside it is its help."""
 
     preset: str = ""  # a name of PRESETS, by default the one that fits --data
-    data: str = "toy"  # toy, shapes, cifar10, imagenet, or a folder of images
+    data: str = "toy"  # toy, mosaics, cifar10, imagenet, or a folder of images
     task: Literal["classify", "mae", "diffusion"] = "classify"  # presets choose it
 
     # model
@@ -66,13 +70,11 @@ class Config:
     depth: int = 3  # blocks
     heads: int = 4  # attention heads
     positions: Literal["learned", "sincos", "none"] = "learned"  # from noise, fixed sines, or none
-    position_std: float = 0.02  # std of the initial learned positions
     readout: Literal["gap", "cls"] = "gap"  # what is read: mean of the tokens, or class token
     classes: int = 0  # classes, 0 = as the data have
-    init_std: float = 0.0  # std of the initial weights, 0 = Xavier uniform
     drop_path: float = 0.0  # stochastic depth of the last block, rising from 0 at the first
     permute: int = 0  # pairs of pixels that trade places, in all images alike
-    permute_distance: int = 0  # how far apart a pair may be, |rows| + |columns|, 0 = any distance
+    permute_distance: int = 1000  # how far apart a pair may be, |rows| + |columns|
 
     # masked autoencoder
     mask_ratio: float = 0.75  # share of the tokens that the encoder does not see
@@ -86,11 +88,10 @@ class Config:
     downsample: int = 1  # side of the image over that of its latents
     codec: str = ""  # TorchScript file with encode(images in -1..1) and decode(latents)
     noise_schedule: Literal["linear", "cosine"] = "linear"  # how noise grows over 1000 timesteps
-    label_drop: float = 0.1  # share of the labels that are hidden in training, for guidance
 
     # augmentation
     crop_scale: tuple[float, float] = (1.0, 1.0)  # area of the random crop, share of the image
-    flip: bool = False  # mirror half of the images
+    flip: bool = True  # mirror half of the images
     randaugment: int = 0  # operations of RandAugment, each applied to half of the images
     jitter: float = 0.0  # strength of brightness, contrast, saturation and hue jitter
     grey: float = 0.0  # share of the images that turn grey
@@ -108,11 +109,9 @@ class Config:
     warmup: float = 0.1  # share of the run in which the learning rate rises
     lr: float = 2e-3  # peak learning rate
     lr_start: float = 0.0  # learning rate of the first step
-    lr_final: float = 1e-6  # learning rate at the end
-    cosine: bool = True  # let the learning rate fall after the warm-up, else keep it
-    weight_decay: float = 0.04  # AdamW weight decay
+    lr_floor: float = 5e-4  # learning rate at the end over the peak, 1 = it stays at the peak
+    weight_decay: float = 0.05  # AdamW weight decay
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW betas
-    clip: float = 0.0  # largest norm of the gradient, 0 = no limit
     layer_decay: float = 1.0  # learning rate of a block over that of the next
     ema: float = 0.0  # momentum of the averaged weights, which are evaluated; 0 = no average
 
@@ -126,15 +125,13 @@ class Config:
     device: Literal["", "cuda", "mps", "cpu"] = ""  # default the best there is
     precision: Literal["", "bf16", "fp16", "fp32"] = ""  # default bf16 where it is fast
     compile: bool = torch.cuda.is_available()  # torch.compile the network
-    recompute: bool = False  # activation checkpointing: less memory, a third more time
     shard: bool = False  # FSDP2 instead of DDP, for models that do not fit one GPU
     workers: int = 0  # loading processes a rank, 0 = load between the steps
 
     # evaluation
     eval: str = ""  # accuracy, reconstruction, knn, linear, samples, features, none
     probe_epochs: int = 30  # passes of the linear probe
-    probe_batch: int = 256  # batch of the linear probe
-    probe_lrs: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)  # learning rates tried, at batch 256
+    probe_lrs: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)  # learning rates tried, batch 256
     samples: int = 300  # images that --eval samples makes
     sampler_steps: int = 250  # denoising steps of a sample
     guidance: float = 1.5  # classifier-free guidance, 1 = none
@@ -146,77 +143,75 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 
 
-def make_positions(kind, std, width, grid, special=0):
-    """Return a table [1, special + grid * grid, D]: learned from noise, fixed sines, or zeros.
-
-    A parameter even where it is fixed, since checkpoints hold it.
-    """
-    if kind == "sincos":
-        table = common.sincos_2d(width, grid, grid).float()
-        table = F.pad(table, (0, 0, special, 0))
-    else:
-        table = torch.randn(special + grid * grid, width) * (std if kind == "learned" else 0)
-    return nn.Parameter(table[None], requires_grad=kind == "learned")
-
-
-def patchify(images, patch):
-    """Cut [B, C, H, W] into [B, N, p*p*C], in a patch row by row, channels fastest (MAE, DiT)."""
-    x = images.unfold(2, patch, patch).unfold(3, patch, patch)  # [B, C, h, w, p, q]
-    return x.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-
-
-def unpatchify(tokens, patch):
-    """Invert `patchify` for square images: [B, N, p*p*C] -> [B, C, H, W]."""
-    side = math.isqrt(tokens.shape[1])
-    x = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, (side, side))  # [B, h, w, p, q, C]
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-
-
-def xavier_uniform(module):
-    """For `module.apply`: weights of Linears Xavier uniform, biases 0."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
-def apply_block(block, recompute, *inputs):
-    """Call a block, with activation checkpointing if asked."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
-
-
-def multiply_adds(*stacks):
-    """Return the work of a forward pass on one image; a stack is (tokens, width, depth)."""
-    total = 0
-    for n, width, depth in stacks:
-        total += depth * (12 * n * width**2 + 2 * n**2 * width)
-    return total
-
-
 def token_count(config):
     """Return the pixel (or patch) tokens of an image."""
     return (config.image_size // config.downsample // config.patch) ** 2
 
 
-def pixel_permutation(side, pairs, distance, seed):
-    """Let `pairs` of pixels trade places, each pixel at most once: int64 [side * side].
+def make_positions(config, width, special=0):
+    """Return a table [1, special + N, width]: learned from noise, fixed sines, or zeros.
 
-    Partners are at most `distance` apart, |rows| + |columns| (0: anywhere). Where no free pixel
-    has a free partner left, there are fewer pairs.
+    A parameter even where it is fixed, since checkpoints hold it.
     """
-    random = np.random.default_rng(seed)
-    row, column = np.mgrid[:side, :side].reshape(2, -1)
-    order = np.arange(side * side)
-    free = np.ones(side * side, dtype=bool)
-    for a in random.permutation(side * side):
-        if pairs and free[a]:
+    learned = config.positions == "learned"
+    table = 0.02 * learned * torch.randn(special + token_count(config), width)
+    if config.positions == "sincos":
+        side = math.isqrt(len(table))
+        table[special:] = common.sincos_2d(width, side, side)
+    return nn.Parameter(table[None], requires_grad=learned)
+
+
+def transpose_within(patches, rows):
+    """Transpose the content of each patch, seen as [rows, columns]: [B, N, P] -> [B, N, P]."""
+    return patches.unflatten(2, (rows, -1)).transpose(2, 3).flatten(2)
+
+
+def patchify(images, patch):
+    """Cut [B, C, H, W] into [B, N, p*p*C], in a patch row by row, channels fastest (MAE, DiT)."""
+    return transpose_within(common.patchify(images, patch), images.shape[1])
+
+
+def unpatchify(tokens, patch):
+    """Invert `patchify` for square images: [B, N, p*p*C] -> [B, C, H, W]."""
+    side = math.isqrt(tokens.shape[1]) * patch
+    patches = transpose_within(tokens, patch**2)  # [B, N, C*p*p]
+    return F.fold(patches.transpose(1, 2), side, patch, stride=patch)
+
+
+def xavier_uniform(model, tokeniser):
+    """Draw the weights of all Linears and of the patch projection Xavier uniform; biases are 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(tokeniser.weight.flatten(1))
+
+
+def multiply_adds(tokens, width, depth):
+    """Return the work of `depth` blocks on one image."""
+    return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+
+def pixel_permutation(config):
+    """Let --permute pairs of pixels trade places, each pixel at most once: int64 [side * side].
+
+    Partners are at most --permute-distance apart, |rows| + |columns|. Where no free pixel has a
+    free partner left, there are fewer pairs.
+    """
+    side = config.image_size
+    pairs = config.permute
+    random = np.random.default_rng(config.seed)
+    places = np.arange(side * side)
+    row, column = np.divmod(places, side)
+    order = places.copy()
+    for a in random.permutation(places):
+        if pairs and order[a] == a:
             apart = abs(row - row[a]) + abs(column - column[a])
-            near = free & (apart > 0) & (apart <= (distance or 2 * side))
-            if near.any():
-                b = random.choice(np.flatnonzero(near))
+            near = (apart > 0) & (apart <= config.permute_distance)
+            partners = places[near & (order == places)]
+            if len(partners):
+                b = random.choice(partners)
                 order[[a, b]] = [b, a]
-                free[[a, b]] = False
                 pairs -= 1
     return torch.from_numpy(order)
 
@@ -224,22 +219,10 @@ def pixel_permutation(side, pairs, distance, seed):
 class DropBlock(Block):
     """A block whose branches are left out for some images: stochastic depth."""
 
-    def __init__(self, width, heads, rate):
-        super().__init__(width, heads)
-        self.rate = rate
-
-    def forward(self, x, uniforms=None):
-        """x [B, N, D]; uniforms [2, B] in 0..1 say which images leave out a branch."""
-        if uniforms is None or not self.rate:
-            return super().forward(x)
-        scale = drop_scale(uniforms, self.rate)[..., None, None]  # [2, B, 1, 1]
-        x = x + scale[0] * self.attn(self.norm1(x))
-        return x + scale[1] * self.mlp(self.norm2(x))
-
-
-def drop_scale(uniforms, rate):
-    """Return what scales a branch: 0 with probability `rate`, else 1 / (1 - rate)."""
-    return (uniforms >= rate).float() / (1 - rate)
+    def forward(self, x, scales=(1, 1)):
+        """x [B, N, D]; scales [2, B, 1, 1] of the two branches, 0 where one is left out."""
+        x = x + scales[0] * self.attn(self.norm1(x))
+        return x + scales[1] * self.mlp(self.norm2(x))
 
 
 class Trunk(ViT):
@@ -250,41 +233,32 @@ class Trunk(ViT):
     def __init__(self, config):
         c = config
         super().__init__(c.image_size, c.patch, c.width, 0, c.heads, class_token=True)
-        grid = c.image_size // c.patch
-        self.pos_embed = make_positions(c.positions, c.position_std, c.width, grid, special=1)
-        rates = [c.drop_path * i / max(1, c.depth - 1) for i in range(c.depth)]
-        self.blocks = nn.ModuleList(DropBlock(c.width, c.heads, rate) for rate in rates)
-        self.recompute = c.recompute
+        self.pos_embed = make_positions(c, c.width, special=1)
+        self.blocks = nn.ModuleList(DropBlock(c.width, c.heads) for _ in range(c.depth))
+        self.fc_norm = nn.Identity()
         self.readout = c.readout
-        order = None
-        if c.permute:
-            order = pixel_permutation(c.image_size, c.permute, c.permute_distance, c.seed)
-        self.register_buffer("permutation", order)  # in the checkpoint, where there is one
+        self.work = multiply_adds(1 + token_count(c), c.width, c.depth)
+        # in the checkpoint, where there is one
+        self.register_buffer("permutation", pixel_permutation(c) if c.permute else None)
 
-    def embed(self, x, keep=None):
-        """See `ViT`. Pixels trade places before anything else."""
-        if self.permutation is not None:
-            x = x.flatten(2)[:, :, self.permutation].view_as(x)
-        return super().embed(x, keep)
+    def tokens(self, images, keep=None, scales=None):
+        """Return tokens [class | patches] after the final norm: [B, 1 + N, D].
 
-    def run(self, images, keep=None, uniforms=None):
-        """Return tokens [class | patches] before the final norm: [B, 1 + N, D].
-
-        keep: indices [B, K] of the patches to run on; uniforms [depth, 2, B]: see `DropBlock`.
+        keep: indices [B, K] of the patches to run on; scales [depth, 2, B, 1, 1]: see `DropBlock`.
         """
+        if self.permutation is not None:
+            images = images.flatten(2)[:, :, self.permutation].view_as(images)
         x = self.embed(images, keep)
         for i, block in enumerate(self.blocks):
-            x = apply_block(block, self.recompute, x, None if uniforms is None else uniforms[i])
-        return x
+            x = block(x) if scales is None else block(x, scales[i])
+        return self.norm(x)
 
-    def initialise(self, config):
-        """Draw weights from normal(init_std), or Xavier uniform as MAE."""
-        if config.init_std:
-            common.init_weights(self, config.init_std)
-        else:
-            self.apply(xavier_uniform)
-            nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(config.width, -1))
-        nn.init.normal_(self.cls_token, std=0.02)
+    def pooled(self, images, scales=None):
+        """Return features [B, D]: the mean of the patch tokens (gap), or the class token."""
+        x = self.tokens(images, scales=scales)
+        if self.readout == "cls":
+            return x[:, 0]
+        return self.fc_norm(x[:, 1:].mean(1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -301,13 +275,8 @@ def affine(image, *matrix):
 
 
 def solarize_add(image, value):
-    """Brighten the darker half of the values."""
-    return image.point(lambda v: min(255, v + value) if v < 128 else v)
-
-
-def keep_bits(image, bits):
-    """Posterize, also to 0 bits, which PIL refuses."""
-    return image.point(lambda v: v & -(1 << (8 - bits)))
+    """Brighten the darker half of the values, by at most 127."""
+    return image.point(lambda v: v + value * (v < 128))
 
 
 def enhance(kind):
@@ -321,7 +290,7 @@ OPERATIONS = {
     "equalize": lambda image, m: ImageOps.equalize(image),
     "invert": lambda image, m: ImageOps.invert(image),
     "rotate": lambda image, m: image.rotate(30 * m, Image.BICUBIC, fillcolor=FILL),
-    "posterize": lambda image, m: keep_bits(image, 4 - int(4 * abs(m))),
+    "posterize": lambda image, m: image.point(lambda v: v & -16 << int(4 * abs(m))),
     "solarize": lambda image, m: ImageOps.solarize(image, 256 - int(256 * abs(m))),
     "solarizeadd": lambda image, m: solarize_add(image, int(110 * abs(m))),
     "color": enhance(ImageEnhance.Color),
@@ -337,27 +306,26 @@ OPERATIONS = {
 
 def shift_hue(image, turns):
     """Shift the hue by a share of the colour circle."""
-    hue, saturation, value = image.convert("HSV").split()
-    hue = hue.point(lambda v: (v + int(255 * turns)) % 256)
-    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    hues = [(v + int(255 * turns)) % 256 for v in range(256)]
+    unchanged = list(range(256)) * 2  # saturation and value
+    return image.convert("HSV").point(hues + unchanged).convert("RGB")
 
 
 def augment(image, config, random):
     """Apply RandAugment (level 9), colour jitter and grey to a PIL image."""
-    c = config
-    for operation in random.choice(list(OPERATIONS.values()), c.randaugment):
+    for operation in random.choice(list(OPERATIONS.values()), config.randaugment):
         if random.random() < 0.5:
             level = np.clip(random.normal(9, 0.5), 0, 10)
             image = operation(image, random.choice([-1, 1]) * level / 10)
-    if c.jitter:
+    if config.jitter:
         enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
         for kind in random.permutation(4):
-            shift = random.uniform(-c.jitter, c.jitter)
+            shift = random.uniform(-config.jitter, config.jitter)
             if kind == 3:
                 image = shift_hue(image, shift)
             else:
                 image = enhancers[kind](image).enhance(1 + shift)
-    if random.random() < c.grey:
+    if random.random() < config.grey:
         image = image.convert("L").convert("RGB")
     return image
 
@@ -366,13 +334,13 @@ def erase(pixels, random):
     """Fill a rectangle of pixels uint8 [3, S, S] with noise: 2 % to a third of the area."""
     size = pixels.shape[1]
     area = size * size * random.uniform(0.02, 1 / 3)
-    ratio = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
+    ratio = 0.3 ** random.uniform(-1, 1)
     height = min(size, round(math.sqrt(area * ratio)))
     width = min(size, round(math.sqrt(area / ratio)))
     top, left = random.integers((size - height + 1, size - width + 1))
-    noise = torch.from_numpy(random.normal(size=(3, height, width)))
-    noise = 255 * (noise * common.STD + common.MEAN)
-    pixels[:, top : top + height, left : left + width] = noise.clamp(0, 255)
+    rectangle = pixels[:, top : top + height, left : left + width].numpy()
+    noise = random.normal(common.MEAN, common.STD, rectangle.shape)
+    rectangle[:] = (255 * noise).clip(0, 255)
 
 
 def draw_mix(random, size, mixup, cutmix):
@@ -382,14 +350,13 @@ def draw_mix(random, size, mixup, cutmix):
     """
     use_cutmix = random.random() < 0.5 if mixup and cutmix else bool(cutmix)
     alpha = cutmix if use_cutmix else mixup
-    own = random.beta(alpha, alpha)
+    own = random.beta(alpha, alpha) if alpha else 1.0
     if not use_cutmix:
         return torch.full((size, size), own)
     share = torch.ones(size, size)
     side = int(size * math.sqrt(1 - own))
-    y, x = random.integers(0, size, 2)
-    rows = slice(max(0, y - side // 2), y + (side + 1) // 2)
-    share[rows, max(0, x - side // 2) : x + (side + 1) // 2] = 0
+    top, left = random.integers(0, size, 2) - side // 2
+    share[max(0, top) : top + side, max(0, left) : left + side] = 0
     return share
 
 
@@ -397,16 +364,6 @@ def mix(images, targets, share):
     """Mix images [B, 3, S, S] and targets [B, C] with the batch in reverse, by `draw_mix`."""
     images = images.flip(0).lerp(images, share)
     return images, targets.flip(0).lerp(targets, share.mean())
-
-
-def smooth_targets(labels, classes, smoothing):
-    """Return soft targets [B, C] of labels [B]."""
-    return F.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
-
-
-def classification_loss(logits, targets):
-    """Return the cross entropy with soft targets [B, C], mean over the batch."""
-    return -(targets * logits.float().log_softmax(-1)).sum(-1).mean()
 
 
 class Classifier(Trunk):
@@ -417,82 +374,47 @@ class Classifier(Trunk):
 
     def __init__(self, config):
         super().__init__(config)
-        self.classes = config.classes
         self.smoothing = config.smoothing
         if self.readout == "gap":  # MAE's names
             self.fc_norm = self.norm
             self.norm = nn.Identity()
         self.head = nn.Linear(config.width, config.classes)
-        self.initialise(config)
-
-    @staticmethod
-    def work(config):
-        """Return the multiply-adds of a forward pass on one image."""
-        return multiply_adds((token_count(config) + 1, config.width, config.depth))
+        common.init_weights(self)
 
     @staticmethod
     def draw(config, pixels, labels, number):
         """Augment pixels uint8 [B, 3, S, S] of a micro-batch; return the inputs of `forward`."""
         c = config
         key = common.generator(c.seed, "augment", number)
-        uniforms = torch.rand(c.depth, 2, len(pixels), generator=key)
+        rates = torch.linspace(0, c.drop_path, c.depth).view(-1, 1, 1, 1, 1)
+        kept = torch.rand(c.depth, 2, len(pixels), 1, 1, generator=key) >= rates
+        scales = kept / (1 - rates)  # of the branches: stochastic depth
         random = np.random.default_rng(key.initial_seed())
         for image in pixels:
             changed = augment(Image.fromarray(image.permute(1, 2, 0).numpy()), c, random)
             image[:] = torch.from_numpy(np.array(changed)).permute(2, 0, 1)
             if random.random() < c.erase:
                 erase(image, random)
-        share = torch.ones(1, 1)
-        if c.mixup or c.cutmix:
-            share = draw_mix(random, c.image_size, c.mixup, c.cutmix)
-        return pixels, labels, share, uniforms
+        share = draw_mix(random, c.image_size, c.mixup, c.cutmix)
+        return pixels, labels, share, scales
 
-    def forward(self, images, labels, share, uniforms):
+    def forward(self, images, labels, share, scales):
         """Return the loss on images [B, 3, S, S]; see `draw`."""
-        targets = smooth_targets(labels, self.classes, self.smoothing)
+        targets = F.one_hot(labels, self.head.out_features).float()
         images, targets = mix(images, targets, share)
-        return classification_loss(self.logits(images, uniforms), targets)
+        logits = self.logits(images, scales).float()
+        return F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
 
-    def pooled(self, images, uniforms=None):
-        """Return what the head reads [B, D]."""
-        x = self.norm(self.run(images, uniforms=uniforms))
-        if self.readout == "cls":
-            return x[:, 0]
-        return self.fc_norm(x[:, 1:].mean(1))
-
-    def logits(self, images, uniforms=None):
+    def logits(self, images, scales=None):
         """Images [B, 3, H, W] -> [B, C]."""
-        return self.head(self.pooled(images, uniforms))
+        return self.head(self.pooled(images, scales))
 
-
-def accuracy(model, val, config, world):
-    """Return top-1 accuracy on a Split, percent; {} on ranks above 0."""
-    scores, labels, _ = common.extract(model.logits, val, config, world)
-    return {} if world.rank else {"top-1": common.top1(scores, labels)}
-
-
-@torch.no_grad()
-def draw_classifier(path, model, images, config, columns=7):
-    """Show the surest images of each class, and how alike positions are.
-
-    A row is a class: the images that are most surely taken for it. The last tile shows, for a pixel
-    on the diagonal, the cosine similarity of its position with all others. Nothing told the model
-    which pixels are neighbours.
-    """
-    scores = model.logits(images).softmax(1)  # [B, C]
-    table = model.pos_embed[0, 1:]
-    table = F.normalize(table - table.mean(0), dim=1)
-    grid = math.isqrt(len(table))
-    rows = []
-    for i in range(min(8, config.classes)):
-        surest = scores[:, i].topk(min(columns, len(images))).indices
-        place = (2 * i + 1) * grid // 16
-        similarity = (table @ table[place * grid + place]).view(1, 1, grid, grid)
-        heat = F.interpolate(2 * similarity, images.shape[2:])
-        heat = heat.expand(-1, 3, -1, -1)  # grey
-        rows.append(torch.cat([images[surest], heat]))
-    common.save_picture(path, torch.stack(rows))
-    common.note(f"{path}: rows are classes, surest images first; last, how alike positions are")
+    def draw_picture(self, path, images):
+        """Show a row for each class: the images that are most surely taken for it."""
+        scores = self.logits(images).softmax(1)  # [B, C]
+        surest = scores.topk(min(8, len(images)), dim=0).indices  # [8, C]
+        common.save_picture(path, images[surest.T[:10]])
+        common.note(f"{path}: rows are classes, surest images first")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -517,18 +439,24 @@ def random_masking(noise, ratio):
     return shuffle[:, :kept], restore, (restore >= kept).float()
 
 
+def patch_statistics(patches):
+    """Return mean and standard deviation within each patch [B, N, P]: [B, N, 1] both."""
+    variance = patches.var(-1, keepdim=True)
+    return patches.mean(-1, keepdim=True), (variance + 1e-6).sqrt()
+
+
 def mae_target(images, patch, norm_pix):
     """Return what to paint: patches [B, N, p*p*3], with norm_pix standardised within the patch."""
     target = patchify(images, patch)
     if norm_pix:
-        mean = target.mean(-1, keepdim=True)
-        target = (target - mean) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
     return target
 
 
 def mae_loss(prediction, target, mask):
     """Return the squared error on removed patches: prediction, target [B, N, P], mask [B, N]."""
-    error = (prediction.float() - target).square().mean(-1)
+    error = (prediction - target).square().mean(-1)
     return (error * mask).sum() / mask.sum()
 
 
@@ -538,28 +466,23 @@ class MAE(Trunk):
     evaluations = ("reconstruction", "knn", "linear", "features")
 
     def __init__(self, config):
-        super().__init__(config)
         c = config
+        super().__init__(c)
         self.mask_ratio = c.mask_ratio
         self.norm_pix = c.norm_pix
         self.decoder_embed = nn.Linear(c.width, c.decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_width))
-        grid = c.image_size // c.patch
-        positions = make_positions(c.positions, c.position_std, c.decoder_width, grid, special=1)
-        self.decoder_pos_embed = positions
-        blocks = [Block(c.decoder_width, c.decoder_heads) for _ in range(c.decoder_depth)]
-        self.decoder_blocks = nn.ModuleList(blocks)
+        self.decoder_pos_embed = make_positions(c, c.decoder_width, special=1)
+        self.decoder_blocks = nn.ModuleList(
+            Block(c.decoder_width, c.decoder_heads) for _ in range(c.decoder_depth)
+        )
         self.decoder_norm = nn.LayerNorm(c.decoder_width, eps=1e-6)
         self.decoder_pred = nn.Linear(c.decoder_width, c.patch**2 * 3)
-        self.initialise(config)
+        self.work = multiply_adds(1 + kept_tokens(token_count(c), c.mask_ratio), c.width, c.depth)
+        self.work += multiply_adds(1 + token_count(c), c.decoder_width, c.decoder_depth)
+        xavier_uniform(self, self.patch_embed.proj)
+        nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
-
-    @staticmethod
-    def work(config):
-        """Return the multiply-adds of a forward pass on one image."""
-        n = token_count(config)
-        encoder = (kept_tokens(n, config.mask_ratio) + 1, config.width, config.depth)
-        return multiply_adds(encoder, (n + 1, config.decoder_width, config.decoder_depth))
 
     @staticmethod
     def draw(config, pixels, labels, number):
@@ -575,54 +498,40 @@ class MAE(Trunk):
     def paint(self, images, noise):
         """Return predicted patches [B, N, p*p*3], and the mask [B, N], 1 = removed."""
         keep, restore, mask = random_masking(noise, self.mask_ratio)
-        x = self.decoder_embed(self.norm(self.run(images, keep)))  # [B, 1 + K, Dd]
-        hidden = restore.shape[1] - keep.shape[1]
-        hidden = self.mask_token.to(x.dtype).expand(len(x), hidden, -1)
+        x = self.decoder_embed(self.tokens(images, keep))  # [B, 1 + K, Dd]
+        hidden = self.mask_token.expand(len(x), mask.shape[1] - keep.shape[1], -1)
         tokens = common.gather_tokens(torch.cat([x[:, 1:], hidden], dim=1), restore)
         x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed  # [B, 1 + N, Dd]
         for block in self.decoder_blocks:
-            x = apply_block(block, self.recompute, x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:], mask
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:].float(), mask
 
-    def tokens(self, images):
-        """Return all normed tokens [B, 1 + N, D], nothing masked."""
-        return self.norm(self.run(images))
+    def paint_unseen(self, images):
+        """Paint images of evaluation, always with the same masks."""
+        random = common.generator("masks of evaluation")
+        noise = torch.rand(len(images), self.pos_embed.shape[1] - 1, generator=random)
+        return self.paint(images, noise.to(images.device))
 
-    def pooled(self, images):
-        """Return features [B, D]: the mean of the patch tokens (gap), or the class token."""
-        x = self.tokens(images)
-        return x[:, 1:].mean(1) if self.readout == "gap" else x[:, 0]
+    def reconstruction(self, images):
+        """Return 100 times the squared error on hidden patches, and that of the mean colour."""
+        prediction, mask = self.paint_unseen(images)
+        target = mae_target(images, self.patch, self.norm_pix)
+        errors = {"hidden error x 100": prediction, "of mean colour": target.mean(1, keepdim=True)}
+        return {name: 100 * mae_loss(x, target, mask).item() for name, x in errors.items()}
 
-
-def reconstruction(model, images, config):
-    """Return 100 times the squared error on hidden patches, and that of the mean visible patch."""
-    random = common.generator(config.seed, "val masks")
-    noise = torch.rand(len(images), token_count(config), generator=random)
-    prediction, mask = model.paint(images, noise.to(images.device))
-    target = mae_target(images, config.patch, config.norm_pix)
-    visible = 1 - mask[..., None]
-    mean = (target * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True)
-    errors = {"hidden error x 100": prediction, "of mean colour": mean}
-    return {name: 100 * mae_loss(x, target, mask).item() for name, x in errors.items()}
-
-
-@torch.no_grad()
-def draw_reconstruction(path, model, images, config, rows=8):
-    """Show images, what the encoder sees, what the decoder paints, and that in the gaps only."""
-    images = images[:rows]
-    random = common.generator(config.seed, "picture")
-    noise = torch.rand(len(images), token_count(config), generator=random)
-    prediction, mask = model.paint(images, noise.to(images.device))
-    target = patchify(images, config.patch)
-    if config.norm_pix:  # back to pixels, by the statistics of the patch that should be there
-        prediction = prediction * (target.var(-1, keepdim=True) + 1e-6).sqrt()
-        prediction = prediction + target.mean(-1, keepdim=True)
-    hidden = mask[..., None] > 0
-    together = torch.where(hidden, prediction.float(), target)
-    columns = (target, target.where(~hidden, torch.zeros(())), prediction.float(), together)
-    tiles = [unpatchify(patches, config.patch) for patches in columns]
-    common.save_picture(path, torch.stack(tiles, dim=1))
-    common.note(f"{path}: image, what is visible, what is painted, and both together")
+    def draw_picture(self, path, images):
+        """Show what the encoder sees, with what the decoder paints in the gaps, and the image."""
+        images = images[:8]
+        prediction, mask = self.paint_unseen(images)
+        target = patchify(images, self.patch)
+        if self.norm_pix:  # back to pixels, by the statistics of the patch that should be there
+            mean, std = patch_statistics(target)
+            prediction = prediction * std + mean
+        hidden = mask[..., None]
+        together = target.lerp(prediction, hidden)
+        tiles = [unpatchify(x, self.patch) for x in (target * (1 - hidden), together, target)]
+        common.save_picture(path, torch.stack(tiles, dim=1))
+        common.note(f"{path}: what is visible, with what is painted, the image")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -630,6 +539,7 @@ def draw_reconstruction(path, model, images, config, rows=8):
 # --------------------------------------------------------------------------------------------------
 
 TIMESTEPS = 1000
+LABEL_DROP = 0.1  # share of the labels that are hidden in training, for guidance
 LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's autoencoder to unit variance
 
 
@@ -644,13 +554,10 @@ def noise_betas(schedule):
 
 def space_timesteps(count):
     """Return which of the 1000 timesteps a sampler takes: `count`, evenly from first to last."""
-    stride = (TIMESTEPS - 1) / (count - 1) if count > 1 else 1.0
-    steps = []
-    place = 0.0
-    for _ in range(count):  # summed, not multiplied, as the released code rounds
-        steps.append(round(place))
-        place += stride
-    return steps
+    stride = (TIMESTEPS - 1) / max(1, count - 1)
+    # summed, not multiplied, as the released code rounds
+    places = itertools.accumulate([stride] * (count - 1), initial=0.0)
+    return [round(place) for place in places]
 
 
 def diffusion_tables(betas, steps):
@@ -659,17 +566,13 @@ def diffusion_tables(betas, steps):
     previous = np.append(1.0, cumulative[:-1])
     betas = 1 - cumulative / previous
     variance = betas * (1 - previous) / (1 - cumulative)
-    # the variance of step 0 is 0, which has no logarithm
-    clipped = np.append(variance[1:2], variance[1:]) if len(betas) > 1 else betas
+    variance[0] = variance[1]  # it is 0, which has no logarithm
     return {
         "alphas_cumprod": cumulative,
         "betas": betas,
-        "log_betas": np.log(betas),
         "sqrt_alphas_cumprod": np.sqrt(cumulative),
         "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - cumulative),
-        "sqrt_recip_alphas_cumprod": np.sqrt(1 / cumulative),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / cumulative - 1),
-        "posterior_log_variance_clipped": np.log(clipped),
+        "posterior_log_variance_clipped": np.log(variance),
         "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - cumulative),
         "posterior_mean_coef2": (1 - previous) * np.sqrt(1 - betas) / (1 - cumulative),
     }
@@ -680,54 +583,52 @@ class Diffusion(nn.Module):
 
     def __init__(self, schedule, count=TIMESTEPS):
         super().__init__()
-        self.count = count
         steps = space_timesteps(count)
         for name, table in diffusion_tables(noise_betas(schedule), steps).items():
-            self.register_buffer(name, torch.from_numpy(table).float(), persistent=False)
+            table = torch.from_numpy(table).float().view(-1, 1, 1, 1)  # to meet images
+            self.register_buffer(name, table, persistent=False)
         self.register_buffer("timestep_map", torch.tensor(steps), persistent=False)
-
-    def at(self, name, k):
-        """Return the entries k [B] of a table as [B, 1, 1, 1]."""
-        return getattr(self, name)[k][:, None, None, None]
 
     def q_sample(self, x_start, k, noise):
         """Noise x_start [B, C, H, W] to step k [B]."""
-        signal = self.at("sqrt_alphas_cumprod", k) * x_start
-        return signal + self.at("sqrt_one_minus_alphas_cumprod", k) * noise
+        signal = self.sqrt_alphas_cumprod[k] * x_start
+        return signal + self.sqrt_one_minus_alphas_cumprod[k] * noise
 
     def posterior_mean(self, x_start, x, k):
         """Return the mean of the step before k, given the image and step k."""
-        mean = self.at("posterior_mean_coef1", k) * x_start
-        return mean + self.at("posterior_mean_coef2", k) * x
+        mean = self.posterior_mean_coef1[k] * x_start
+        return mean + self.posterior_mean_coef2[k] * x
 
-    def denoise(self, output, x, k, clip):
+    def denoise(self, noise, logits, x, k, clip=False):
         """Return (mean, log variance) of the step before k, and the image expected.
 
-        output [B, 2C, H, W]: the network's at x, step k. clip: cut that image to -1..1.
+        noise, logits [B, C, H, W]: the network's output at x, step k.
+        clip: cut the expected image to -1..1.
         """
-        noise, logits = output.float().chunk(2, dim=1)
         share = (logits + 1) / 2  # between the two bounds of the variance; not clamped
-        log_variance = share * self.at("log_betas", k)
-        log_variance = log_variance + (1 - share) * self.at("posterior_log_variance_clipped", k)
-        x_start = self.at("sqrt_recip_alphas_cumprod", k) * x
-        x_start = x_start - self.at("sqrt_recipm1_alphas_cumprod", k) * noise
+        log_variance = share * self.betas[k].log()
+        log_variance = log_variance + (1 - share) * self.posterior_log_variance_clipped[k]
+        x_start = x - self.sqrt_one_minus_alphas_cumprod[k] * noise
+        x_start = x_start / self.sqrt_alphas_cumprod[k]
         if clip:
             x_start = x_start.clamp(-1, 1)
         return self.posterior_mean(x_start, x, k), log_variance, x_start
 
-    def bound(self, output, x_start, x, k):
-        """Return terms of the variational bound [B], bits a dimension: KL to the posterior.
+    def losses(self, predicted, logits, x_start, x, k, noise):
+        """Return DiT's two losses [B]: squared error of the noise, and the variational bound.
 
-        At k = 0: minus the log likelihood of the image.
+        The bound is in bits a dimension: the KL to the posterior, at k = 0 minus the log likelihood
+        of the image. It trains the variance only: it sees the predicted noise detached.
         """
-        mean, log_variance, _ = self.denoise(output, x, k, clip=False)
-        true_log_variance = self.at("posterior_log_variance_clipped", k)
-        ratio = true_log_variance - log_variance
+        mse = (noise - predicted).square().flatten(1).mean(1)
+        mean, log_variance, _ = self.denoise(predicted.detach(), logits, x, k)
+        ratio = self.posterior_log_variance_clipped[k] - log_variance
         gap = self.posterior_mean(x_start, x, k) - mean
         distance = gap.square() * (-log_variance).exp()
-        kl = 0.5 * (-1 - ratio + ratio.exp() + distance).flatten(1).mean(1)
-        likelihood = log_likelihood(x_start, mean, 0.5 * log_variance).flatten(1).mean(1)
-        return torch.where(k == 0, -likelihood, kl) / math.log(2)
+        kl = 0.5 * (-1 - ratio + ratio.exp() + distance)
+        likelihood = log_likelihood(x_start, mean, 0.5 * log_variance)
+        bound = torch.where(k[:, None, None, None] == 0, -likelihood, kl)
+        return mse, bound.flatten(1).mean(1) / math.log(2)
 
 
 def log_likelihood(x, mean, log_std):
@@ -745,17 +646,6 @@ def log_likelihood(x, mean, log_std):
     return probability.clamp(min=1e-12).log()
 
 
-def diffusion_loss(diffusion, output, x_start, x, k, noise):
-    """Return DiT's hybrid loss, [B] each: squared error of the noise, and the variational bound.
-
-    The bound trains the variance only: it sees the predicted noise detached.
-    """
-    predicted, logits = output.float().chunk(2, dim=1)
-    mse = (noise - predicted).square().flatten(1).mean(1)
-    frozen = torch.cat([predicted.detach(), logits], dim=1)
-    return mse, diffusion.bound(frozen, x_start, x, k)
-
-
 def timestep_embedding(t, width):
     """Return [cos(t f) | sin(t f)], f_k = 10000^(-k / (width // 2)): t [B] -> [B, width]."""
     half = width // 2
@@ -771,21 +661,13 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class TanhMLP(MLP):
-    """DiT's MLP: GELU by tanh."""
-
-    def forward(self, x):
-        """[..., D] -> [..., D]."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class ConditionedBlock(nn.Module):
     """adaLN-zero: the condition scales, shifts and gates both branches. Gates start at 0."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.attn = Attention(width, heads)
-        self.mlp = TanhMLP(width, 4 * width)
+        self.mlp = MLP(width, 4 * width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, condition):
@@ -793,21 +675,9 @@ class ConditionedBlock(nn.Module):
         modulation = self.adaLN_modulation(condition).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         x = x + gate_attn[:, None] * self.attn(modulate(x, shift_attn, scale_attn))
-        return x + gate_mlp[:, None] * self.mlp(modulate(x, shift_mlp, scale_mlp))
-
-
-class FinalLayer(nn.Module):
-    """Modulated norm, and Linear to the patch's pixels."""
-
-    def __init__(self, width, out):
-        super().__init__()
-        self.linear = nn.Linear(width, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x, condition):
-        """x [B, N, D], condition [B, D] -> [B, N, out]."""
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
-        return self.linear(modulate(x, shift, scale))
+        hidden = self.mlp.fc1(modulate(x, shift_mlp, scale_mlp))
+        hidden = F.gelu(hidden, approximate="tanh")  # unlike MAE's
+        return x + gate_mlp[:, None] * self.mlp.fc2(hidden)
 
 
 def drop_labels(labels, uniforms, share, null):
@@ -825,65 +695,58 @@ class DiT(nn.Module):
         super().__init__()
         c = config
         self.patch = c.patch
-        self.recompute = c.recompute
         self.null = c.classes  # the label that stands for none
+        self.work = multiply_adds(token_count(c), c.width, c.depth)
         self.diffusion = Diffusion(c.noise_schedule)
         self.x_embedder = PatchEmbed(c.patch, c.width)
         self.x_embedder.proj = nn.Conv2d(c.channels, c.width, c.patch, c.patch)
-        grid = c.image_size // c.downsample // c.patch
-        self.pos_embed = make_positions(c.positions, c.position_std, c.width, grid)
+        self.pos_embed = make_positions(c, c.width)
         first = nn.Linear(256, c.width)
         layers = nn.Sequential(first, nn.SiLU(), nn.Linear(c.width, c.width))
         self.t_embedder = nn.ModuleDict({"mlp": layers})  # nested as released
         table = nn.Embedding(c.classes + 1, c.width)  # the last row: no class, for guidance
         self.y_embedder = nn.ModuleDict({"embedding_table": table})
         self.blocks = nn.ModuleList(ConditionedBlock(c.width, c.heads) for _ in range(c.depth))
-        self.final_layer = FinalLayer(c.width, c.patch**2 * c.channels * 2)
-        self.initialise()
-
-    def initialise(self):
-        """Draw the weights as DiT does. An untrained network predicts 0."""
-        self.apply(xavier_uniform)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 2 * c.width))
+        last = nn.Linear(c.width, c.patch**2 * c.channels * 2)
+        self.final_layer = nn.ModuleDict({"adaLN_modulation": modulation, "linear": last})
+        # DiT's initial weights: an untrained network predicts 0
+        xavier_uniform(self, self.x_embedder.proj)
         nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
-        for layer in self.t_embedder["mlp"][::2]:
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in self.t_embedder.mlp[::2]:
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.final_layer.linear.weight)
         for part in (*self.blocks, self.final_layer):
             nn.init.zeros_(part.adaLN_modulation[1].weight)
 
     @staticmethod
-    def work(config):
-        """Return the multiply-adds of a forward pass on one image."""
-        return multiply_adds((token_count(config), config.width, config.depth))
-
-    @staticmethod
     def draw(config, pixels, labels, number):
         """Return the inputs of `forward`: pixels, labels (some hidden), steps k [B], and noise."""
-        c = config
-        random = common.generator(c.seed, "diffusion", number)
+        random = common.generator(config.seed, "diffusion", number)
         k = torch.randint(TIMESTEPS, (len(pixels),), generator=random)
-        side = c.image_size // c.downsample
-        noise = torch.randn(len(pixels), c.channels, side, side, generator=random)
+        side = config.image_size // config.downsample
+        noise = torch.randn(len(pixels), config.channels, side, side, generator=random)
         uniforms = torch.rand(len(pixels), generator=random)
-        return pixels, drop_labels(labels, uniforms, c.label_drop, c.classes), k, noise
+        return pixels, drop_labels(labels, uniforms, LABEL_DROP, config.classes), k, noise
 
     def forward(self, x_start, labels, k, noise):
         """Return the loss on images or latents [B, C, H, W]; see `draw`."""
         x = self.diffusion.q_sample(x_start, k, noise)
         output = self.predict(x, self.diffusion.timestep_map[k], labels)
-        mse, bound = diffusion_loss(self.diffusion, output, x_start, x, k, noise)
+        mse, bound = self.diffusion.losses(*output, x_start, x, k, noise)
         return (mse + bound).mean()
 
     def predict(self, x, t, labels):
-        """Return noise and variance logits [B, 2C, H, W] at x [B, C, H, W], timestep t [B]."""
+        """Return noise and variance logits, both as x [B, C, H, W], at timestep t [B]."""
         tokens = self.x_embedder(common.patchify(x, self.patch)) + self.pos_embed
-        condition = self.t_embedder["mlp"](timestep_embedding(t, 256))
-        condition = condition + self.y_embedder["embedding_table"](labels)  # [B, D]
+        condition = self.t_embedder.mlp(timestep_embedding(t, 256))
+        condition = condition + self.y_embedder.embedding_table(labels)  # [B, D]
         for block in self.blocks:
-            tokens = apply_block(block, self.recompute, tokens, condition)
-        return unpatchify(self.final_layer(tokens, condition), self.patch)
+            tokens = block(tokens, condition)
+        shift, scale = self.final_layer.adaLN_modulation(condition).chunk(2, dim=1)
+        tokens = self.final_layer.linear(modulate(tokens, shift, scale))
+        return unpatchify(tokens, self.patch).float().chunk(2, dim=1)
 
 
 def guided(model, x, t, labels, scale):
@@ -893,51 +756,62 @@ def guided(model, x, t, labels, scale):
     """
     if scale == 1:
         return model.predict(x, t, labels)
-    both = torch.cat([labels, torch.full_like(labels, model.null)])
-    output = model.predict(torch.cat([x, x]), torch.cat([t, t]), both)
-    asked, without = output.chunk(2)
+    labels = torch.cat([labels, torch.full_like(labels, model.null)])
+    noise, logits = model.predict(x.repeat(2, 1, 1, 1), t.repeat(2), labels)
+    asked, without = noise.chunk(2)
     moved = without[:, :3] + scale * (asked - without)[:, :3]
-    return torch.cat([moved, asked[:, 3:]], dim=1)
+    return torch.cat([moved, asked[:, 3:]], dim=1), logits[: len(x)]
 
 
-@torch.no_grad()
 def sample_loop(diffusion, network, x, draw, clip):
-    """Denoise x [B, C, H, W] from pure noise; yield (x, the image expected) after each step.
+    """Denoise x [B, C, H, W] from pure noise.
 
     network(x, t) returns its output; draw() noise [B, C, H, W].
     """
-    for step in reversed(range(diffusion.count)):
+    for step in reversed(range(len(diffusion.timestep_map))):
         k = torch.full((len(x),), step, device=x.device)
         output = network(x, diffusion.timestep_map[k])
-        mean, log_variance, x_start = diffusion.denoise(output, x, k, clip)
-        x = mean + (0.5 * log_variance).exp() * draw() if step else mean
-        yield x, x_start
+        x, log_variance, _ = diffusion.denoise(*output, x, k, clip)
+        if step:
+            x = x + (0.5 * log_variance).exp() * draw()
+    return x
 
 
-def sample_images(model, config, numbers, world, codec=None):
-    """Return the samples `numbers` of this --seed: (uint8 [B, 3, S, S], labels [B]).
+def sample_images(model, config, number, world, codec=None):
+    """Return micro-batch `number` of this --seed's samples, uint8 [B, 3, S, S].
 
-    Classes take turns. A number gives the same picture in any batch, up to rounding.
+    Classes take turns.
     """
     c = config
     diffusion = Diffusion(c.noise_schedule, c.sampler_steps).to(world.device)
-    labels = torch.tensor(numbers, device=world.device) % max(1, c.classes)
-    generators = [common.generator(c.seed, "sample", number) for number in numbers]
+    random = common.generator(c.seed, "samples", number)
+    numbers = torch.arange(c.micro, device=world.device) + number * c.micro
+    labels = numbers % max(1, c.classes)
     side = c.image_size // c.downsample
 
     def draw():
-        noise = [torch.randn(c.channels, side, side, generator=random) for random in generators]
-        return torch.stack(noise).to(world.device)
+        return torch.randn(c.micro, c.channels, side, side, generator=random).to(world.device)
 
     def network(x, t):
         with world.autocast():
             return guided(model, x, t, labels, c.guidance if c.classes else 1)
 
-    *_, (x, _) = sample_loop(diffusion, network, draw(), draw, clip=codec is None)
+    x = sample_loop(diffusion, network, draw(), draw, clip=codec is None)
     if codec:
-        with torch.no_grad():
-            x = codec.decode(x / LATENT_SCALE)
-    return (127.5 * x + 128).clamp(0, 255).byte(), labels
+        x = codec.decode(x / LATENT_SCALE)
+    return (127.5 * x + 128).clamp(0, 255).byte()
+
+
+@torch.no_grad()
+def sample_split(model, config, world, codec):
+    """Return a Split of --samples images, made by all ranks."""
+    count = math.ceil(config.samples / config.micro / world.size)  # micro-batches of a rank
+    numbers = range(world.rank * count, (world.rank + 1) * count)
+    images = torch.cat([sample_images(model, config, number, world, codec) for number in numbers])
+    images = common.gather_over_ranks(images)[: config.samples]
+    labels = torch.arange(config.samples) % max(1, config.classes)
+    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+    return common.Split(list(pixels), [""] * config.samples, labels, [])
 
 
 def frechet_distance(a, b):
@@ -947,63 +821,44 @@ def frechet_distance(a, b):
     """
     a = a.cpu().double()
     b = b.cpu().double()
-    covariance = b.T.cov()
-    values, vectors = torch.linalg.eigh(a.T.cov())
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
+    product = a.T.cov() @ b.T.cov()
+    cross = torch.linalg.eigvals(product).sqrt().real.sum()
     means = (a.mean(0) - b.mean(0)).square().sum()
-    return (means + values.sum() + covariance.trace() - 2 * cross).item()
+    variances = a.var(0).sum() + b.var(0).sum()
+    return (means + variances - 2 * cross).item()
 
 
-def sample_all(model, config, world, codec):
-    """Return --samples images uint8 [N, 3, S, S] and labels, made by all ranks."""
-    share = math.ceil(config.samples / world.size)
-    numbers = torch.arange(world.rank * share, (world.rank + 1) * share)
-    parts = []
-    for some in numbers.split(config.micro):
-        parts.append(sample_images(model, config, some.tolist(), world, codec))
-    images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    images = common.gather_over_ranks(images)[: config.samples]
-    return images, common.gather_over_ranks(labels)[: config.samples]
-
-
-@torch.no_grad()
-def evaluate_samples(model, train, val, config, world, run):
+def evaluate_samples(model, train, val, wanted, config, world, run):
     """Write samples.npz and a picture; with --judge compare them with images.
 
     ADM's evaluator.py reads samples.npz and tells FID, sFID, precision and recall. A judge is a
     classifier: the Frechet distance in its features, and how many samples it takes for the class
     that was asked for.
     """
-    c = config
-    codec = load_codec(c, world.device)
-    images, labels = sample_all(model, c, world, codec)
+    if "samples" not in wanted:
+        return
+    codec = load_codec(config, world.device)
+    samples = sample_split(model, config, world, codec)
     if world.rank == 0:
-        pixels = images.permute(0, 2, 3, 1).cpu()
-        np.savez(run.out / "samples.npz", arr_0=pixels, labels=labels.cpu())
-        columns = min(max(1, c.classes), 10, len(images))  # on small data a column is a class
-        few = images[: min(8, len(images) // columns) * columns]
-        tiles = common.normalize(few).unflatten(0, (-1, columns))
+        arrays = {"arr_0": np.stack(samples.images), "labels": samples.labels}
+        np.savez(run.out / "samples.npz", **arrays)
+        first = [i % len(samples) for i in range(80)]
+        _, pixels, _ = common.centre_crops(samples, config.image_size, first)
+        # of ten classes, a column is a class
+        tiles = common.normalize(pixels).unflatten(0, (8, 10))
         common.save_picture(run.out / "picture.png", tiles)
         common.note(f"{run.out}: samples.npz, for ADM's evaluator.py, and picture.png")
-    if not c.judge:
+    if not config.judge:
         return
-    judge = load_model(c.judge)[0].to(world.device)
-    order = common.epoch_order(len(train), c.seed, "reference")
-    few = train.subset(order[: c.samples])
-    reference, _, _ = common.extract(judge.pooled, few, c, world)
-    columns = {"real": common.extract(judge.pooled, val, c, world)[:2]}
-    untrained = build(c)[1].to(world.device).eval()
-    found = {"samples": (images, labels), "untrained": sample_all(untrained, c, world, codec)}
-    for name, (images, labels) in found.items():
-        features = [judge.pooled(common.normalize(part)) for part in images.split(64)]
-        columns[name] = torch.cat(features), labels
+    judge = load_model(config.judge)[0].to(world.device)
+    reference, _, _ = common.extract(judge.pooled, train, config, world)
+    untrained = sample_split(build(config)[1].to(world.device), config, world, codec)
     results = {}
-    if world.rank == 0:
-        for name, (features, labels) in columns.items():
-            taken = common.top1(judge.head(features), labels)
-            distance = frechet_distance(features, reference)
-            results[name] = {"frechet": distance, "asked class, %": taken}
+    for name, split in {"real": val, "samples": samples, "untrained": untrained}.items():
+        features, labels, _ = common.extract(judge.pooled, split, config, world)
+        if world.rank == 0:
+            result = results[name] = {"frechet": frechet_distance(features, reference)}
+            result["asked class, %"] = common.top1(judge.head(features), labels)
     run.report(results)
 
 
@@ -1018,12 +873,9 @@ LABELLED = {"accuracy", "knn", "linear"}  # evaluations that need labels
 def centre_crop(image, size):
     """Return the central square of a PIL image as ADM and DiT prepare it."""
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    sides = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(sides, Image.BICUBIC)
-    left = (image.width - size) // 2
-    top = (image.height - size) // 2
+        image = image.resize([side // 2 for side in image.size], Image.BOX)
+    image = ImageOps.scale(image, size / min(image.size), Image.BICUBIC)
+    left, top = [(side - size) // 2 for side in image.size]
     return image.crop((left, top, left + size, top + size))
 
 
@@ -1034,8 +886,7 @@ class Squares(common.Split):
         """See `common.Split`; the boxes are not used."""
         image = self.images[index]
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
-        with image:
-            image = common.to_rgb(image, common.exif_turn(image))
+        image = common.to_rgb(image, common.exif_turn(image))
         pixels = np.array(centre_crop(image, sizes[0]))
         return [torch.from_numpy(pixels).permute(2, 0, 1)]
 
@@ -1045,35 +896,27 @@ def make_micro_batch(split, config, number):
 
     All of it depends on the seed and the number only.
     """
-    c = config
-    random = common.generator(c.seed, "images", number)
-    flips = torch.rand(c.micro, generator=random) < 0.5
-    indices = common.micro_batch_indices(number, c.micro, len(split), c.seed)
+    random = common.generator(config.seed, "images", number)
+    flips = torch.rand(config.micro, generator=random) < 0.5
+    indices = common.micro_batch_indices(number, config.micro, len(split), config.seed)
 
     def box(i, width, height):
-        return [common.random_crop(width, height, c.crop_scale, random)]
+        return [common.random_crop(width, height, config.crop_scale, random)]
 
-    found, pixels, bad = split.read_batch(indices, box, [c.image_size], Image.BICUBIC)
-    if c.flip:
+    found, pixels, bad = split.read_batch(indices, box, [config.image_size], Image.BICUBIC)
+    if config.flip:
         pixels = torch.where(flips[:, None, None, None], pixels.flip(3), pixels)
-    return *TASKS[c.task].draw(c, pixels, split.labels[found], number), bad
+    return *TASKS[config.task].draw(config, pixels, split.labels[found], number), bad
 
 
 def load_codec(config, device):
-    """Return the frozen autoencoder of --codec, or None. Its latents must be what flags say."""
-    c = config
-    shape = (c.channels, c.image_size // c.downsample)
-    if not c.codec and shape == (3, c.image_size):
+    """Return the frozen autoencoder of --codec, None where pixels are denoised."""
+    if config.downsample == 1:
         return None
     try:
-        codec = torch.jit.load(c.codec, map_location=device).eval()
+        return torch.jit.load(config.codec, map_location=device).eval()
     except (OSError, RuntimeError, ValueError):
-        fail(f"latents need an autoencoder: --codec {c.codec!r} is no TorchScript file")
-    images = torch.zeros(1, 3, c.image_size, c.image_size, device=device)
-    found = codec.encode(images).shape
-    if found[1:3] != shape:
-        fail(f"--codec makes latents {list(found)}: set --channels and --downsample to match")
-    return codec
+        fail(f"latents need an autoencoder: --codec {config.codec!r} is no TorchScript file")
 
 
 def preparation(config, device):
@@ -1082,53 +925,31 @@ def preparation(config, device):
         return common.normalize
     codec = load_codec(config, device)
 
+    @torch.no_grad()
     def prepare(pixels):
         images = pixels / 127.5 - 1
-        if codec is None:
-            return images
-        with torch.no_grad():
-            return codec.encode(images) * LATENT_SCALE
+        return codec.encode(images) * LATENT_SCALE if codec else images
 
     return prepare
 
 
 @functools.lru_cache(maxsize=2)
-def shapes(name):
-    """Ten bright shapes on dark ground, 12 x 12, of any colour, shifted, scaled and turned."""
+def mosaics(name):
+    """Mosaics, 12 x 12, of tiles of 2 x 2 pixels: a class is a palette of four colours.
+
+    All palettes have the same mean and covariance. So no average of pixels tells them apart.
+    """
     random, labels = common.toy_random(name)
-    left, top, turn, scale = random.uniform(-0.25, 0.25, (4, len(labels), 1, 1))
-    line = (np.arange(12) - 5.5) / 6  # the image spans -1 to 1
-    place = line - left + 1j * (line[:, None] - top)  # complex numbers x + iy
-    place = place * np.exp(1j * turn) / (0.67 + scale / 4)
-    u = place.real
-    v = place.imag
-
-    def bar(u, v, length, width):
-        return np.maximum(abs(u) / length, abs(v) / width) - 1
-
-    upright = bar(v, u, 1, 0.3)
-    outlines = {  # negative inside
-        "disc": abs(place) - 1,
-        "ring": abs(abs(place) - 0.75) - 0.25,
-        "square": bar(u, v, 0.9, 0.9),
-        "frame": abs(bar(u, v, 0.75, 0.75)) - 0.35,
-        "plus": np.minimum(bar(u, v, 1, 0.3), upright),
-        "slash": bar(u + v, u - v, 1.5, 0.4),
-        "triangle": np.maximum(abs(u) * 1.7 - v - 1, v - 0.8),
-        "rows": bar(u, abs(v) - 0.6, 1, 0.3),
-        "columns": bar(v, abs(u) - 0.6, 1, 0.3),
-        "tee": np.minimum(bar(u, v + 0.7, 1, 0.3), upright),
-    }
-    outside = np.choose(labels[:, None, None], list(outlines.values()))
-    ink = np.clip(0.5 - 3 * outside, 0, 1)[..., None]  # soft edges
-    dark = random.uniform(0, 80, (len(labels), 1, 1, 3))
-    light = random.uniform(130, 255, dark.shape)
-    images = dark + (light - dark) * ink
-    images = images + random.normal(0, 6, images.shape)
-    return common.in_memory(images, labels, list(outlines), name)
+    design = np.random.default_rng(0).normal(size=(10, 4, 3))
+    palettes = np.linalg.qr(design - design.mean(1, keepdims=True))[0]  # class, colour, RGB
+    picked = random.integers(0, 4, (len(labels), 7, 7))
+    tiles = random.normal(128 + 70 * palettes[labels[:, None, None], picked], 25)
+    images = tiles.repeat(2, 1).repeat(2, 2)[:, 1:13, 1:13]  # patches do not fit the tiles
+    return common.in_memory(images, labels, list("0123456789"), name)
 
 
-common.TOYS["shapes"] = shapes
+common.TOYS["mosaics"] = mosaics
+
 
 # --------------------------------------------------------------------------------------------------
 # Train
@@ -1138,21 +959,19 @@ common.TOYS["shapes"] = shapes
 def build(config):
     """Return a fresh (model, target); the target, a moving average, starts as a copy."""
     torch.manual_seed(config.seed)
-    model, target = (TASKS[config.task](config) for _ in range(2))
-    target.load_state_dict(model.state_dict())
-    return model, target.requires_grad_(False)
+    model = TASKS[config.task](config)
+    return model, copy.deepcopy(model).requires_grad_(False)
 
 
 def learning_rate(config, step, steps):
     """Return the learning rate of step 0, 1, ..."""
     c = config
     warmup = round(c.warmup * steps)
-    final = c.lr_final if c.cosine else c.lr
-    return common.cosine_schedule(step, steps, c.lr, final, warmup, c.lr_start)
+    return common.cosine_schedule(step, steps, c.lr, c.lr * c.lr_floor, warmup, c.lr_start)
 
 
 def parameter_rule(name, dimensions, depth, layer_decay, undecayed=()):
-    """Return (layer, share of the learning rate, whether decayed) of a parameter.
+    """Return (share of the learning rate, whether decayed) of a parameter.
 
     Layer 0 makes the tokens, then come the blocks, then the rest. Each layer learns `layer_decay`
     times as fast as the next. 1-D parameters and biases are not decayed.
@@ -1164,7 +983,7 @@ def parameter_rule(name, dimensions, depth, layer_decay, undecayed=()):
     elif name.startswith(("cls_token", "pos_embed", "patch_embed", "x_embedder")):
         layer = 0
     decayed = dimensions > 1 and not name.endswith(".bias") and name not in undecayed
-    return layer, layer_decay ** (depth + 1 - layer), decayed
+    return layer_decay ** (depth + 1 - layer), decayed
 
 
 def make_optimizer(model, config):
@@ -1174,12 +993,10 @@ def make_optimizer(model, config):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rule = parameter_rule(name, parameter.dim(), c.depth, c.layer_decay, model.undecayed)
-            groups.setdefault(rule[1:], []).append(parameter)
-    rows = []
-    for (scale, decayed), members in groups.items():
-        decay = c.weight_decay if decayed else 0.0
-        rows.append({"params": members, "scale": scale, "weight_decay": decay})
-    return torch.optim.AdamW(rows, betas=c.betas, eps=1e-8, fused=True)
+            scale, decayed = rule
+            group = {"params": [], "scale": scale, "weight_decay": c.weight_decay * decayed}
+            groups.setdefault(rule, group)["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()), betas=c.betas, eps=1e-8, fused=True)
 
 
 def train(model, target, split, config, world):
@@ -1196,17 +1013,14 @@ def train(model, target, split, config, world):
     optimizer = make_optimizer(model, config)
     ema = common.EMA(target, model)
     run = common.Run(config, world, steps, network, optimizer, target=target)
-    common.note(f"{run.out}: {len(split)} images, steps {run.step} to {steps} of {config.batch}")
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    cost = f"{token_count(config)} tokens, {model.work(config) / 1e9:.3g} G multiply-adds an image"
-    common.note(f"{config.task}: {millions:.2f} M parameters, {cost}")
+    common.note(
+        f"{run.out}: {len(split)} images, steps {run.step} to {steps} of {config.batch}; an image "
+        f"has {token_count(config)} tokens and costs {model.work / 1e9:.3g} G multiply-adds"
+    )
     make = functools.partial(make_micro_batch, split, config)
     numbers = common.micro_batches(config, world, run.step, steps)
     loader = common.make_loader(make, numbers, config, world)
     parts = config.batch // config.micro // world.size
-    clip = None
-    if config.clip:
-        clip = functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), config.clip)
     for step in run:
         lr = learning_rate(config, step, steps)
         for group in optimizer.param_groups:
@@ -1217,8 +1031,7 @@ def train(model, target, split, config, world):
             with world.autocast():
                 loss = network(prepare(pixels), *inputs)
             run.backward(loss / parts)
-        applied = run.update(clip)
-        ema.update(config.ema, applied)
+        ema.update(config.ema, run.update())
         run.log(lr=lr)
     return run
 
@@ -1228,25 +1041,21 @@ def train(model, target, split, config, world):
 # --------------------------------------------------------------------------------------------------
 
 
-# Copied from ijepa.py
-class LARS(torch.optim.Optimizer):
-    """SGD whose steps are scaled by |p| / |gradient|, for batches of thousands."""
-
-    def __init__(self, params, momentum=0.9, trust=0.001):
-        super().__init__(params, {"momentum": momentum, "trust": trust})
+class LARS(torch.optim.SGD):
+    """SGD whose steps are scaled by 0.001 |p| / |gradient|, for batches of thousands."""
 
     @torch.no_grad()
     def step(self):
-        """Take a step. 1-D parameters have no trust ratio."""
+        """Take a step. Biases are not scaled."""
         for group in self.param_groups:
             for p in group["params"]:
-                change = p.grad + group["weight_decay"] * p
                 if p.dim() > 1:
-                    ratio = group["trust"] * p.norm() / change.norm()
-                    change = change * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.mul_(group["momentum"]).add_(change)
-                p.sub_(group["lr"] * buffer)
+                    decay = group["weight_decay"] * p
+                    p.grad += decay
+                    ratio = 0.001 * p.norm() / p.grad.norm()
+                    p.grad *= torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+                    p.grad -= decay  # which SGD adds
+        super().step()
 
 
 def probe_head(width, classes):
@@ -1258,61 +1067,57 @@ def probe_head(width, classes):
 
 def linear_probe(bank, labels, test, test_labels, config):
     """Return MAE's linear probe, top-1 of the best rate in percent: bank [N, D], test [M, D]."""
-    c = config
-    torch.manual_seed(c.seed)
-    batches = common.shuffled_batches(bank, labels, c.probe_batch, c.seed)
+    torch.manual_seed(config.seed)
+    batches = common.shuffled_batches(bank, labels, 256, config.seed)
     heads = {}
-    for rate in c.probe_lrs:
+    for rate in config.probe_lrs:
         head = probe_head(bank.shape[1], int(labels.max()) + 1).to(bank.device)
-        heads[rate] = (head, rate * c.probe_batch / 256, 0.0)
-    drops = [c.probe_epochs // 3, c.probe_epochs * 2 // 3]
-    return common.linear_probe(batches, test, test_labels, heads, c.probe_epochs, LARS, drops)[0]
+        heads[rate] = (head, rate, 0.0)
+    epochs = config.probe_epochs
+    drops = [epochs * 2 // 3]
+    lars = functools.partial(LARS, momentum=0.9)
+    best, _ = common.linear_probe(batches, test, test_labels, heads, epochs, lars, drops)
+    return best
 
 
-@torch.no_grad()
-def evaluate(target, train, val, config, world, run):
-    """Run --eval on the network, on a random one, and for kNN on raw pixels."""
-    wanted = set(config.eval.split(","))
-    if not (train.classes and val.classes):
-        wanted -= LABELLED
-    networks = {"trained": target, "random": build(config)[1].to(world.device).eval()}
-    encoders = {name: network.pooled for name, network in networks.items()}
-    if "knn" in wanted:
-        encoders["pixels"] = common.raw_pixels
-    results = {}
-    for name, encode in encoders.items():
-        result = results[name] = {}
-        if "accuracy" in wanted and name in networks:
-            result.update(accuracy(networks[name], val, config, world))
-        if "reconstruction" in wanted and name in networks:
-            result.update(reconstruction(networks[name], unseen(val, config, world), config))
-        if not wanted & {"knn", "linear"}:
-            continue
-        bank, bank_labels, _ = common.extract(encode, train, config, world)
-        test, labels, _ = common.extract(encode, val, config, world)
-        if "knn" in wanted and world.rank == 0:
-            result["knn"] = common.top1(common.knn(bank, bank_labels, test), labels)
-        if "linear" in wanted and world.rank == 0:
-            with torch.enable_grad():
-                result["linear"] = linear_probe(bank, bank_labels, test, labels, config)
-    run.report(results)
-
-
-def write_features(network, split, config, world, run):
-    """Write features.npz: features [N, D], labels [N], paths."""
-    features, labels, names = common.extract(network.pooled, split, config, world)
+def evaluate(target, train, val, wanted, config, world, run):
+    """Draw the picture; run --eval on the network, on a random one, and for kNN on raw pixels."""
+    order = common.epoch_order(len(val), config.seed, "unseen")
+    _, pixels, _ = common.centre_crops(val, config.image_size, order[:256])
+    images = common.normalize(pixels.to(world.device))
     if world.rank == 0:
-        np.savez(
-            run.out / "features.npz", features=features.cpu(), labels=labels.cpu(), paths=names
-        )
-        common.note(f"{run.out / 'features.npz'}: {len(names)} images")
-
-
-def unseen(split, config, world):
-    """Return up to 256 images of a Split, normalised."""
-    order = common.epoch_order(len(split), config.seed, "unseen")
-    _, pixels, _ = common.centre_crops(split, config.image_size, order[:256])
-    return common.normalize(pixels.to(world.device))
+        target.draw_picture(run.out / "picture.png", images)
+    if wanted == {"none"}:
+        return
+    networks = {"trained": target}
+    if wanted - {"features"}:
+        networks["random"] = build(config)[1].to(world.device)
+    if "knn" in wanted:
+        networks["pixels"] = None
+    results = {}
+    for name, network in networks.items():
+        encode = network.pooled if network else common.raw_pixels
+        test, labels, paths = common.extract(encode, val, config, world)
+        if wanted & {"knn", "linear"}:
+            bank, bank_labels, _ = common.extract(encode, train, config, world)
+        if world.rank:
+            continue
+        if "features" in wanted and network is target:
+            arrays = {"features": test.cpu(), "labels": labels.cpu(), "paths": paths}
+            np.savez(run.out / "features.npz", **arrays)
+            common.note(f"{run.out / 'features.npz'}: {len(paths)} images")
+        result = {}
+        if "accuracy" in wanted and network:
+            result["top-1"] = common.top1(network.head(test), labels)
+        if "reconstruction" in wanted and network:
+            result.update(network.reconstruction(images))
+        if "knn" in wanted:
+            result["knn"] = common.top1(common.knn(bank, bank_labels, test), labels)
+        if "linear" in wanted:
+            result["linear"] = linear_probe(bank, bank_labels, test, labels, config)
+        if result:
+            results[name] = result
+    run.report(results)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1321,15 +1126,9 @@ def unseen(split, config, world):
 
 # heads by width: a file's shapes don't tell
 HEADS = {384: 6, 512: 16, 768: 12, 1024: 16, 1152: 16, 1280: 16}
-MODEL = "task image_size patch width depth heads positions readout classes permute".split()
-MODEL += "permute_distance mask_ratio decoder_width decoder_depth decoder_heads norm_pix".split()
-MODEL += "channels downsample noise_schedule".split()
-
-
-def count_blocks(state, prefix):
-    """Return the number of transformer blocks in a state dict."""
-    pattern = prefix + r"blocks\.\d+\.attn\.qkv\.weight"
-    return len([name for name in state if re.fullmatch(pattern, name)])
+TRUNK = "image_size patch width depth heads permute permute_distance".split()
+MODEL = TRUNK + "task positions readout classes channels downsample noise_schedule".split()
+MODEL += "mask_ratio decoder_width decoder_depth decoder_heads norm_pix".split()
 
 
 def read_weights(path, heads=0):
@@ -1342,10 +1141,8 @@ def read_weights(path, heads=0):
         state = common.load_checkpoint(path)
     if "script" in state:
         state = common.load_own_checkpoint(path, "pixel_vit")
-        fields = {name: state["config"][name] for name in MODEL}
-        return {"model": state["model"], "target": state["target"], "fields": fields}
-    weights = common.from_hub(state.get("ema") or state.get("model") or state)
-    weights = {k: v for k, v in weights.items() if not k.startswith("decoder.")}  # the Hub's
+        return {**state, "fields": {name: state["config"][name] for name in MODEL}}
+    weights = state.get("ema") or state.get("model") or state
     diffusion = "x_embedder.proj.weight" in weights
     tokeniser = weights.get(("x_embedder" if diffusion else "patch_embed") + ".proj.weight")
     if tokeniser is None or "pos_embed" not in weights:
@@ -1355,49 +1152,48 @@ def read_weights(path, heads=0):
     heads = heads or HEADS.get(width)
     if not heads:
         fail(f"{path} cannot tell how many heads share its width of {width}: add --heads")
+    blocks = re.findall(r"\b(decoder_)?blocks\.\d+\.attn\.qkv\.weight", " ".join(weights))
     fields = {"task": "mae", "patch": patch, "width": width, "heads": heads, "positions": "sincos"}
-    fields["depth"] = count_blocks(weights, "")
-    fields["image_size"] = patch * math.isqrt(weights["pos_embed"].shape[1])
+    fields["depth"] = blocks.count("")
+    fields["channels"] = channels
+    fields["downsample"] = 8 if channels == 4 else 1
+    side = math.isqrt(weights["pos_embed"].shape[1])
+    fields["image_size"] = side * patch * fields["downsample"]
     if diffusion:
-        downsample = 8 if channels == 4 else 1
-        fields.update(task="diffusion", channels=channels, downsample=downsample)
+        fields["task"] = "diffusion"
         fields["classes"] = len(weights["y_embedder.embedding_table.weight"]) - 1
-        fields["image_size"] *= downsample
     elif "head.weight" in weights:
         fields.update(task="classify", classes=len(weights["head.weight"]))
         fields["readout"] = "gap" if "fc_norm.weight" in weights else "cls"
     elif "decoder_embed.weight" in weights:
         fields["decoder_width"] = len(weights["decoder_embed.weight"])
-        fields["decoder_depth"] = count_blocks(weights, "decoder_")
+        fields["decoder_depth"] = blocks.count("decoder_")
         fields["decoder_heads"] = HEADS.get(fields["decoder_width"], heads)
     return {"model": weights, "target": weights, "fields": fields}
 
 
-def load_weights(model, state, path):
-    """Put weights into a model. What they lack starts anew, and is named.
+# parts that one task has and another has not
+PARTS = ("decoder", "mask_token", "norm.", "fc_norm.", "head.", "permutation")
 
-    A classifier takes the trunk of an MAE; its head then starts at nearly 0. An MAE keeps its own
-    decoder where the file has none.
+
+def load_weights(model, state, path):
+    """Put weights into a model. Of PARTS what they lack starts anew, and is named.
+
+    A classifier takes the trunk of an MAE, and of a classifier with other classes all but the head.
     """
     own = model.state_dict()
-    fresh = ()
-    if isinstance(model, Classifier):
-        head = state.get("head.weight")
-        if head is None:
-            fresh = ("head.", "fc_norm.", "norm.", "permutation")
-            others = ("decoder_", "mask_token", "norm.")
-            state = {name: value for name, value in state.items() if not name.startswith(others)}
-        elif head.shape != own["head.weight"].shape:
-            fresh = ("head.",)
-    elif isinstance(model, MAE) and "mask_token" not in state:
-        fresh = ("decoder_", "mask_token")
-    kept = {name: value for name, value in own.items() if name.startswith(fresh or ("-",))}
-    common.load_state(model, {**state, **kept}, path)
-    if "head.weight" in kept:  # as MAE's fine-tuning
+    known = {
+        name: value for name, value in state.items() if name in own or not name.startswith(PARTS)
+    }
+    fresh = {}
+    for name, value in own.items():
+        if name.startswith(PARTS) and len(state.get(name, ())) != len(value):
+            fresh[name] = value
+    common.load_state(model, {**known, **fresh}, path)
+    if "head.weight" in fresh:  # as MAE's fine-tuning
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
-        nn.init.zeros_(model.head.bias)
-    if kept:
-        common.note(f"{path} has no {', '.join([*kept][:4])}{', ...' * (len(kept) > 4)}: new ones")
+    if fresh:
+        common.note(f"new, since {path} has nothing that fits: {', '.join([*fresh][:4])}, ...")
 
 
 def load_model(path, heads=0, **changes):
@@ -1406,8 +1202,8 @@ def load_model(path, heads=0, **changes):
     heads: for unusual widths; changes: fields of the Config, such as task="classify".
     """
     weights = read_weights(path, heads)
-    config = replace(Config(), **{**weights["fields"], **changes})
-    model = build(config)[1].eval()
+    config = Config(**{**weights["fields"], **changes})
+    model = build(config)[1]
     load_weights(model, weights["target"], path)
     return model, config
 
@@ -1417,113 +1213,16 @@ def load_model(path, heads=0, **changes):
 # --------------------------------------------------------------------------------------------------
 
 TINY = {"width": 192, "depth": 12, "heads": 12}
-SMALL = {"width": 384, "depth": 12, "heads": 12}
-BASE = {"width": 768, "depth": 12, "heads": 12}
+SMALL = {**TINY, "width": 384}
+BASE = {**TINY, "width": 768}
 LARGE = {"width": 1024, "depth": 24, "heads": 16}
 HUGE = {"width": 1280, "depth": 32, "heads": 16, "patch": 14}
-MIXED = {
-    "randaugment": 2,
-    "mixup": 0.8,
-    "cutmix": 1.0,
-    "smoothing": 0.1,
-    "drop_path": 0.1,
-    "init_std": 0.02,
-    "flip": True,
-}
 TOY = {"precision": "fp32", "workers": 1}
-TOY_DIFFUSION = {  # at so few pixels the linear schedule spends most steps on pure noise
-    "task": "diffusion",
-    "positions": "sincos",
-    "noise_schedule": "cosine",
-    "cosine": False,
-    "warmup": 0.05,
-    "weight_decay": 0.0,
-    "clip": 1.0,
-    "ema": 0.995,
-    "steps": 3000,
-    "sampler_steps": 25,
-    "guidance": 3.0,
-}
-# On one GPU; made from the paper's recipes, not measured.
-CIFAR10 = {
-    **TINY,
-    **MIXED,
-    "data": "cifar10",
-    "image_size": 32,
-    "heads": 3,
-    "drop_path": 0.05,
-    "crop_scale": (0.4, 1.0),
-    "batch": 512,
-    "micro": 512,
-    "epochs": 60,
-    "warmup": 5 / 60,
-    "lr": 1e-3,
-    "weight_decay": 0.1,
-    "workers": 12,
-}
-SMALL_MAE = {
-    "task": "mae",
-    "image_size": 32,
-    "crop_scale": (0.2, 1.0),
-    "flip": True,
-    "decoder_width": 128,
-    "decoder_depth": 4,
-    "decoder_heads": 4,
-    "weight_decay": 0.05,
-    "workers": 12,
-}
-CIFAR10_MAE = {
-    **TINY,
-    **SMALL_MAE,
-    "data": "cifar10",
-    "heads": 3,
-    "batch": 512,
-    "micro": 512,
-    "epochs": 150,
-    "lr": 5e-4,
-}
-DIFFUSION = {
-    "task": "diffusion",
-    "flip": True,
-    "cosine": False,
-    "weight_decay": 0.0,
-    "betas": (0.9, 0.999),
-    "ema": 0.9999,
-    "workers": 12,
-}
-CIFAR10_DIFFUSION = {
-    **DIFFUSION,
-    "data": "cifar10",
-    "image_size": 32,
-    "width": 256,
-    "depth": 8,
-    "heads": 4,
-    "batch": 256,
-    "micro": 256,
-    "steps": 30000,
-    "warmup": 0.02,
-    "lr": 2e-4,
-    "clip": 1.0,
-    "sampler_steps": 50,
-}
-FOLDER = {
-    **SMALL,
-    "data": "folder",
-    "heads": 6,
-    "image_size": 64,
-    "patch": 2,
-    "batch": 256,
-    "micro": 64,
-    "epochs": 100,
-    "warmup": 0.1,
-}
 # The paper's: CIFAR-100 from scratch and after MAE, ImageNet at 28 x 28, latents of 256 x 256.
 CIFAR100 = {
     "data": "cifar100",
     "image_size": 32,
-    "init_std": 0.02,
     "crop_scale": (0.2, 1.0),
-    "flip": True,
     "jitter": 0.4,
     "grey": 0.2,
     "batch": 1024,
@@ -1534,21 +1233,15 @@ CIFAR100 = {
     "weight_decay": 0.3,
     "workers": 12,
 }
-CIFAR100_MAE = {
-    **SMALL_MAE,
-    "data": "cifar100",
-    "batch": 4096,
-    "micro": 512,
-    "epochs": 1600,
-    "warmup": 40 / 1600,
-    "lr": 2.4e-3,
-    "lr_final": 0.0,
-}
 IMAGENET28 = {
-    **MIXED,
     "data": "imagenet",
     "image_size": 28,
     "crop_scale": (0.08, 1.0),
+    "randaugment": 2,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "smoothing": 0.1,
+    "drop_path": 0.1,
     "batch": 4096,
     "micro": 64,
     "epochs": 300,
@@ -1558,9 +1251,27 @@ IMAGENET28 = {
     "ema": 0.9999,
     "workers": 12,
 }
+PRETRAIN = {  # MAE's
+    "task": "mae",
+    "crop_scale": (0.2, 1.0),
+    "batch": 4096,
+    "warmup": 40 / 1600,
+    "epochs": 1600,
+    "lr": 2.4e-3,
+    "lr_floor": 0.0,
+    "workers": 12,
+}
+CIFAR100_MAE = {
+    **PRETRAIN,
+    "data": "cifar100",
+    "image_size": 32,
+    "micro": 512,
+    "decoder_width": 128,
+    "decoder_depth": 4,
+}
 # As released: MAE and DiT.
 MAE224 = {
-    **SMALL_MAE,
+    **PRETRAIN,
     "data": "imagenet",
     "image_size": 224,
     "patch": 16,
@@ -1569,28 +1280,31 @@ MAE224 = {
     "decoder_depth": 8,
     "decoder_heads": 16,
     "norm_pix": True,
-    "batch": 4096,
     "micro": 64,
     "epochs": 800,
     "warmup": 40 / 800,
-    "lr": 2.4e-3,
-    "lr_final": 0.0,
 }
 FINETUNE = {  # the table of positions is trained too
-    **MIXED,
-    "data": "imagenet",
+    **IMAGENET28,
     "image_size": 224,
     "patch": 16,
-    "crop_scale": (0.08, 1.0),
     "erase": 0.25,
     "batch": 1024,
-    "micro": 128,
     "epochs": 100,
-    "warmup": 0.05,
+    "warmup": 5 / 100,
     "lr": 2e-3,
     "weight_decay": 0.05,
     "betas": (0.9, 0.999),
     "layer_decay": 0.65,
+    "ema": 0.0,
+}
+DIFFUSION = {
+    "task": "diffusion",
+    "positions": "sincos",
+    "lr_floor": 1.0,
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.999),
+    "ema": 0.9999,
     "workers": 12,
 }
 LATENTS = {
@@ -1600,37 +1314,73 @@ LATENTS = {
     "channels": 4,
     "downsample": 8,
     "samples": 50000,
-    "micro": 32,
 }
 DIT_L = {**LATENTS, **LARGE, "batch": 2048, "epochs": 400, "warmup": 0.25, "lr": 8e-4}
-DIT_XL = {"width": 1152, "depth": 28, "heads": 16, "patch": 2, "positions": "sincos"}
-
+# On one GPU; made from the paper's recipes, not measured.
+CIFAR10 = {
+    **IMAGENET28,
+    **TINY,
+    "data": "cifar10",
+    "image_size": 32,
+    "heads": 3,
+    "crop_scale": (0.4, 1.0),
+    "batch": 512,
+    "micro": 512,
+    "epochs": 60,
+    "lr": 1e-3,
+    "weight_decay": 0.1,
+    "ema": 0.0,
+}
+FOLDER = {
+    **CIFAR100_MAE,
+    **SMALL,
+    "data": "folder",
+    "image_size": 64,
+    "patch": 2,
+    "batch": 256,
+    "micro": 64,
+    "epochs": 100,
+    "lr": 5e-4,
+}
 PRESETS = {
-    "toy": {**TOY, "steps": 1000, "position_std": 0.5},
-    "toy-mae": {**TOY, "task": "mae", "steps": 1500, "lr": 1.5e-3, "decoder_width": 48},
-    "toy-diffusion": {**TOY, **TOY_DIFFUSION},
+    "toy": {**TOY, "steps": 1000},
+    "toy-mae": {**TOY, "task": "mae", "steps": 1500, "lr": 1.5e-3},
+    "toy-diffusion": {  # at so few pixels the linear schedule spends most steps on pure noise
+        **DIFFUSION,
+        **TOY,
+        "noise_schedule": "cosine",
+        "ema": 0.995,
+        "steps": 3000,
+        "sampler_steps": 25,
+        "guidance": 3.0,
+    },
     "cifar10": CIFAR10,
-    "cifar10-mae": CIFAR10_MAE,
-    "cifar10-diffusion": CIFAR10_DIFFUSION,
-    "folder": {**IMAGENET28, **FOLDER, "lr": 1e-3, "weight_decay": 0.05, "ema": 0.0},
-    "folder-mae": {**SMALL_MAE, **FOLDER, "lr": 5e-4, "decoder_width": 192},
+    "folder": FOLDER,
     "imagenet28": {**IMAGENET28, **SMALL},
     "vit_t1_cifar100": {**CIFAR100, **TINY},
     "vit_s1_cifar100": {**CIFAR100, **SMALL},
     "vit_b1_imagenet28": {**IMAGENET28, **BASE},
     "vit_l1_imagenet28": {**IMAGENET28, **LARGE},
     "mae_t1_cifar100": {**CIFAR100_MAE, **TINY},
-    "mae_s1_cifar100": {**CIFAR100_MAE, **SMALL, "decoder_width": 192},
+    "mae_s1_cifar100": {**CIFAR100_MAE, **SMALL},
     "mae_b16": {**MAE224, **BASE},
     "mae_l16": {**MAE224, **LARGE},
     "mae_h14": {**MAE224, **HUGE},
     "mae_b16_finetune": {**FINETUNE, **BASE},
-    "dit_l1": DIT_L,
-    "dit_l2": {**DIT_L, "patch": 2, "positions": "sincos"},
-    "dit_xl2": {**LATENTS, **DIT_XL, "batch": 256, "epochs": 1400, "warmup": 0.0, "lr": 1e-4},
+    "dit_l1": {**DIT_L, "positions": "learned"},
+    "dit_l2": {**DIT_L, "patch": 2},
+    "dit_xl2": {
+        **DIT_L,
+        "width": 1152,
+        "depth": 28,
+        "patch": 2,
+        "batch": 256,
+        "epochs": 1400,
+        "warmup": 0.0,
+        "lr": 1e-4,
+    },
 }
-DATA_PRESETS = {"toy": "toy", "shapes": "toy", "cifar10": "cifar10", "imagenet": "imagenet28"}
-DATA_PRESETS["*"] = "folder"
+DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10", "imagenet": "imagenet28", "*": "folder"}
 
 
 def check(config, world):
@@ -1638,17 +1388,17 @@ def check(config, world):
     c = config
     if c.image_size % (c.patch * c.downsample):
         fail(f"--image-size {c.image_size} is no multiple of --patch {c.patch} x --downsample")
-    if c.width % c.heads or c.width % 4:
-        fail(f"--width {c.width} must be a multiple of --heads {c.heads}, and of 4")
-    if c.decoder_width % c.decoder_heads or c.decoder_width % 4:
-        fail(f"--decoder-width {c.decoder_width} must be a multiple of --decoder-heads, and of 4")
+    shapes = {"": (c.width, c.heads), "decoder-": (c.decoder_width, c.decoder_heads)}
+    for part, (width, heads) in shapes.items():
+        if width % heads or width % 4:
+            fail(f"--{part}width {width} must be a multiple of --{part}heads {heads}, and of 4")
     known = TASKS[c.task].evaluations
     if set(c.eval.split(",")) - {*known, "none", ""}:
         fail(f"--eval {c.eval} must name some of {', '.join(known)}, none, with --task {c.task}")
     if c.task == "mae" and (c.positions == "none" or c.mask_ratio >= 1):
         fail("a masked autoencoder needs --positions, and --mask-ratio below 1")
-    if c.sampler_steps > TIMESTEPS:
-        fail(f"--sampler-steps {c.sampler_steps} must be at most {TIMESTEPS}")
+    if not 1 < c.sampler_steps <= TIMESTEPS:
+        fail(f"--sampler-steps {c.sampler_steps} must be 2 to {TIMESTEPS}")
     if c.judge and read_weights(c.judge)["fields"]["task"] != "classify":
         fail(f"--judge {c.judge} is no classifier")
     if not c.train and not c.init:
@@ -1663,15 +1413,16 @@ def check(config, world):
 def take_over(config, typed, fields):
     """Return the Config with what the weights of --init decide.
 
-    The file chooses the task, unless a flag or a preset that was typed does.
+    The file chooses the task, unless a flag or a preset that was typed does. Another task takes
+    the trunk only. A classifier that is trained has the classes of its data.
     """
-    task = config.task if typed & {"task", "preset"} else fields["task"]
-    kept = {**fields, "task": task}
-    if task == "classify" and fields["task"] == "mae":  # a new head, and positions are trained
-        kept = {name: kept[name] for name in kept.keys() - {"classes", "readout", "positions"}}
-    elif task == "classify" and config.train:
-        del kept["classes"]
-    return common.adopt(config, kept, typed, config.init)
+    if not typed & {"task", "preset"}:
+        config = replace(config, task=fields["task"])
+    if config.task != fields["task"]:
+        fields = {name: value for name, value in fields.items() if name in TRUNK}
+    elif config.task == "classify" and config.train:
+        del fields["classes"]
+    return common.adopt(config, fields, typed, config.init)
 
 
 @common.command_line
@@ -1681,13 +1432,14 @@ def main(argv=None):
     if config.init:
         weights = read_weights(config.init, config.heads if "heads" in typed else 0)
         config = take_over(config, typed, weights["fields"])
-    config = replace(config, eval=config.eval or ",".join(TASKS[config.task].evaluations[:2]))
     world = common.start_world(config.device, config.precision)
     check(config, world)
-    wanted = set(config.eval.split(","))
+    wanted = set(config.eval.split(",") if config.eval else TASKS[config.task].evaluations[:2])
     labelled = ", ".join(sorted(wanted & LABELLED))
-    train_split, val = common.open_data(config.data, labelled, "shapes")
-    val = val or common.open_split(config.data, "val", "shapes") or train_split
+    train_split, val = common.open_data(config.data, labelled, "mosaics")
+    if val is None:  # without labels
+        wanted -= LABELLED
+        val = common.open_split(config.data, "val", "mosaics") or train_split
     config = replace(config, classes=config.classes or len(train_split.classes))
     if config.task == "classify" and config.classes < 2:
         fail(f"a classifier needs train/CLASS/* of two classes or more; {config.data} has fewer")
@@ -1701,20 +1453,13 @@ def main(argv=None):
     if config.train:
         run = train(model, target, train_split, config, world)
         # what is evaluated is what was saved, in networks that are neither wrapped nor sharded
-        model, target = build(config)
-        load_weights(target, read_weights(run.out / "last.pt")["target"], run.out / "last.pt")
+        target = build(config)[1]
+        target.load_state_dict(common.load_checkpoint(run.out / "last.pt")["target"])
     else:
         run = common.Run(config, world)
-    target.to(world.device).eval()
-    if config.train and config.task != "diffusion" and world.rank == 0:
-        draw = draw_classifier if config.task == "classify" else draw_reconstruction
-        draw(run.out / "picture.png", target, unseen(val, config, world), config)
-    if "features" in wanted:
-        write_features(target, val, config, world, run)
-    if "samples" in wanted:
-        evaluate_samples(target, train_split, val, config, world, run)
-    elif wanted - {"features", "none"}:
-        evaluate(target, train_split, val, config, world, run)
+    target.to(world.device)
+    measure = evaluate_samples if config.task == "diffusion" else evaluate
+    measure(target, train_split, val, wanted, config, world, run)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import json
 import math
 import random
 import re
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -49,7 +50,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 import common
-from common import MLP, Block, fail, gather_tokens
+from common import MLP, Block, extract, fail, gather_tokens, normalize, note
 
 # --------------------------------------------------------------------------------------------------
 # Config
@@ -74,9 +75,13 @@ class Config:
     heads: int = 4  # attention heads of encoder and predictor
     predictor_width: int = 64  # predictor width
     predictor_depth: int = 2  # predictor blocks
-    align: bool = True  # the predictor's queries and keys start equal: short runs need it
     rope: bool = False  # rotary positions and SwiGLU, the physics paper's model
     target: Literal["features", "pixels"] = "features"  # what is predicted; pixels: the control
+
+    # masks
+    masks: str = "multiblock,time"  # kinds: multiblock, causal, random, tube, time
+    mask_blocks: tuple[int, ...] = (4,)  # multiblock and causal: blocks of each range
+    mask_scales: tuple[float, ...] = (0.15,)  # area of a block of each range, share of the frame
 
     # clips
     step: int = 1  # every so many frames of the video
@@ -84,12 +89,8 @@ class Config:
     crop_scale: tuple[float, float] = (1.0, 1.0)  # area of the random crop, share of the frame
     flip: bool = False  # mirror half of the clips
 
-    # masks
-    masks: str = "multiblock,time"  # kinds: multiblock, causal, random, tube, time
-    mask_blocks: tuple[int, ...] = (4,)  # multiblock and causal: blocks of each range
-    mask_scales: tuple[float, ...] = (0.15,)  # area of a block of each range, share of the frame
-
     # optimisation
+    align: bool = True  # the predictor's queries and keys start equal: short runs need it
     train: bool = True  # train; --no-train only evaluates --init
     batch: int = 32  # clips a step, over all ranks
     micro: int = 32  # clips a forward pass; their masks are cut to one length
@@ -103,7 +104,6 @@ class Config:
     weight_decay_final: float = 0.04  # weight decay at the end
     momentum: float = 0.99  # EMA momentum at the start, 1 at the end
     schedule_scale: float = 1.25  # schedules are this many times longer than the run
-    clip: float = 10.0  # largest gradient norm of encoder and of predictor, 0 = any
 
     # run
     seed: int = 0  # seed of everything random
@@ -124,7 +124,6 @@ class Config:
     physics_data: str = ""  # folder of these videos
     probe_init: str = ""  # an official attentive probe to evaluate instead of training one
     probe_epochs: int = 20  # passes of the attentive probe
-    probe_batch: int = 0  # batch of the probe, 0 = the paper's: 256 videos, 1,024 images
     probe_clips: int = 1  # clips of a video whose tokens the probe sees together
     probe_views: int = 1  # 1: the centre; 3: squares along the longer side, averaged
 
@@ -141,47 +140,43 @@ def grid_of(config):
 
 
 def mask_kinds(config):
-    """Return [(name, blocks, scale)]: one kind a range for multiblock and causal."""
-    ranges = list(zip(config.mask_blocks, config.mask_scales, strict=True))
-    kinds = []
-    for name in config.masks.split(","):
-        of_blocks = name in ("multiblock", "causal")
-        kinds += [(name, *both) for both in ranges] if of_blocks else [(name, 0, 0.0)]
-    return kinds
+    """Return [(name, blocks, scale)], one for each mask token: all --masks, in each range."""
+    ranges = [*zip(config.mask_blocks, config.mask_scales, strict=True)]
+    return [(name, *blocks) for name in config.masks.split(",") for blocks in ranges]
 
 
-def block_size(step, grid, scale):
+def block_size(step, side, scale):
     """Return (height, width) of a block in tokens, the same for all clips of a step.
 
-    scale: its share of the frame. Its height is 0.75 to 1.5 times its width.
+    side: of the grid, in tokens; scale: the block's share of the frame. Its height is 0.75 to 1.5
+    times its width.
     """
     # Seeded by the step alone, as in the released code: all its ranks agree. The first two draws
     # decide length and area, which are fixed in all configurations.
     u = torch.rand(3, generator=torch.Generator().manual_seed(step))[2].item()
-    _, rows, columns = grid
-    area = int(rows * columns * scale)
+    most = side * (side - 1)  # something stays visible
+    area = max(1, min(most, int(side * side * scale)))
     ratio = 0.75 + u * 0.75
-    height = min(rows, max(1, round(math.sqrt(area * ratio))))
-    width = min(columns, max(1, round(math.sqrt(area / ratio))))
-    if (height, width) == (rows, columns):
-        height -= 1  # something stays visible
-    return height, width
+    height = min(side, round(math.sqrt(area * ratio)))
+    return height, min(side, round(math.sqrt(area / ratio)))
 
 
-def outside_blocks(uniform, size, grid):
-    """Return bool [B, N], the tokens in no block. uniform [B, blocks, 2]: places in [0, 1)."""
-    times, rows, columns = grid
-    top = (uniform[..., :1] * (rows - size[0] + 1)).long()  # [B, blocks, 1]
-    left = (uniform[..., 1:] * (columns - size[1] + 1)).long()
-    row = torch.arange(rows)
-    column = torch.arange(columns)
-    tall = (row >= top) & (row < top + size[0])
-    wide = (column >= left) & (column < left + size[1])
-    outside = ~(tall[..., :, None] & wide[..., None, :]).flatten(2)  # [B, blocks, rows*columns]
-    visible = outside.all(1)
-    # where all blocks leave nothing visible, the first one is hidden alone
-    visible = torch.where(visible.any(1, keepdim=True), visible, outside[:, 0])
-    return visible.repeat(1, times)
+def outside_blocks(uniform, size, side):
+    """Return bool [B, side, side], the tokens in no block.
+
+    uniform [B, blocks, 2]: places of the blocks in [0, 1). A block that would hide all that is left
+    is left out.
+    """
+    height, width = size
+    corners = (uniform * (side + 1 - torch.tensor(size))).long().tolist()
+    visible = torch.ones(len(uniform), side, side, dtype=torch.bool)
+    for i, blocks in enumerate(corners):
+        for top, left in blocks:
+            rest = visible[i].clone()
+            rest[top : top + height, left : left + width] = False
+            if rest.any():
+                visible[i] = rest
+    return visible
 
 
 def cut(visible):
@@ -193,35 +188,33 @@ def cut(visible):
     lists = []
     for chosen in (visible, ~visible):
         shortest = int(chosen.sum(1).min())
-        lists.append((~chosen).int().argsort(dim=1, stable=True)[:, :shortest])
+        lists.append(torch.stack([row.nonzero()[:shortest, 0] for row in chosen]))
     return lists
 
 
 def sample_masks(config, number):
     """Draw a micro-batch's masks: a list of visible [B, K] and hidden [B, Kp] of each kind."""
     c = config
-    grid = grid_of(c)
-    times = grid[0]
-    places = grid[1] * grid[2]
+    times, side, _ = grid_of(c)
+    late = max(1, times * 3 // 4)  # where the last quarter of the clip begins
     draws = common.generator(c.seed, "masks", number)
     masks = []
     for name, blocks, scale in mask_kinds(c):
+        visible = torch.ones(c.micro, times, side, side, dtype=torch.bool)
         if name == "time":  # the first eighth of the clip to three quarters of it
-            longest = max(1, times * 3 // 4)
-            known = 1 + int(torch.rand(1, generator=draws).item() * longest)
-            visible = (torch.arange(times * places) < known * places).expand(c.micro, -1)
+            known = 1 + int(torch.rand(1, generator=draws).item() * late)
+            visible[:, known:] = False
         elif name in ("random", "tube"):  # hide 90 %
-            count = places if name == "tube" else times * places
-            keys = torch.rand(c.micro, count, generator=draws)
-            visible = keys.argsort(1).argsort(1) < max(1, int(count * (1 - 0.9)))
-            visible = visible.repeat(1, times * places // count)
+            count = (times if name == "random" else 1) * side * side
+            order = torch.rand(c.micro, count, generator=draws).argsort(1)
+            visible &= (order < max(1, count // 10)).view(c.micro, -1, side, side)
         else:
-            size = block_size(number // (c.batch // c.micro), grid, scale)
+            size = block_size(number // (c.batch // c.micro), side, scale)
             uniform = torch.rand(c.micro, blocks, 2, generator=draws, dtype=torch.float64)
-            visible = outside_blocks(uniform, size, grid)
+            visible &= outside_blocks(uniform, size, side)[:, None]
             if name == "causal":  # only the first three quarters of the clip are context
-                visible[:, max(1, times * 3 // 4) * places :] = False
-        masks += cut(visible)
+                visible[:, late:] = False
+        masks += cut(visible.flatten(1))
     return masks
 
 
@@ -243,118 +236,88 @@ def sincos_3d(width, grid):
 
 def resample_positions(table, old, new):
     """Resample positions [1, N, D] of one (time, rows, columns) grid for another."""
-    if tuple(old) == tuple(new):
-        return table
-    cube = table.float().unflatten(1, tuple(old)).permute(0, 4, 1, 2, 3)  # [1, D, T, H, W]
-    return F.interpolate(cube, tuple(new), mode="trilinear").flatten(2).transpose(1, 2)
+    cube = table.unflatten(1, old).permute(0, 4, 1, 2, 3)  # [1, D, T, H, W]
+    return F.interpolate(cube, new, mode="trilinear").flatten(2).transpose(1, 2)
 
 
-@functools.lru_cache(maxsize=16)
-def rotary_table(head_width, grid, device):
-    """Return cosine and signed sine [N, D/H] of each token's rotation, and each channel's partner.
+def rotate(x, places, grid):
+    """Turn queries or keys x [B, H, N, D/H] of tokens at places [B, N] of a grid.
 
     The channels are three groups, for time, row and column. In a group of a channels the pairs
     (2i, 2i+1) turn by position * 10000^(-2i/a). What is left over stays as it is.
     """
-    a = head_width // 3
-    channel = torch.arange(head_width)
-    axis = (channel // a).clamp(max=2)
-    inside = channel - axis * a
-    odd = inside % 2
-    turned = inside < a // 2 * 2
-    frequencies = 10000.0 ** (-(inside - odd) / a) * turned
-    places = torch.cartesian_prod(*(torch.arange(side) for side in grid))  # [N, 3]
-    angles = places[:, axis] * frequencies
-    sine = angles.sin() * (2 * odd - 1)
-    partner = torch.where(turned, channel + 1 - 2 * odd, channel)
-    return angles.cos().to(device), sine.to(device), partner.to(device)
-
-
-def rotate(x, cosine, sine, partner):
-    """Turn queries or keys x [B, H, N, D/H] by what `rotary_table` gives."""
-    return (x * cosine + x[..., partner] * sine).to(x.dtype)
-
-
-class SwiGLU(nn.Module):
-    """fc3(silu(fc1 x) * fc2 x)."""
-
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(width, hidden)
-        self.fc3 = nn.Linear(hidden, width)
-
-    def forward(self, x):
-        """[..., D] -> [..., D]."""
-        return self.fc3(F.silu(self.fc1(x)) * self.fc2(x))
+    width = x.shape[3]
+    a = width // 3
+    channel = torch.arange(width, device=x.device)
+    inside = channel % a
+    sign = inside % 2 * 2 - 1  # of the sine: the first of a pair has -1, the second 1
+    turned = (inside < a // 2 * 2) & (channel < 3 * a)
+    frequencies = turned * 10000.0 ** (-(inside // 2) * 2 / a)
+    position = torch.stack(torch.unravel_index(places, grid), dim=-1)  # [B, N, 3]
+    angles = (position[..., channel // a % 3] * frequencies)[:, None]  # [B, 1, N, D/H]
+    partner = x[..., (channel - sign) % width] * sign
+    return (x * angles.cos() + partner * angles.sin()).to(x.dtype)
 
 
 class RotaryBlock(Block):
-    """A `Block` with SwiGLU, whose queries and keys are turned by their place in the video."""
+    """A `Block` that turns queries and keys by their place in the video.
+
+    Its MLP is SwiGLU, fc3(silu(fc1 x) * fc2 x).
+    """
 
     def __init__(self, width, heads):
         super().__init__(width, heads)
-        self.mlp = SwiGLU(width, 4 * width)
+        self.mlp.fc2 = nn.Linear(width, 4 * width)
+        self.mlp.fc3 = nn.Linear(4 * width, width)
 
-    def forward(self, x, queries=None, rotation=None):
-        """As `Block`; rotation: what `rotate` takes."""
+    def forward(self, x, queries, places, grid):
+        """As `Block`, for tokens at places [B, N] of a grid."""
         qkv = self.attn.qkv(self.norm1(x))
         qkv = qkv.unflatten(2, (3, self.attn.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, D/H]
-        q = rotate(q, *rotation)
-        k = rotate(k, *rotation)
-        if queries is not None:
-            q = q[:, :, -queries:]
-            x = x[:, -queries:]
-        attended = common.attend(q, k, v).transpose(1, 2)
-        x = x + self.attn.proj(attended.flatten(2))
-        return x + self.mlp(self.norm2(x))
+        x = x[:, -queries:]  # -0 is 0, so all
+        q = rotate(q, places, grid)[:, :, -queries:]  # [B, H, n, D/H]
+        attended = common.attend(q, rotate(k, places, grid), v)
+        x = x + self.attn.proj(attended.transpose(1, 2).flatten(2))
+        y = self.norm2(x)
+        gate = F.silu(self.mlp.fc1(y))
+        return x + self.mlp.fc3(gate * self.mlp.fc2(y))
 
 
 class Transformer(nn.Module):
     """Blocks that know where in the video each token is: what encoder and predictor share."""
 
-    def __init__(self, config, width, depth):
+    def __init__(self, config, inputs, width, depth):
         super().__init__()
         self.grid = grid_of(config)
-        self.heads = config.heads
-        self.pos_embed = None
-        if not config.rope:
-            # a parameter, since the released checkpoints hold the table too
-            table = sincos_3d(width, self.grid)
-            self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.rope = config.rope
+        if not config.rope:  # a fixed table is no weight: checkpoints do without it
+            self.register_buffer("pos_embed", sincos_3d(width, self.grid), persistent=False)
         block = RotaryBlock if config.rope else Block
         self.blocks = nn.ModuleList(block(width, config.heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.embed = nn.Linear(inputs, width)
 
-    def run(self, x, keep, grid, queries=None):
-        """Run on tokens x [B, N, D] at the places keep [B, N] of a grid, None = all of them.
+    def run(self, x, places, grid, queries=0):
+        """Run on tokens x [B, N, D] at places [B, N] of a grid: [B, N, D].
 
-        With queries=n only the last n tokens are computed: [B, n, D].
+        With queries=n only the last n tokens are computed in the last block: [B, n, D].
         """
-        options = {}
-        if self.pos_embed is None:
-            head_width = x.shape[2] // self.heads
-            cosine, sine, partner = rotary_table(head_width, tuple(grid), x.device)
-            if keep is not None:
-                cosine = cosine[keep][:, None]  # [B, 1, N, D/H]
-                sine = sine[keep][:, None]
-            options["rotation"] = (cosine, sine, partner)
-        else:
-            table = resample_positions(self.pos_embed, self.grid, grid)
-            x = x + (table if keep is None else table[0][keep])
+        where = (places, grid)
+        if not self.rope:
+            x = x + resample_positions(self.pos_embed, self.grid, grid)[0][places]
+            where = ()
         for block in self.blocks[:-1]:
-            x = block(x, **options)
-        return self.norm(self.blocks[-1](x, queries=queries, **options))
+            x = block(x, 0, *where)
+        return self.norm(self.blocks[-1](x, queries, *where))
 
 
 def to_tubelets(video, tubelet, patch):
-    """Cut videos [B, 3, T, H, W] into tubelets [B, N, 3*t*p*p], channel-major, in raster order."""
-    x = video.unflatten(4, (-1, patch))
-    x = x.unflatten(3, (-1, patch))
-    x = x.unflatten(2, (-1, tubelet))  # [B, 3, T', t, H', p, W', p]
-    x = x.permute(0, 2, 4, 6, 1, 3, 5, 7)
-    return x.flatten(1, 3).flatten(2)
+    """Cut videos [B, 3, T, H, W] into tubelets [B, T', H', W', 3*t*p*p], channel-major."""
+    x = video.unfold(2, tubelet, tubelet)
+    x = x.unfold(3, patch, patch)
+    x = x.unfold(4, patch, patch)  # [B, 3, T', H', W', t, p, p]
+    return x.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4)
 
 
 class Encoder(Transformer):
@@ -362,24 +325,20 @@ class Encoder(Transformer):
 
     def __init__(self, config):
         c = config
-        super().__init__(c, c.width, c.depth)
-        kernel = (c.tubelet, c.patch, c.patch)
-        self.patch_embed = nn.Conv3d(3, c.width, kernel, stride=kernel)
+        super().__init__(c, 3 * c.tubelet * c.patch**2, c.width, c.depth)
+        self.kernel = c.tubelet, c.patch
 
-    def forward(self, x, keep=None):
-        """Encode videos [B, 3, T, H, W] of any size, or tubelets [B, N, 3*t*p*p]: [B, N, D].
+    def forward(self, video, keep=None):
+        """Encode videos [B, 3, T, H, W] of any size: [B, N, D], in raster order.
 
         keep: the tokens to run on, int64 [B, K] -> [B, K, D].
         """
-        grid = self.grid
-        if x.dim() == 5:
-            kernel = self.patch_embed.kernel_size
-            grid = [side // k for side, k in zip(x.shape[2:], kernel, strict=True)]
-            x = to_tubelets(x, *kernel[:2])
-        if keep is not None:
-            x = gather_tokens(x, keep)
-        # the convolution as one Linear, so that it can run on visible tubelets alone
-        x = F.linear(x, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
+        x = to_tubelets(video, *self.kernel)
+        grid = x.shape[1:4]
+        x = x.flatten(1, 3)
+        if keep is None:
+            keep = torch.arange(x.shape[1], device=x.device)[None]
+        x = self.embed(gather_tokens(x, keep))
         return self.run(x, keep, grid)
 
 
@@ -389,25 +348,23 @@ class Predictor(Transformer):
     def __init__(self, config):
         c = config
         width = c.predictor_width
-        super().__init__(c, width, c.predictor_depth)
-        self.predictor_embed = nn.Linear(c.width, width)
+        super().__init__(c, c.width, width, c.predictor_depth)
         # one for each kind of mask
         tokens = [torch.zeros(1, 1, width) for _ in mask_kinds(c)]
         self.mask_tokens = nn.ParameterList(tokens)
         out = 3 * c.tubelet * c.patch**2 if c.target == "pixels" else c.width
-        self.predictor_proj = nn.Linear(width, out)
+        self.proj = nn.Linear(width, out)
 
     def forward(self, tokens, context, hidden, kind):
         """Predict the tokens `hidden` [B, Kp]: [B, Kp, D].
 
         tokens [B, K, D]: those at `context` [B, K], encoded; kind: which mask token to use.
         """
-        x = self.predictor_embed(tokens)
-        queries = self.mask_tokens[kind].to(x.dtype).expand(*hidden.shape, -1)
-        x = torch.cat([x, queries], dim=1)
+        x = self.embed(tokens)
+        queries = self.mask_tokens[kind].expand(len(x), hidden.shape[1], -1)
+        x = torch.cat([x, queries.to(x.dtype)], dim=1)
         places = torch.cat([context, hidden], dim=1)
-        # only the queries are read, so the last block computes only them
-        return self.predictor_proj(self.run(x, places, self.grid, queries=hidden.shape[1]))
+        return self.proj(self.run(x, places, self.grid, hidden.shape[1]))
 
 
 class VJEPA(nn.Module):
@@ -427,13 +384,15 @@ class VJEPA(nn.Module):
                 nn.init.normal_(values, std=config.predictor_width**-0.5)
                 keys.copy_(queries)
 
-    def forward(self, tubelets, *masks):
-        """tubelets [B, N, 3*t*p*p], masks of `sample_masks` -> list of predictions [B, Kp, D]."""
+    def predict(self, video, context, hidden, kind):
+        """Predict the tokens `hidden` [B, Kp] of a video from those of `context` [B, K]."""
+        return self.predictor(self.encoder(video, context), context, hidden, kind)
+
+    def forward(self, video, *masks):
+        """video [B, 3, T, S, S], masks of `sample_masks` -> list of predictions [B, Kp, D]."""
         predictions = []
-        for kind in range(len(masks) // 2):
-            context, hidden = masks[2 * kind : 2 * kind + 2]
-            tokens = self.encoder(tubelets, context)
-            predictions.append(self.predictor(tokens, context, hidden, kind))
+        for kind, hidden in enumerate(masks[1::2]):
+            predictions.append(self.predict(video, masks[2 * kind], hidden, kind))
         return predictions
 
 
@@ -449,30 +408,33 @@ def build(config):
 # --------------------------------------------------------------------------------------------------
 
 
-def pixel_targets(tubelets):
-    """Return the control's targets, pixels [B, N, t*p*p*3].
+def pixel_targets(video, config):
+    """Return the control's targets, pixels [B, N, t*p*p*3] of a video [B, 3, T, H, W].
 
     Each colour of a tubelet is brought to mean 0 and std 1.
     """
-    std = common.STD.view(3, 1).to(tubelets.device)
-    pixels = tubelets.float().unflatten(2, (3, -1)) * std  # [B, N, 3, t*p*p]
+    std = common.STD.view(3, 1).to(video.device)
+    tubelets = to_tubelets(video, config.tubelet, config.patch).flatten(1, 3)
+    pixels = tubelets.unflatten(2, (3, -1)) * std  # [B, N, 3, t*p*p]
     pixels = pixels - pixels[..., :1]  # else rounding counts where a tubelet is nearly flat
     spread = pixels.std(3, keepdim=True) + 1e-6
     pixels = (pixels - pixels.mean(3, keepdim=True)) / spread
     return pixels.transpose(2, 3).flatten(2)
 
 
-def normed(tokens, pixels):
-    """Return what is to be predicted, [B, N, D]: features are normed, pixels are already."""
-    return tokens if pixels else F.layer_norm(tokens.float(), tokens.shape[-1:])
+def targets_of(target, video, config):
+    """Return the targets [B, N, D] at all places: normed features, or pixels in the control."""
+    if config.target == "pixels":
+        return pixel_targets(video, config)
+    tokens = target(video).float()
+    return F.layer_norm(tokens, tokens.shape[-1:])
 
 
-def vjepa_loss(predictions, tokens, hidden, pixels=False):
-    """Mean over kinds of masks of the mean |prediction - normed token|; for pixels half the square.
+def vjepa_loss(predictions, wanted, hidden, pixels=False):
+    """Mean over kinds of masks of the mean |prediction - target|; for pixels half the square.
 
-    predictions: [B, Kp, D] of each kind; tokens [B, N, D]; hidden: int64 [B, Kp] of each kind.
+    predictions: [B, Kp, D] of each kind; wanted [B, N, D]; hidden: int64 [B, Kp] of each kind.
     """
-    wanted = normed(tokens, pixels)
     losses = []
     for prediction, places in zip(predictions, hidden, strict=True):
         error = prediction.float() - gather_tokens(wanted, places)
@@ -484,92 +446,88 @@ def vjepa_loss(predictions, tokens, hidden, pixels=False):
 # The toy world: no frame, and no set of frames, says whether a video is possible
 # --------------------------------------------------------------------------------------------------
 
-PROPERTIES = ("permanence", "continuity", "shape", "colour", "solidity")
+
+PROPERTIES = ["permanence", "continuity", "shape", "colour", "solidity"]
 SHAPES = ((24, 0), (4, 0), (3, 0), (3, 180))  # sides and turn: circle, square, two triangles
 COLOURS = ("#dc3232", "#326ee6", "#f0c828", "#3cb450", "#aa50c8", "#f0f0f0")
 SCREENS = ("#5a3c28", "#285050", "#50506e")
 FLOOR = 27.0  # height of the floor, counted from the top of a frame of 32 x 32
 
 
-class Scene:
-    """A toy scene. A frame depends on two numbers only: its phase, and how far screens are up.
+def make_scene(name, draws, size):
+    """Return a random scene, a function: [(phase, screen)] -> video uint8 [T, 3, S, S].
 
-    Phases 0 and 1 are the scene's two states, those between are the visible change. Screens that
-    are up (1) hide all that depends on the state.
+    A frame depends on two numbers only: its phase, and how far screens are up. Phases 0 and 1 are
+    the scene's two states, those between are the visible change. Screens that are up (1) hide all
+    that depends on the state.
 
     permanence: an object is there, or slides out of the picture. continuity: it is left, or hops
     over the gap between two screens. shape, colour: two objects that differ in it cross in the
     open. solidity: an object hops over a wall that sticks out above a wide screen.
     """
+    r = draws.uniform(3.6, 4.6)  # radius
+    middle = draws.uniform(13, 19)
+    shapes = draws.sample(SHAPES, 2)
+    colours = draws.sample(COLOURS, 2)
+    screen_colour = draws.choice(SCREENS)
+    sky, ground = (tuple(draws.choices(range(60, 180), k=3)) for _ in "12")
+    # the second object differs from the first in one way
+    second = (shapes[name == "shape"], colours[name == "colour"])
+    objects = [(shapes[0], colours[0]), second]
 
-    def __init__(self, name, draws, size):
-        self.name = name
-        self.size = size
-        self.radius = draws.uniform(3.6, 4.6)
-        self.middle = draws.uniform(13, 19)
-        shapes = draws.sample(SHAPES, 2)
-        colours = draws.sample(COLOURS, 2)
-        self.shapes = shapes if name == "shape" else shapes[:1] * 2
-        self.colours = colours if name == "colour" else colours[:1] * 2
-        self.screen = draws.choice(SCREENS)
-        self.sky = tuple(draws.choices(range(60, 180), k=3))
-        self.ground = tuple(draws.choices(range(60, 180), k=3))
-
-    def frame(self, phase, screen):
+    @functools.cache  # what is the same is the same bytes
+    def frame(phase, screen):
         """Draw a frame, uint8 [S, S, 3], at four times its size."""
-        canvas = Image.new("RGB", (4 * self.size, 4 * self.size), self.sky)
+        canvas = Image.new("RGB", (4 * size, 4 * size), sky)
         pen = ImageDraw.Draw(canvas)
-        k = self.size / 8
-        r = self.radius
+        k = size / 8
         eased = phase * phase * (3 - 2 * phase)  # no jump in speed at either end
 
         def box(left, top, right, bottom, colour):
             pen.rectangle((k * left, k * top, k * right, k * bottom), fill=colour)
 
         def thing(which, x, up=0.0):
-            sides, turn = self.shapes[which]
+            (sides, turn), colour = objects[which]
             circle = (k * x, k * (FLOOR - r - up), k * r)
-            pen.regular_polygon(circle, sides, turn, fill=self.colours[which])
+            pen.regular_polygon(circle, sides, turn, fill=colour)
 
-        box(0, FLOOR, 32, 32, self.ground)
-        left = 8.5
-        right = 23.5
-        x = left + eased * (right - left)
-        centres = [left, right]
+        box(0, FLOOR, 32, 32, ground)
+        x = 8.5 + eased * 15  # from the left place to the right one
+        centres = [8.5, 23.5]
         half = r + 1.3  # of a screen
-        if self.name == "permanence":
-            thing(0, self.middle + eased * (34 + r - self.middle))
-            centres = [self.middle]
-        elif self.name == "solidity":
+        if name == "permanence":
+            thing(0, middle + eased * (34 + r - middle))
+            centres = [middle]
+        elif name == "solidity":
             box(15, 13, 17, FLOOR, "#1e1e1e")
             # up first, then across: it clears the wall
             thing(0, x, up=17 * (1 - (2 * eased - 1) ** 6))
             centres = [16.0]
             half = 14.0
         else:
-            if self.name != "continuity":
-                thing(1, left + right - x)
+            if name != "continuity":
+                thing(1, 32 - x)
             thing(0, x, up=4 * eased * (1 - eased) * (2 * r + 2))
         base = FLOOR + 2
         for centre in centres if screen else ():
             top = base - screen * (2 * r + 3.5)
-            box(centre - half, top, centre + half, base, self.screen)
+            box(centre - half, top, centre + half, base, screen_colour)
         return np.asarray(canvas.reduce(4))
 
-    def video(self, story):
-        """Draw [(phase, screen)]: uint8 [T, 3, S, S]. What is the same is the same bytes."""
-        drawn = {symbol: self.frame(*symbol) for symbol in set(story)}
-        frames = np.stack([drawn[symbol] for symbol in story])
+    def video(story):
+        frames = np.stack([frame(*symbol) for symbol in story])
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
+    return video
 
-def change(state, length):
+
+def change(state, length=6):
     """Tell the visible change out of a state, in so many frames."""
     story = [((k + 1) / (length + 1), 0) for k in range(length)]
     return story[::-1] if state else story
 
 
-def occlude(before, after, rise, full):
+def occlude(before, after, rise=2, full=4):
     """Tell how screens rise over a state, hide it for `full` frames, and sink over a state."""
     heights = [(k + 1) / (rise + 1) for k in range(rise)]
     sinking = [(after, height) for height in reversed(heights)]
@@ -603,10 +561,8 @@ def quadruplet():
     for a, b in ((0, 1), (1, 0)):
         rest = [(a, 0)] * 4
         moved = [(b, 0)] * 4
-        possible = rest + occlude(a, a, 2, 4) + rest + change(a, 6) + moved
-        possible += occlude(b, b, 2, 4) + moved
-        impossible = rest + occlude(a, b, 2, 4) + moved + change(b, 6) + rest
-        impossible += occlude(a, b, 2, 4) + moved
+        possible = rest + occlude(a, a) + rest + change(a) + moved + occlude(b, b) + moved
+        impossible = rest + occlude(a, b) + moved + change(b) + rest + occlude(a, b) + moved
         pairs.append([possible, impossible])
     return pairs
 
@@ -620,7 +576,6 @@ PICTURES = frozenset(common.EXTENSIONS)
 common.EXTENSIONS.update(
     ".3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob .webm .wmv".split()
 )
-UNREADABLE = (*common.UNREADABLE, av.error.FFmpegError)
 
 
 def dice(*key):
@@ -628,30 +583,28 @@ def dice(*key):
     return random.Random(common.generator(*key).initial_seed())
 
 
-def clip_indices(length, frames, step, clips=1, overlap=False, draw=None):
+def clip_indices(length, frames, step, clips=1, overlap=False, draws=None):
     """Choose the frames of a video that make up its clips, int64 [clips, frames].
 
-    The released sampler. One clip from each of `clips` equal parts. It ends where draw(low, high)
-    says, low <= . < high, or is the first of its part. A part that is too short repeats its last
-    frame, or with `overlap` clips overlap. First and last frame are both included, so steps are a
-    little longer than `step`.
+    The released sampler. Each of `clips` equal parts gives a clip: at a random place, or without
+    `draws` the first one. A part that is too short repeats its last frame; with `overlap` clips
+    overlap. First and last frame are both included, so steps are a little longer than `step`.
     """
     part = length // clips
     span = frames * step
     rows = []
     for i in range(clips):
-        shift = i * part
+        first = i * part
         if part > span:
-            end = draw(span, part) if draw else span
-            row = np.linspace(end - span, end, frames).clip(end - span, end - 1)
+            last = draws.randrange(span, part) if draws else span
+            row = np.linspace(last - span, last, frames)
         else:
             last = min(span, length) - 1 if overlap else part
             row = np.linspace(0, last, last // step)
             row = np.append(row, np.full(frames - last // step, last))
-            row = row.clip(0, max(0, last - 1))
-        if overlap and part <= span:
-            shift = i * ((length - span) // (clips - 1)) if length > span else 0
-        rows.append(row.astype(np.int64) + shift)
+            if overlap:
+                first = max(0, length - span) // max(1, clips - 1) * i
+        rows.append(first + row.clip(0, max(0, last - 1)).astype(np.int64))
     return np.stack(rows)
 
 
@@ -660,90 +613,66 @@ def is_picture(path):
     return path.suffix.lower() in PICTURES
 
 
-def read_frames(path, choose):
-    """Read the frames that choose(count, frames a second) returns, int64 [...]: [..., 3, H, W].
+@functools.lru_cache(maxsize=8)  # the length is asked for first, then frames
+def list_frames(path):
+    """Return (frames a second, list of frames in the order of showing), without decoding.
 
-    path: a video, a folder of pictures, or a picture: a video of one frame. Raises UNREADABLE.
+    path: a video, a folder of pictures, or a picture. A picture is a video of one frame.
+    A frame is (time stamp, is it a key frame), of pictures the file. Where time stamps cannot be
+    trusted it is (0, False).
     """
-    if path.is_dir() or is_picture(path):
-        files = [path]
-        if path.is_dir():
-            files = [p for p in path.iterdir() if is_picture(p) and p.name[0] != "."]
-            files.sort(key=lambda p: (len(p.name), p.name))  # 9.jpg before 10.jpg
-        indices = choose(len(files), 25)
-        found = {}
-        for i in np.unique(indices).tolist():
-            with Image.open(files[i]) as image:
-                found[i] = np.array(common.to_rgb(image, common.exif_turn(image)))
-    else:
-        indices, found = decode(path, choose)
-    wanted, places = np.unique(indices, return_inverse=True)
-    frames = torch.from_numpy(np.stack([found[i] for i in wanted.tolist()]))
-    return frames[places.reshape(indices.shape)].movedim(-1, -3)
-
-
-def list_packets(video, stream):
-    """Return (time stamp, is it a key frame) of all frames that will be shown, undecoded."""
-    packets = [p for p in video.demux(stream) if p.size and not p.is_discard]
-    return [(p.pts, p.is_keyframe) for p in packets]
-
-
-def decode(path, choose):
-    """Return (indices that `choose` asks for, {index: frame uint8 [H, W, 3]}) of a video file.
-
-    Frames are found by their time stamps, from the last key frame before the first one wanted.
-    Where stamps or the seek cannot be trusted, frames are counted from the start.
-    """
-    found = {}
+    files = common.files_below(path) if path.is_dir() else [path]
+    pictures = [file for file in files if is_picture(file)]
+    if pictures:
+        return 25, sorted(pictures, key=lambda file: (len(file.name), file))  # 9.jpg before 10.jpg
     with av.open(str(path)) as video:
         stream = video.streams.best("video")
         if stream is None:
             raise ValueError("no video in it")
-        packets = list_packets(video, stream)
-        indices = choose(len(packets), float(stream.average_rate or 25))
-        wanted = set(indices.flatten().tolist())
-        stamps = {stamp for stamp, _ in packets}
-        # AVI stores no times of showing: with B-frames they are guesses
-        guessed = video.format.name == "avi" and stream.codec_context.has_b_frames
-        if None not in stamps and len(stamps) == len(packets) and not guessed:
-            stamps = sorted(stamps)
-            places = {stamps[i]: i for i in wanted}
-            keys = {stamp for stamp, key in packets if key and stamp <= min(places)}
-            found = decode_from(video, stream, keys, places) if keys else {}
-    if len(found) == len(wanted):
-        return indices, found
-    count = 0
-    with av.open(str(path)) as video:
-        for frame in video.decode(video.streams.best("video")):
-            if count in wanted:
-                found[count] = upright(frame)
-            count += 1
-            if count > max(wanted):
-                return indices, found
-    if not count:
-        raise ValueError("no frame of it can be decoded")
-    # some packets hold half a frame, or none: now the true number is known
-    return decode(path, lambda _, rate: choose(count, rate))
+        packets = [p for p in video.demux(stream) if p.size and not p.is_discard]
+        keys = {p.pts: p.is_keyframe for p in packets}
+        # AVI stores no times of showing
+        guessed = video.format.name == "avi" or None in keys or len(keys) < len(packets)
+        frames = [(0, False)] * len(packets) if guessed else sorted(keys.items())
+        return float(stream.average_rate or 25), frames
 
 
-def decode_from(video, stream, keys, places):
-    """Return {index: frame} for places {stamp: index}, from the last of the key frames `keys` on.
+def read_frames(path, indices):
+    """Read frames by their numbers in `list_frames`: int64 [...] -> uint8 [..., 3, H, W]."""
+    _, frames = list_frames(path)
+    wanted, places = np.unique(indices, return_inverse=True)
+    if isinstance(frames[0], Path):
+        found = []
+        for i in wanted:
+            with Image.open(frames[i]) as image:
+                found.append(np.array(common.to_rgb(image, common.exif_turn(image))))
+    else:
+        found = decode(path, frames, wanted)
+    pixels = torch.from_numpy(np.stack(found))
+    return pixels[places.reshape(indices.shape)].movedim(-1, -3)
 
-    Returns fewer if the seek landed elsewhere, or if frames come in another order than stamps.
+
+def decode(path, frames, wanted):
+    """Decode frames of a video file: a list of uint8 [H, W, 3].
+
+    frames: of `list_frames`; wanted: numbers, ascending. Starts at the last key frame before them.
+    If another frame comes than was listed, opens the file again and counts from its start.
     """
-    found = {}
-    latest = -math.inf
-    video.seek(max(keys), stream=stream)
-    for frame in video.decode(stream):
-        late = not math.isfinite(latest) and frame.pts not in keys  # as in MPEG-TS
-        if late or frame.pts is None or frame.pts <= latest:
-            return {}
-        latest = frame.pts
-        if latest in places:
-            found[places[latest]] = upright(frame)
-        if latest >= max(places):
-            break
-    return found
+    keys = [i for i in range(wanted[0] + 1) if frames[i][1]]
+    for start in (*keys[-1:], 0):
+        found = []
+        with av.open(str(path)) as video:
+            stream = video.streams.best("video")
+            if start:
+                video.seek(frames[start][0], stream=stream)
+            for i, frame in enumerate(video.decode(stream), start):
+                if start and frame.pts != frames[i][0]:
+                    break
+                if i in wanted:
+                    found.append(upright(frame))
+                if len(found) == len(wanted):
+                    return found
+    raise ValueError("some of its frames cannot be decoded")
 
 
 def upright(frame):
@@ -753,23 +682,16 @@ def upright(frame):
     if matrix is None:
         return pixels
     # (column, row) is shown at (a column + c row, b column + d row)
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32)
     if abs(a) < abs(b):
-        pixels = pixels.swapaxes(0, 1)
-        a = c
-        d = b
-    pixels = pixels[:, ::-1] if a < 0 else pixels
-    return pixels[::-1] if d < 0 else pixels
+        return pixels.swapaxes(0, 1)[:: np.sign(b), :: np.sign(c)]
+    return pixels[:: np.sign(d), :: np.sign(a)]
 
 
 def centre_crop(height, width, aspect):
     """Return (top, left, height, width) of the largest centre with width / height in `aspect`."""
-    h = height
-    w = width
-    if width / height < aspect[0]:
-        h = round(width / aspect[0])
-    elif width / height > aspect[1]:
-        w = round(height * aspect[1])
+    h = min(height, round(width / aspect[0]))
+    w = min(width, round(height * aspect[1]))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -786,34 +708,27 @@ def random_crop(height, width, scale, draws, aspect=(0.75, 1.35)):
     return centre_crop(height, width, aspect)
 
 
-def evaluation_box(height, width, size, views, view):
-    """Return what evaluation sees: the centre, or one of three squares along the longer side."""
-    side = min(height, width)
-    if views == 1:
-        view = 1
-        side = side if (height, width) == (size, size) else side * 7 // 8  # 224 of 256
-    return (height - side) * view // 2, (width - side) * view // 2, side, side
-
-
 def crop_resize(frames, box, size):
     """Cut a box (top, left, height, width) out of frames [T, 3, H, W] and resize it: [T, 3, S, S].
 
     Bilinear without antialiasing, as released.
     """
-    top, left, height, width = box
+    top, left, height, width = map(int, box)
     part = frames[..., top : top + height, left : left + width]
-    if (height, width) == (size, size):
-        return part
     return F.interpolate(part, (size, size), mode="bilinear")
 
 
 @dataclass
 class Videos(common.Split):
-    """N videos: paths, or for the toy properties. clips, views: what is read of each."""
+    """N videos: paths, or for the toy names of properties.
+
+    clips: how many are read of each. view: what evaluation sees, None = the centre of a frame, or
+    square 0, 1 or 2 along its longer side.
+    """
 
     config: Config | None = None
     clips: int = 1
-    views: int = 1
+    view: int | None = None
 
     def read_clips(self, index, draws):
         """Return a video's clips, uint8 [C, T, 3, H, W]; draws: None = not random."""
@@ -821,142 +736,147 @@ class Videos(common.Split):
         video = self.images[index]
         if isinstance(video, str):
             draws = draws or dice("toy", self.names[index])
-            scene = Scene(video, draws, c.image_size)
-            return torch.stack([scene.video(walk(draws, c.frames)) for _ in range(self.clips)])
+            scene = make_scene(video, draws, c.image_size)
+            return torch.stack([scene(walk(draws, c.frames)) for _ in range(self.clips)])
+        rate, frames = list_frames(video)
+        step = max(1, int(c.seconds * rate / c.frames)) if c.seconds else c.step
+        overlap = self.clips > 1 or draws is None
+        indices = clip_indices(len(frames), c.frames, step, self.clips, overlap, draws)
+        return read_frames(video, indices)
 
-        def choose(count, rate):
-            step = max(1, int(c.seconds * rate / c.frames)) if c.seconds else c.step
-            overlap = self.clips > 1 or draws is None
-            draw = draws.randrange if draws else None
-            return clip_indices(count, c.frames, step, self.clips, overlap, draw)
+    def read(self, index, choose, sizes, resample):
+        """Return a list of one tensor: a video's clips, uint8 [C, T, 3, S, S].
 
-        return read_frames(video, choose)
-
-    def read_views(self, index, draws, scale, flip):
-        """Return a video's clips in all views, uint8 [V * C, T, 3, S, S].
-
-        Each random clip has a crop of its own.
+        Training calls it with resample=None. Then choose() returns random numbers, and each clip
+        has a crop of its own. `extract` calls it with a filter. Then choose(width, height) returns
+        the centre.
         """
-        size = self.config.image_size
+        c = self.config
+        draws = choose() if resample is None else None
         parts = []
-        clips = self.read_clips(index, draws)
-        for view in range(self.views):
-            for frames in clips:
-                if draws:
-                    box = random_crop(*frames.shape[-2:], scale, draws)
-                else:
-                    box = evaluation_box(*frames.shape[-2:], size, self.views, view)
-                part = crop_resize(frames, box, size)
-                parts.append(part.flip(-1) if flip and draws.random() < 0.5 else part)
-        return torch.stack(parts)
+        for frames in self.read_clips(index, draws):
+            height, width = frames.shape[-2:]
+            if draws:
+                box = random_crop(height, width, c.crop_scale, draws)
+            elif self.view is None:
+                (box,) = choose(width, height)
+            else:
+                top, left, side, _ = centre_crop(height, width, (1.0, 1.0))
+                box = top * self.view, left * self.view, side, side
+            part = crop_resize(frames, box, c.image_size)
+            mirrored = draws and c.flip and draws.random() < 0.5
+            parts.append(part.flip(-1) if mirrored else part)
+        return [torch.stack(parts)]
 
-    def read_batch(self, indices, *_, key=None, scale=(1.0, 1.0), flip=False):
-        """Read videos: (those read [B], uint8 [B, V * C, T, 3, S, S], unreadable files).
-
-        key: of the random draws, None = what evaluation sees, as `common.extract` asks for it.
-        Others of the batch stand in for unreadable ones.
-        """
-        rows = []
-        bad = []
-        for i, index in enumerate(indices):
-            draws = dice(*key, i) if key else None
-            try:
-                rows.append((index, self.read_views(index, draws, scale, flip)))
-            except UNREADABLE as error:
-                bad.append(f"{self.images[index]}: {error}")
-        if not rows:  # all of these are bad: the main process ends the run
-            size = self.config.image_size
-            shape = (self.views * self.clips, self.config.frames, 3, size, size)
-            rows = [(indices[0], torch.zeros(shape, dtype=torch.uint8))]
-        rows = [rows[i % len(rows)] for i in range(len(indices))]
-        found, clips = zip(*rows, strict=True)
-        return torch.tensor(found), torch.stack(clips), bad
+    def read_batch(self, *args):
+        """Read videos: (those read [B], uint8 [B, C, T, 3, S, S], unreadable files)."""
+        found, clips, bad = super().read_batch(*args)
+        if clips.dim() == 4:  # none could be read: black frames [B, 3, S, S] stand in
+            clips = clips[:, None, None]
+            clips = clips.repeat(1, self.clips, self.config.frames, 1, 1, 1)
+        return found, clips, bad
 
 
-def as_videos(split, config):
-    """Turn a Split of files into Videos; a folder of pictures is one.
+def toy_videos(config, name):
+    """Return the toy's `train` or `val` Videos."""
+    videos = PROPERTIES * (300 if name == "train" else 100)
+    labels = torch.arange(len(videos)) % len(PROPERTIES)
+    names = [f"{name}/{i}" for i in range(len(videos))]
+    return Videos(videos, names, labels, PROPERTIES, config=config)
 
-    Pictures that lie directly in the folder itself, or in train/CLASS, are one each.
+
+HEADER = r'\A"?\w+"?[ \t]*[ \t,][ \t]*"?[A-Za-z_]\w*"?[ \t]*$'
+LINE = r'\s*"?(.+?)"?\s*[\s,]\s*"?(-?\d+)(?:\.0*)?"?\s*'
+
+
+def read_lists(config, name):
+    """Read lists `a.csv,b.csv` of `path label`, with a space, comma or tab between the two.
+
+    Labels are known only where there is one list: the numbers of several mean different things.
     """
-    if split is None:
+    lists = config.data if name == "train" else config.val
+    if not lists:
         return None
-    chosen = {}
-    for i, (path, name) in enumerate(zip(split.images, split.names, strict=True)):
-        below = name.removeprefix("train/").removeprefix("val/").count("/")
-        deep = below > (1 if split.classes else 0)
-        chosen.setdefault(path.parent if deep and is_picture(path) else path, i)
-    names = [split.names[i] for i in chosen.values()]
-    labels = split.labels[list(chosen.values())]
-    return Videos(list(chosen), names, labels, split.classes, config=config)
-
-
-def open_split(config, name):
-    """Return the `train` or `val` Videos of --data, None where there is no val; exit 2 if empty."""
-    if config.data == "toy":
-        labels = torch.arange(1500 if name == "train" else 500) % len(PROPERTIES)
-        videos = [PROPERTIES[label] for label in labels]
-        names = [f"{name}/{i}" for i in range(len(labels))]
-        return Videos(videos, names, labels, list(PROPERTIES), config=config)
-    if config.data.endswith(".csv"):
-        lists = config.data if name == "train" else config.val
-        return read_lists(lists, config) if lists else None
-    return as_videos(common.open_split(config.data, name), config)
-
-
-def read_lists(lists, config):
-    """Read lists `a.csv,b.csv`: lines of path and label, by space, comma or tab."""
     videos = []
     labels = []
     for path in lists.split(","):
         path = Path(path).expanduser()
         if not path.is_file():
             fail(f"no data at {path}: expected a list with one `path label` a line")
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-            fields = re.fullmatch(r'\s*"?(.+?)"?\s*[\s,]\s*"?(-?\d+)(?:\.0*)?"?\s*', line)
-            header = number == 1 and re.fullmatch(r'"?\w+"?\s*[\s,]\s*"?\w+"?\s*', line)
+        text = re.sub(HEADER, "", path.read_text(encoding="utf-8-sig"), flags=re.MULTILINE)
+        for number, line in enumerate(text.splitlines(), start=1):
+            fields = re.fullmatch(LINE, line)
             if fields:
-                videos.append(path.parent / fields[1].replace('""', '"'))
+                videos.append(path.parent / fields[1])
                 labels.append(int(fields[2]))
-            elif line.strip() and not header:
+            elif line.strip():
                 fail(f"{path}, line {number}: expected `path label`, the label a number: {line}")
-    labels = torch.tensor(labels)
-    # the numbers of several lists mean different things
-    known = videos and "," not in lists and labels.min() >= 0
-    classes = [str(i) for i in range(labels.max() + 1)] if known else []
-    return Videos(videos, [str(video) for video in videos], labels, classes, config=config)
+    if not videos:
+        fail(f"no videos in {lists}: expected one `path label` a line")
+    known = "," not in lists and min(labels) >= 0
+    classes = [str(i) for i in range(max(labels) + 1)] if known else []
+    names = [str(video) for video in videos]
+    return Videos(videos, names, torch.tensor(labels), classes, config=config)
+
+
+# a frame of a clip: train/CLASS/CLIP/0.jpg, or CLIP/0.jpg where there is no train
+IN_CLIP = r"(train|val)/[^/]+/.+/[^/]+|(?!train/|val/).+/[^/]+"
+
+
+def as_videos(split, config):
+    """Turn a Split of files into Videos: a folder of pictures is one video.
+
+    A picture in the data set's own folder, or in train/CLASS, is a video of one frame.
+    """
+    if split is None or isinstance(split, Videos):
+        return split
+    rows = {}
+    for i, path in enumerate(split.images):
+        in_clip = is_picture(path) and re.fullmatch(IN_CLIP, split.names[i])
+        rows.setdefault(path.parent if in_clip else path, i)
+    part = split.subset(list(rows.values()))
+    part.images = list(rows)
+    return Videos(**vars(part), config=config)
 
 
 def open_data(config, wanted):
-    """Return the (train, val) Videos of --data; val is None where what is `wanted` lacks labels."""
-    if config.data != "toy" and not config.data.endswith(".csv"):
-        return [as_videos(split, config) for split in common.open_data(config.data, wanted)]
-    train = open_split(config, "train")
-    if not len(train):
-        fail(f"no videos in {config.data}: expected one `path label` a line")
-    val = open_split(config, "val") if wanted else None
-    if wanted and not (val and val.classes and train.classes):
-        common.note(f"{wanted}: skipped, since it needs --val and the labels of one list")
-        return train, None
-    if val and len(val.classes) > len(train.classes):
-        fail(f"{config.val} has labels that {config.data} lacks, up to {val.classes[-1]}")
-    return train, val
+    """Return three Videos: to train on, to evaluate on, and not seen in training where possible.
+
+    The second is None where there are no labels for what is `wanted`.
+    """
+    # common opens what is in TOYS by its name
+    common.TOYS["toy"] = functools.partial(toy_videos, config)
+    if config.data.endswith(".csv"):
+        common.TOYS[config.data] = functools.partial(read_lists, config)
+    train, val = common.open_data(config.data, wanted, "toy")
+    unseen = val or common.open_split(config.data, "val", "toy") or train
+    return [as_videos(split, config) for split in (train, val, unseen)]
 
 
 def make_micro_batch(split, config, number):
-    """Make micro-batch `number` of a run: (clips uint8 [B, T, 3, S, S], *masks, unreadable files).
+    """Make micro-batch `number` of a run: (indices [B], clips, *masks, unreadable files).
 
-    All of it depends on the seed and the number only.
+    clips: uint8 [B, C, T, 3, S, S]. Everything depends on the seed and the number only.
     """
     c = config
     indices = common.micro_batch_indices(number, c.micro, len(split), c.seed)
-    key = (c.seed, "clips", number)
-    _, clips, bad = split.read_batch(indices, key=key, scale=c.crop_scale, flip=c.flip)
-    return clips[:, 0], *sample_masks(c, number), bad
+    draw = functools.partial(dice, c.seed, "clips", number)
+    found, clips, bad = split.read_batch(indices, draw, [c.image_size], None)
+    return found, clips, *sample_masks(c, number), bad
+
+
+def load_clips(split, config, world, step, steps):
+    """Iterate over this rank's micro-batches from `step` on, see `make_micro_batch`."""
+    make = functools.partial(make_micro_batch, split, config)
+    numbers = common.micro_batches(config, world, step, steps)
+    return common.make_loader(make, numbers, config, world)
 
 
 # --------------------------------------------------------------------------------------------------
 # Train
 # --------------------------------------------------------------------------------------------------
+
+CLIP = 10.0  # largest gradient norm of encoder and of predictor
 
 
 def schedules(config, step, steps):
@@ -974,11 +894,9 @@ def schedules(config, step, steps):
 
 def train(model, target, split, config, world):
     """Train (model, target encoder) on Videos. Returns the run; its last.pt holds the result."""
-    an_epoch = max(1, len(split) // config.batch)
-    steps = config.steps or max(1, int(config.epochs * an_epoch))
+    steps_an_epoch = max(1, len(split) // config.batch)
+    steps = config.steps or max(1, int(config.epochs * steps_an_epoch))
     pixels = config.target == "pixels"
-    model.to(world.device)
-    target.to(world.device)
     if config.compile:
         model.compile(dynamic=True)  # the numbers of tokens change from step to step
         target.compile()
@@ -988,35 +906,30 @@ def train(model, target, split, config, world):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
     ema = common.EMA(target, model.encoder)
     run = common.Run(config, world, steps, network, optimizer, target=target)
-    common.note(f"{run.out}: {len(split)} videos, steps {run.step} to {steps} of {config.batch}")
-    make = functools.partial(make_micro_batch, split, config)
-    numbers = common.micro_batches(config, world, run.step, steps)
-    loader = common.make_loader(make, numbers, config, world)
+    note(f"{run.out}: {len(split)} videos, steps {run.step} to {steps} of {config.batch}")
+    loader = load_clips(split, config, world, run.step, steps)
     parts = config.batch // config.micro // world.size
 
     def clip():
         for module in (model.encoder, model.predictor):
-            nn.utils.clip_grad_norm_(module.parameters(), config.clip)
+            nn.utils.clip_grad_norm_(module.parameters(), CLIP)
 
     for step in run:
         lr, decay, momentum = schedules(config, step, steps)
         common.set_rates(optimizer, lr, decay)
         for part in range(parts):
-            clips, *masks = run.next(loader, split)
-            video = common.normalize(clips).transpose(1, 2)
-            tubelets = to_tubelets(video, config.tubelet, config.patch)
+            _, clips, *masks = run.next(loader, split)
+            video = normalize(clips[:, 0]).transpose(1, 2)
             run.sync_gradients(part == parts - 1)
             with world.autocast():
                 with torch.no_grad():
-                    tokens = pixel_targets(tubelets) if pixels else target(tubelets)
-                predictions = network(tubelets, *masks)
-                loss = vjepa_loss(predictions, tokens, masks[1::2], pixels)
+                    wanted = targets_of(target, video, config)
+                loss = vjepa_loss(network(video, *masks), wanted, masks[1::2], pixels)
             run.backward(loss / parts)
-        clipped = config.clip and step >= config.warmup * steps
-        applied = run.update(clip if clipped else None)
+        applied = run.update(clip if step >= config.warmup * steps else None)
         # the control's target is made of pixels, and its target encoder the encoder itself
         ema.update(0.0 if pixels else momentum, applied)
-        run.log(lr=lr, momentum=momentum, **spread(tokens))
+        run.log(functools.partial(spread, wanted), lr=lr, momentum=momentum)
     return run
 
 
@@ -1030,88 +943,30 @@ def spread(tokens):
 # Evaluate: intuitive physics, by violation of expectation (2502.11831)
 # --------------------------------------------------------------------------------------------------
 
-
-# frames a window, and contexts
-PROTOCOLS = {
-    "toy": (16, range(4, 11, 2)),
-    "intphys": (16, range(2, 11, 2)),
-    "grasp": (16, range(2, 11, 2)),
-    "inflevel": (32, range(4, 21, 4)),
-}
-# the categories that a property counts for, where its name does not say so
-CATEGORIES = {
-    "toy": {},
-    "intphys": {"O1": "Permanence", "O2": "Shape", "O3": "Continuity"},
-    "grasp": {"ObjectPermanence": "Permanence", "Unchangeableness": "Colour"},
-    "inflevel": {"continuity": "Permanence", "solidity": "Solidity", "gravity": "Gravity"},
-}
 QUADRUPLETS = 20  # a property of the toy
 
 
-def find_pairs(config):
-    """Yield (property, [possible, impossible]) of --physics, videos uint8 [T, 3, H, W].
-
-    They are already at every so many frames.
-    """
-    readers = {"intphys": intphys_pairs, "grasp": grasp_pairs, "inflevel": inflevel_pairs}
-    if config.physics == "toy":
-        return toy_pairs(config.image_size)
-    return readers[config.physics](Path(config.physics_data).expanduser())
-
-
-def toy_pairs(size):
+def toy_pairs(config):
     """Draw two pairs of each scene, none of which training saw."""
     for name in PROPERTIES:
         for number in range(QUADRUPLETS):
-            scene = Scene(name, dice("physics", name, number), size)
+            scene = make_scene(name, dice("physics", name, number), config.image_size)
             for pair in quadruplet():
-                yield name, [scene.video(story) for story in pair]
+                yield name, [scene(story) for story in pair]
 
 
-def intphys_pairs(root):
+def intphys_pairs(config):
     """Read O1/SCENE/1 to 4, with scene/*.png and status.json. Those that part last are a pair."""
-    for path in sorted(root.glob("**/O[123]/[!.]*/1/status.json")):
-        scene = path.parents[1]
-        videos = [read_frames(scene / part / "scene", every(2, -1)) for part in "1234"]
+    for first in sorted(Path(config.physics_data).glob("**/O[123]/[!.]*/1")):
+        scene = first.parent
+        videos = [every(scene / part / "scene", slice(None, -1, 2)) for part in "1234"]
         states = [json.loads((scene / part / "status.json").read_text()) for part in "1234"]
         possible = [state["header"]["is_possible"] for state in states]
-        for pair in match_quadruplet(videos)[0]:
-            pair.sort(key=lambda i: not possible[i])
-            if [bool(possible[i]) for i in pair] != [True, False]:
+        for i, j in match_quadruplet(videos)[0]:
+            if possible[i] == possible[j]:
                 fail(f"{scene}: of its videos that begin alike, not one is possible and one not")
-            yield scene.parent.name, [videos[i] for i in pair]
-
-
-def grasp_pairs(root):
-    """Read P_PROPERTY/*.mp4 and IP_PROPERTY/*.mp4; the same names make a pair."""
-    for path in sorted(root.glob("**/P_*/[!.]*.mp4")):
-        other = path.parent.with_name("I" + path.parent.name) / path.name
-        yield path.parent.name[2:], [read_frames(video, every(10)) for video in (path, other)]
-
-
-def inflevel_pairs(root):
-    """Read continuity/*.mp4, solidity/*.mp4, gravity/*.mp4; each has a csv with its pairs.
-
-    Frames count from the end of priming on. The longer video drops its first ones.
-    """
-    for name in ("continuity", "solidity", "gravity"):
-        lists = [*root.glob(f"*{name}*.csv"), *root.glob(f"{name}/*.csv")]
-        for path in sorted(lists)[-1:]:  # hidden ones come first
-            for row in csv.DictReader(path.open(newline=""), skipinitialspace=True):
-                paths = []
-                lengths = []
-                for i in (1, 2):
-                    paths.append(root / name / Path(row[f"vid{i}_path"]).name)
-                    start = int(float(row[f"vid{i}_end_priming_2"])) + 1
-                    with av.open(str(paths[-1])) as video:
-                        lengths.append(len(list_packets(video, video.streams[0])) - start)
-                shown = every(5, start=-min(lengths))
-                yield name, [read_frames(video, shown) for video in paths]
-
-
-def every(step, end=None, start=0):
-    """Return what `read_frames` takes to show every so many frames."""
-    return lambda count, rate: np.arange(count)[start:end:step]
+            pair = [videos[i], videos[j]]
+            yield scene.parent.name, pair if possible[i] else pair[::-1]
 
 
 def match_quadruplet(videos):
@@ -1121,11 +976,65 @@ def match_quadruplet(videos):
     """
     parting = []
     for other in videos[1:]:
-        n = min(len(videos[0]), len(other))
-        differs = (videos[0][:n] != other[:n]).flatten(1).any(1)
-        parting.append(int(differs.int().argmax()) if differs.any() else n)
+        differs = (videos[0] != other).flatten(1).any(1)
+        parting.append(int(differs.int().argmax()) if differs.any() else len(other))
     match = 1 + int(np.argmax(parting))
-    return [[0, match], [i for i in (1, 2, 3) if i != match]], parting
+    return [[0, match], sorted({1, 2, 3} - {match})], parting
+
+
+def grasp_pairs(config):
+    """Read P_PROPERTY/*.mp4 and IP_PROPERTY/*.mp4; the same names make a pair."""
+    for path in sorted(Path(config.physics_data).glob("**/P_*/[!.]*.mp4")):
+        other = path.parent.with_name("I" + path.parent.name) / path.name
+        tenth = slice(None, None, 10)
+        yield path.parent.name[2:], [every(path, tenth), every(other, tenth)]
+
+
+def inflevel_pairs(config):
+    """Read PROPERTY/X__PROPERTY__X.mp4 in the pairs that csv files name.
+
+    Frames count from the end of priming on. The longer video drops its first ones.
+    """
+    root = Path(config.physics_data)
+    for path in sorted(root.glob("**/[!.]*.csv")):
+        for row in csv.DictReader(path.open(newline=""), skipinitialspace=True):
+            names = [Path(row[f"vid{i}_path"]).name for i in (1, 2)]
+            starts = [int(float(row[f"vid{i}_end_priming_2"])) + 1 for i in (1, 2)]
+            key = names[0].split("__")[1]
+            videos = [root / key / name for name in names]
+            lengths = [len(list_frames(video)[1]) for video in videos]
+            shown = min(np.subtract(lengths, starts))
+            yield key, [every(video, slice(-shown, None, 5)) for video in videos]
+
+
+def every(path, part):
+    """Read the frames of a video in a slice: uint8 [T, 3, H, W]."""
+    _, frames = list_frames(path)
+    return read_frames(path, np.arange(len(frames))[part])
+
+
+# Reader, frames a window, contexts, and the category that a word of a property's name stands for.
+PROTOCOLS = {
+    "toy": (toy_pairs, 16, range(4, 11, 2), {}),
+    "intphys": (
+        intphys_pairs,
+        16,
+        range(2, 11, 2),
+        {"O1": "Permanence", "O2": "Shape", "O3": "Continuity"},
+    ),
+    "grasp": (
+        grasp_pairs,
+        16,
+        range(2, 11, 2),
+        {"Object": "Permanence", "Unchangeableness": "Colour"},
+    ),
+    "inflevel": (
+        inflevel_pairs,
+        32,
+        range(4, 21, 4),
+        {"continuity": "Permanence", "solidity": "Solidity", "gravity": "Gravity"},
+    ),
+}
 
 
 @torch.no_grad()
@@ -1135,38 +1044,32 @@ def surprise(model, target, windows, contexts, config):
     windows [W, 3, T, S, S], normalised; contexts: K numbers of frames. The target encoder sees the
     whole window, the context comes from the student, as in the released evaluation.
     """
-    c = config
-    names = [name for name, _, _ in mask_kinds(c)]
-    kind = names.index("time") if "time" in names else 0
-    pixels = c.target == "pixels"
-    tubelets = to_tubelets(windows, c.tubelet, c.patch)
-    wanted = normed(pixel_targets(tubelets) if pixels else target(tubelets), pixels)
-    places = torch.arange(tubelets.shape[1], device=windows.device).expand(len(windows), -1)
+    # the mask token: that of masks that hide the future, if there are any
+    kind = -1 if config.masks.endswith("time") else 0
+    wanted = targets_of(target, windows, config)
+    places = torch.arange(wanted.shape[1], device=wanted.device)[None]
     rows = []
     for context in contexts:
-        known = context * tubelets.shape[1] // windows.shape[2]
-        encoded = model.encoder(tubelets, places[:, :known])
-        future = places[:, known:]
-        predictions = model.predictor(encoded, places[:, :known], future, kind)
+        known = context * wanted.shape[1] // windows.shape[2]
+        predictions = model.predict(windows, places[:, :known], places[:, known:], kind)
         error = predictions.float() - wanted[:, known:]
         rows.append(error.abs().mean((1, 2)))
     return torch.stack(rows)
 
 
-def video_surprise(model, target, video, config, world):
+def video_surprise(model, target, video, contexts, config, world):
     """Return the surprise at a video, uint8 [T, 3, H, W]: every second window, float64 [K, W]."""
-    if len(video) < config.frames:
-        raise ValueError(f"{len(video)} frames are less than a window of {config.frames}")
+    length = config.frames
+    if len(video) < length:
+        raise ValueError(f"{len(video)} frames are less than a window of {length}")
     # InfLevel's wide frames are squashed, all others are cut to a square
     aspect = (0.5, 2.0) if config.physics == "inflevel" else (1.0, 1.0)
     box = centre_crop(*video.shape[-2:], aspect)
     frames = crop_resize(video.to(world.device).float(), box, config.image_size)
-    windows = common.normalize(frames).unfold(0, config.frames, 2)  # [W, 3, S, S, T]
-    rows = []
-    for part in windows.permute(0, 1, 4, 2, 3).split(32):
-        with world.autocast():
-            rows.append(surprise(model, target, part, physics_contexts(config), config))
-    return torch.cat(rows, dim=1).cpu().double()
+    windows = normalize(frames).unfold(0, length, 2)  # [W, 3, S, S, T]
+    with world.autocast():
+        rows = surprise(model, target, windows.permute(0, 1, 4, 2, 3), contexts, config)
+    return rows.cpu().double()
 
 
 def aggregate(surprise):
@@ -1174,8 +1077,8 @@ def aggregate(surprise):
 
     The last context, "filtered", is the least surprised one of all in each window.
     """
-    rows = torch.cat([surprise, surprise.min(0, keepdim=True).values])
-    return torch.stack([rows.mean(1), rows.max(1).values])
+    rows = torch.cat([surprise, surprise.amin(0, keepdim=True)])
+    return torch.stack([rows.mean(1), rows.amax(1)])
 
 
 def auroc(possible, impossible):
@@ -1193,60 +1096,49 @@ def summarise(pairs, contexts):
     both = torch.stack([torch.stack([aggregate(x) for x in pair]) for pair in pairs])
     mean, largest = both.unbind(2)  # [P, 2, K + 1]
     right = 100 * (mean[:, 0] < mean[:, 1]).double()  # [P, K + 1], ties are errors
-    accuracy = right.mean(0)
-    best = right[:, accuracy.argmax()]
-    draws = np.random.default_rng(0).integers(len(best), size=(1000, len(best)))
-    ends = best[draws].mean(1).quantile(torch.tensor([0.025, 0.975]).double())
     names = [*(f"context {c}" for c in contexts), "filtered"]
-    result = dict(zip(names, accuracy.tolist(), strict=True))
+    result = dict(zip(names, right.mean(0).tolist(), strict=True))
+    best = right[:, right.mean(0).argmax()]
+    draws = np.random.default_rng(0).integers(len(best), size=(1000, len(best)))
     result["best"] = best.mean().item()
-    result["from"], result["to"] = ends.tolist()
-    result["AUROC"] = 100 * auroc(largest[:, 0, -1], largest[:, 1, -1])
+    result["from"], result["to"] = np.quantile(best[draws].mean(1), [0.025, 0.975])
+    result["AUROC"] = 100 * auroc(*largest[:, :, -1].T)
     return result
 
 
-def evaluate_physics(networks, config, world, run):
-    """Measure {name: (model, target)}, print and log {name: {property: result}}.
+def evaluate_physics(weights, config, world, run):
+    """Measure the trained and a random network; print and log {name: {property: result}}.
 
-    Returns for each property its first pair, and the first network's surprises at it.
+    Returns {property: (first pair, the trained network's surprises at it)}.
     """
-    surprises = {name: {} for name in networks}
+    find_pairs, length, contexts, categories = PROTOCOLS[config.physics]
+    c = replace(config, frames=length)
+    networks = {"trained": load_networks(c, weights, world)}
+    networks["random"] = load_networks(c, None, world)
+    surprises = defaultdict(list)
     shown = {}
     try:
-        for key, pair in find_pairs(config):
+        for key, pair in find_pairs(c):
             for name, network in networks.items():
-                seen = [video_surprise(*network, video, config, world) for video in pair]
-                surprises[name].setdefault(key, []).append(seen)
+                seen = [video_surprise(*network, video, contexts, c, world) for video in pair]
+                surprises[name, key].append(seen)
                 shown.setdefault(key, (pair, seen))
-    except UNREADABLE as error:
-        fail(f"--physics {config.physics} cannot be read: {error}")
-    results = {}
-    for name, found in surprises.items():
-        rows = {key: summarise(pairs, physics_contexts(config)) for key, pairs in found.items()}
-        results[name] = rows
-        categories = {}
+    except (OSError, LookupError, ValueError) as error:
+        fail(f"--physics {c.physics} cannot be read: {error}")
+    results = defaultdict(dict)
+    for (name, key), pairs in surprises.items():
+        results[name][key] = summarise(pairs, contexts)
+    for name, rows in results.items():
+        best = defaultdict(list)
         for key, row in rows.items():
-            name_only = re.sub(r"(?<=[a-z])\d", "", key)  # GRASP has Inertia and Inertia2
-            words = CATEGORIES[config.physics].get(name_only, name_only)
-            for category in re.findall("[A-Z][a-z]+", words):
-                categories.setdefault(category, []).append(row["best"])
-        table = {}
-        for key, row in rows.items():
-            for column, value in row.items():
-                table.setdefault(column, {})[key] = value
-        for numbers in table.values():
-            numbers["mean"] = np.mean(list(numbers.values()))
-        table["best"].update({key: np.mean(best) for key, best in categories.items()})
-        common.note(f"surprise of the {name} network, {config.physics}: pairs right, chance is 50")
-        run.report(table)
-    common.note("best: the highest over contexts, chosen on these videos, as the paper reports it")
+            for word in ["mean", *re.findall(r"O\d|[A-Z]?[a-z]+", key)]:
+                best[categories.get(word, word)].append(row["best"])
+        note(f"surprise of the {name} network, {c.physics}: pairs right, chance is 50")
+        means = {word: np.mean(values) for word, values in best.items()}
+        run.report({**rows, "best": means})
+    note("best: the highest over contexts, chosen on these videos, as the paper reports it")
     run.write(physics=results)
     return shown
-
-
-def physics_contexts(config):
-    """Return the context lengths of --physics, in frames."""
-    return [c for c in PROTOCOLS[config.physics][1] if c < config.frames]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1264,17 +1156,14 @@ class AttentiveProbe(nn.Module):
         super().__init__()
         width = config.width
         self.heads = config.heads
-        self.query_tokens = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.query_tokens = nn.Parameter(torch.zeros(1, 1, width))
         self.norm1 = nn.LayerNorm(width)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, 4 * width)
         self.linear = nn.Linear(width, classes)
-
-    def forward(self, tokens):
-        """[B, N, D] -> logits [B, classes]."""
-        return self.linear(self.pool(tokens)[:, 0])
+        common.init_weights(self)
 
     def pool(self, tokens):
         """[B, N, D] -> [B, 1, D]."""
@@ -1285,50 +1174,50 @@ class AttentiveProbe(nn.Module):
         query = query + common.attend(q, k, v).transpose(1, 2).flatten(2)
         return query + self.mlp(self.norm2(query))
 
+    def forward(self, tokens):
+        """[B, N, D] -> logits [B, classes]."""
+        return self.linear(self.pool(tokens)[:, 0])
+
 
 def encode(encoder, clips):
-    """Return frozen tokens [B, C, N, D] of normalised clips [B, C, T, 3, S, S]."""
+    """Return frozen tokens [B, C*N, D] of normalised clips [B, C, T, 3, S, S]."""
     videos = clips.flatten(0, 1).transpose(1, 2)
-    return encoder(videos).float().unflatten(0, clips.shape[:2])
+    return encoder(videos).float().unflatten(0, clips.shape[:2]).flatten(1, 2)
 
 
-def make_probe_batch(split, config, number):
-    """Make micro-batch `number` of the probe: see `Videos.read_batch`."""
-    c = config
-    indices = common.micro_batch_indices(number, c.micro, len(split), f"probe {c.seed}")
-    scale = (0.08, 1.0) if c.crop_scale[0] < 1 else (1.0, 1.0)
-    # never mirrored, as released: classes of SSv2 name directions
-    return split.read_batch(indices, key=(c.seed, "probe", number), scale=scale)
+def pool(encoder):
+    """Return a function of clips that returns what kNN sees, [B, D]."""
+    return lambda clips: encode(encoder, clips).mean(1)
 
 
 def train_probe(encoder, split, config, world):
     """Return an AttentiveProbe trained on the frozen encoder: AdamW, cosine, random clips."""
-    stills = all(isinstance(video, Path) and is_picture(video) for video in split.images)
-    batch = min(config.probe_batch or (1024 if stills else 256), len(split))
-    micro = max(1, min(batch, 16 // config.probe_clips))
+    stills = all(is_picture(Path(video)) for video in split.images)
+    batch = min(1024 if stills else 256, len(split))
+    micro = max(1, 16 // config.probe_clips)
     parts = max(1, batch // (micro * world.size))
-    c = replace(config, micro=micro, batch=parts * micro * world.size)
-    total = max(1, c.probe_epochs * (len(split) // c.batch))
+    # never mirrored, as released: classes of SSv2 name directions
+    c = replace(config, micro=micro, batch=parts * micro * world.size, flip=False)
+    c.crop_scale = (0.08, 1.0)
+    steps = max(1, c.probe_epochs * (len(split) // c.batch))
     torch.manual_seed(c.seed)
-    probe = AttentiveProbe(c, len(split.classes))
-    common.init_weights(probe)
-    probe.to(world.device)
+    probe = AttentiveProbe(c, len(split.classes)).to(world.device)
     network = common.distribute(probe, world)
     optimizer = torch.optim.AdamW(common.parameter_groups(probe))
-    make = functools.partial(make_probe_batch, replace(split, clips=c.probe_clips), c)
-    loader = common.make_loader(make, common.micro_batches(c, world, 0, total), c, world)
-    for step in range(total):
-        lr = common.cosine_schedule(step, total, 1e-3, 0.0)
-        decay = common.cosine_schedule(step, total, 0.001 if stills else 0.01, 1e-6)
+    shown = replace(split, config=c, clips=c.probe_clips)
+    loader = load_clips(shown, c, world, 0, steps)
+    for step in range(steps):
+        lr = common.cosine_schedule(step, steps, 1e-3, 0.0)
+        decay = common.cosine_schedule(step, steps, 0.001 if stills else 0.01, 1e-6)
         common.set_rates(optimizer, lr, decay)
         for _ in range(parts):
-            indices, clips, bad = next(loader)
+            indices, clips, *_, bad = next(loader)
             split.count_bad(bad)
             with torch.no_grad(), world.autocast():
-                tokens = encode(encoder, common.normalize(clips.to(world.device)))
+                tokens = encode(encoder, normalize(clips.to(world.device)))
             labels = split.labels[indices].to(world.device)
-            loss = F.cross_entropy(network(tokens.flatten(1, 2)), labels)
-            (loss / parts).backward()
+            loss = F.cross_entropy(network(tokens), labels) / parts
+            loss.backward()
         nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -1337,59 +1226,47 @@ def train_probe(encoder, split, config, world):
 
 def probe_accuracy(probe, encoder, val, config, world):
     """Return the top-1 of a probe in percent, on rank 0: --probe-clips together, views averaged."""
-    views = config.probe_views
 
     def score(clips):
-        tokens = encode(encoder, clips).unflatten(1, (views, -1)).flatten(2, 3)  # [B, V, C*N, D]
-        shares = probe(tokens.flatten(0, 1)).softmax(1)
-        return shares.unflatten(0, (-1, views)).mean(1)
+        return probe(encode(encoder, clips)).softmax(1)
 
-    shown = replace(val, clips=config.probe_clips, views=views)
-    batch = max(1, 32 // (config.probe_clips * views))
-    scores, labels, _ = common.extract(score, shown, config, world, batch)
-    return common.top1(scores, labels) if world.rank == 0 else None
-
-
-def knn_accuracy(read, train, val, config, world):
-    """Return the top-1 of kNN in percent, on rank 0, on what `read` makes of clips."""
-    bank, bank_labels, _ = common.extract(read, train, config, world)
-    test, labels, _ = common.extract(read, val, config, world)
-    return common.top1(common.knn(bank, bank_labels, test), labels) if world.rank == 0 else None
-
-
-def pool(encoder, clips):
-    """Return the features that kNN sees, [B, D]."""
-    return encode(encoder, clips).mean((1, 2))
+    total = []
+    for view in range(3) if config.probe_views == 3 else [None]:
+        shown = replace(val, clips=config.probe_clips, view=view)
+        batch = max(1, 32 // config.probe_clips)
+        scores, labels, _ = extract(score, shown, config, world, batch)
+        total.append(scores)
+    return common.top1(sum(total), labels) if world.rank == 0 else math.nan
 
 
 def evaluate(encoder, train, val, config, world, run):
-    """Run probe and kNN on the encoder; kNN on a random one and on the first frame's pixels."""
-    results = {"trained": {}}
-    if "knn" in config.eval:
-        random_encoder = build(config)[1].to(world.device).eval()
-        readers = {"trained": functools.partial(pool, encoder)}
-        readers["random"] = functools.partial(pool, random_encoder)
-        readers["pixels"] = lambda clips: common.raw_pixels(clips[:, 0, 0])
-        for name, read in readers.items():
-            results[name] = {"knn": knn_accuracy(read, train, val, config, world)}
-    if "probe" in config.eval:
-        if config.probe_init:
-            probe = load_probe(config.probe_init, config).to(world.device)
-        else:
-            probe = train_probe(encoder, train, config, world)
-        results["trained"]["probe"] = probe_accuracy(probe, encoder, val, config, world)
-    if world.rank == 0:
-        run.report(results)
+    """Run probe and kNN on the encoder and on a random one, kNN on the first frame's pixels too."""
+    networks = {"trained": encoder, "random": build(config)[1].to(world.device).eval()}
+    networks["pixels"] = lambda videos: common.raw_pixels(videos[:, :, 0])[:, None]
+    results = defaultdict(dict)
+    for name, network in networks.items():
+        if "knn" in config.eval:
+            bank, bank_labels, _ = extract(pool(network), train, config, world)
+            test, labels, _ = extract(pool(network), val, config, world)
+            if world.rank == 0:
+                scores = common.knn(bank, bank_labels, test)
+                results[name]["knn"] = common.top1(scores, labels)
+        if "probe" in config.eval and name != "pixels":
+            if config.probe_init:
+                probe = load_probe(config.probe_init, config).to(world.device)
+            else:
+                probe = train_probe(network, train, config, world)
+            results[name]["probe"] = probe_accuracy(probe, network, val, config, world)
+    run.report(results)
 
 
 def write_features(encoder, split, config, world, run):
     """Write features.npz: features [N, D], labels [N] and names."""
-    read = functools.partial(pool, encoder)
-    features, labels, names = common.extract(read, split, config, world)
+    features, labels, names = extract(pool(encoder), split, config, world)
     if world.rank == 0:
         arrays = {"features": features.cpu(), "labels": labels.cpu(), "paths": names}
         np.savez(run.out / "features.npz", **arrays)
-        common.note(f"{run.out / 'features.npz'}: {len(names)} videos")
+        note(f"{run.out / 'features.npz'}: {len(names)} videos")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1406,53 +1283,46 @@ def strip(frames):
     return F.interpolate(frames[shown], (TILE, TILE))
 
 
-def draw_curves(curves):
-    """Return tiles with curves [(x, y)]: possible in green, impossible in red; x in [0, 1]."""
-    canvas = Image.new("RGB", (8 * TILE, TILE), "white")
-    pen = ImageDraw.Draw(canvas)
-    values = [y for curve in curves for _, y in curve]
-    low = min(values)
-    height = (TILE - 4) / (max(values) - low + 1e-9)
-    for curve, colour in zip(curves, ("green", "red"), strict=True):
-        points = [(8 * TILE * x, TILE - 2 - (y - low) * height) for x, y in curve]
-        pen.line(points, fill=colour, width=2)
-    pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
-    return torch.stack(pixels.split(TILE, dim=2))
+def draw_curves(possible, impossible):
+    """Return tiles with the areas below two curves [W]: green and red, black where both are."""
+    heights = []
+    for curve in (impossible, possible):
+        heights.append(F.interpolate(curve[None, None], 8 * TILE, mode="linear"))
+    heights = torch.cat(heights)  # [2, 1, 8 * TILE]
+    low, high = heights.aminmax()
+    rows = torch.linspace(high, low, TILE)[:, None]
+    red, green = rows > heights  # [TILE, 8 * TILE], true above the curve, where it is white
+    canvas = torch.stack([green, red, red & green]) * 255
+    return torch.stack(canvas.byte().split(TILE, dim=2))
 
 
 def draw_picture(path, split, shown, config):
     """Show a clip, what masks leave of it, and for each property a pair and its surprise over time.
 
-    shown: of `evaluate_physics`. A window's surprise, from the shortest context, is drawn at the
-    middle of what it predicts.
+    shown: of `evaluate_physics`. The curves show the surprise with the shortest context, from the
+    first window to the last.
     """
-    grid = grid_of(config)
-    _, clips, _ = split.read_batch([0])
+    times, side, _ = grid_of(config)
+    _, clips, *masks, _ = make_micro_batch(split, replace(config, micro=1, batch=1), 1)
     clip = clips[0, 0, :: config.tubelet]  # [T', 3, S, S]
     rows = [strip(clip)]
-    for visible in sample_masks(replace(config, micro=1, batch=1), 1)[::2]:
-        seen = torch.zeros(1, math.prod(grid))
-        seen[0, visible[0]] = 1
-        seen = F.interpolate(seen.view(1, *grid), clip.shape[2:])[0]
-        rows.append(strip(torch.where(seen[:, None] > 0, clip, 200).byte()))
+    for visible in masks[::2]:
+        seen = torch.zeros(times * side * side)
+        seen[visible[0]] = 1
+        seen = F.interpolate(seen.view(times, 1, side, side), clip.shape[2:])
+        rows.append(strip(torch.where(seen > 0, clip, 200).byte()))
     for pair, surprises in shown.values():
-        curves = []
-        for video, values in zip(pair, surprises, strict=True):
-            middle = (physics_contexts(config)[0] + config.frames) / 2
-            values = enumerate(values[0].tolist())
-            curves.append([((middle + 2 * w) / len(video), y) for w, y in values])
-            rows.append(strip(video))
-        rows.append(draw_curves(curves))
-    common.save_picture(path, torch.stack([common.normalize(row) for row in rows]))
-    common.note(f"{path}: a clip, what masks leave of it; pairs of videos, and surprise at them")
+        rows += [strip(video) for video in pair]
+        rows.append(draw_curves(*(values[0] for values in surprises)))
+    common.save_picture(path, torch.stack([normalize(row) for row in rows]))
+    note(f"{path}: a clip, what masks leave of it; pairs of videos, and surprise at them")
 
 
 # --------------------------------------------------------------------------------------------------
 # Weights: ours and the authors'
 # --------------------------------------------------------------------------------------------------
 
-MODEL = "image_size frames patch tubelet width depth heads predictor_width predictor_depth".split()
-MODEL += "rope target masks mask_blocks mask_scales".split()
+MODEL = [*Config.__annotations__][3:17]  # image_size to mask_scales: what decides the weights
 
 
 def read_weights(path):
@@ -1464,46 +1334,41 @@ def read_weights(path):
     state = common.load_checkpoint(path)
     if "script" in state:
         state = common.load_own_checkpoint(path, "vjepa")
-        state["fields"] = {name: state["config"][name] for name in MODEL}
-        return state
+        fields = {name: state["config"][name] for name in MODEL}
+        return {**state, "fields": fields, "path": path}
     if "target_encoder" not in state or "predictor" not in state:
         found = ", ".join(list(state)[:8])
         fail(f"{path} is no V-JEPA checkpoint: no target_encoder and predictor, found {found}")
-    model = rename(state["encoder"], "encoder.")
-    model.update(rename(state["predictor"], "predictor."))
-    return {"model": model, "target": rename(state["target_encoder"]), "fields": {}}
+    predictor = rename(state["predictor"], "predictor.")
+    model = {**rename(state["encoder"], "encoder."), **predictor}
+    target = rename(state["target_encoder"])
+    return {"model": model, "target": target, "fields": {}, "path": path}
+
+
+# what the authors' names have more than ours
+MORE = r"^predictor_|^patch_(?=embed)|(?<=embed)\.proj|^(pooler\.|cross_attention_block\.|xattn\.)+"
+UNUSED = r"pos_embed|rotary_emb|xattn\.proj"  # positions are computed, the last is never applied
 
 
 def rename(state, prefix=""):
-    """Bring the authors' names to ours."""
+    """Bring the authors' names to ours. Their patch projection is a convolution, ours a Linear."""
     renamed = {}
     for name, value in state.items():
-        name = re.sub(r"^predictor_(?=blocks|norm|pos_embed)", "", name)
-        name = name.replace("patch_embed.proj.", "patch_embed.")
-        if not name.endswith("rotary_emb.freqs"):
-            renamed[prefix + name] = value
+        if not re.search(UNUSED, name):
+            name = prefix + re.sub(MORE, "", name)
+            renamed[name] = value.flatten(1) if value.dim() == 5 else value
     return renamed
 
 
-def load_networks(config, weights, path, world):
+def load_networks(config, weights, world):
     """Return (model, target encoder) on the device, for evaluation; without weights fresh ones.
 
-    Positions are fixed, so they are made for this config's clips. More frames than trained on: more
-    rows. Another size: resampled, as released.
+    Positions are not weights: they are made for this config's clips, as in the released code.
     """
     model, target = build(config)
-    for module, key in ((model, "model"), (target, "target")):
-        if not weights:
-            break
-        state = dict(weights[key])
-        grid = grid_of(config)
-        for name in [name for name in state if name.endswith("pos_embed")]:
-            _, tokens, width = state[name].shape
-            side = math.isqrt(tokens // grid[0])
-            same = grid[0] * side**2 == tokens  # as many frames
-            trained = (grid[0], side, side) if same else grid
-            state[name] = resample_positions(sincos_3d(width, trained), trained, grid)
-        common.load_state(module, state, path)
+    if weights:
+        common.load_state(model, weights["model"], f"{weights['path']}, encoder and predictor")
+        common.load_state(target, weights["target"], f"{weights['path']}, target encoder")
     return model.to(world.device).eval(), target.to(world.device).eval()
 
 
@@ -1514,7 +1379,7 @@ def load_encoder(path, **fields):
     """
     weights = read_weights(path)
     config = Config(**{**fields, **weights["fields"]})
-    return load_networks(config, weights, path, common.World())[1].requires_grad_(False)
+    return load_networks(config, weights, common.World())[1].requires_grad_(False)
 
 
 def load_probe(path, config):
@@ -1522,13 +1387,8 @@ def load_probe(path, config):
     state = common.load_checkpoint(path).get("classifier", {})
     if "linear.weight" not in state:
         fail(f"{path} is no attentive probe: expected `classifier` with pooler.* and linear.*")
-    weights = {}
-    for name, value in state.items():
-        name = re.sub(r"^(pooler\.|cross_attention_block\.|xattn\.)+", "", name)
-        if not name.startswith("proj"):  # released, but never applied
-            weights[name] = value
     probe = AttentiveProbe(config, len(state["linear.weight"]))
-    common.load_state(probe, weights, path)
+    common.load_state(probe, rename(state), path)
     return probe.eval()
 
 
@@ -1557,14 +1417,11 @@ PAPER = {
     "lr_start": 2e-4,
     "weight_decay_final": 0.4,
     "momentum": 0.998,
-    "seed": 234,
-    "log_every": 50,
     "workers": 12,
     "eval": "probe",
     "probe_clips": 8,
     "probe_views": 3,
 }
-BASE = {"width": 768, "depth": 12, "heads": 12}
 LARGE = {"width": 1024, "depth": 24, "heads": 16}
 HUGE = {"width": 1280, "depth": 32, "heads": 16}
 # the physics paper's variant; its training code is not public: the schedule is the other paper's
@@ -1573,7 +1430,6 @@ PRESETS = {
     "toy": {"steps": 1000, "precision": "fp32", "workers": 1},
     "folder": {  # any videos, ViT-S/16, one GPU
         **PAPER,
-        "data": "folder",
         "width": 384,
         "depth": 12,
         "heads": 6,
@@ -1582,16 +1438,12 @@ PRESETS = {
         "batch": 96,
         "steps": 0,
         "epochs": 100,
-        "lr_start": 1e-4,
-        "seed": 0,
         "eval": "knn",
-        "probe_clips": 1,
-        "probe_views": 1,
     },
     "vit_l16": {**PAPER, **LARGE},
     "vit_h16": {**PAPER, **HUGE},
     "vit_h16_384": {**PAPER, **HUGE, "image_size": 384, "batch": 2400, "micro": 10},
-    "vit_b16_rope": {**ROPE, **BASE},
+    "vit_b16_rope": {**ROPE, "width": 768, "depth": 12, "heads": 12},
     "vit_l16_rope": {**ROPE, **LARGE},
     "vit_h16_rope": {**ROPE, **HUGE},
 }
@@ -1605,13 +1457,12 @@ def check(config, world):
         fail(f"--image-size {c.image_size} is no multiple of --patch {c.patch}")
     if c.frames % c.tubelet or c.frames < 2 * c.tubelet:
         fail(f"--frames {c.frames} must be a multiple, at least twice, of --tubelet {c.tubelet}")
-    for name, width in (("width", c.width), ("predictor-width", c.predictor_width)):
-        if width % c.heads:
-            fail(f"--{name} {width} is no multiple of --heads {c.heads}")
-    kinds = {"multiblock", "causal", "random", "tube", "time"}
+    if c.width % c.heads or c.predictor_width % c.heads:
+        fail(f"--width {c.width} or --predictor-width is no multiple of --heads {c.heads}")
     known = {"physics", "knn", "probe", "features", "none"}
     if set(c.eval.split(",")) - known:
         fail(f"--eval {c.eval} must name some of {', '.join(sorted(known))}")
+    kinds = {"multiblock", "causal", "random", "tube", "time"}
     if set(c.masks.split(",")) - kinds:
         fail(f"--masks {c.masks} must name some of {', '.join(sorted(kinds))}")
     if len(c.mask_blocks) != len(c.mask_scales):
@@ -1623,44 +1474,40 @@ def check(config, world):
         fail(f"--batch {c.batch} does not divide over {ranks}: change --batch or --micro")
     if c.shard and world.dtype == torch.float16:
         fail("--shard works with bf16 and fp32, not with --precision fp16")
-    if "physics" in c.eval and not physics_contexts(c):
-        fail(f"--eval physics needs longer clips than --frames {c.frames}")
-    if "physics" in c.eval and next(find_pairs(c), None) is None:
-        fail(f"no videos of {c.physics} in --physics-data {c.physics_data}: see {c.physics}_pairs")
+    if "physics" in c.eval:
+        if c.frames < 16:
+            fail(f"--eval physics needs clips of 16 --frames or more, not {c.frames}")
+        find_pairs = PROTOCOLS[c.physics][0]
+        if next(find_pairs(c), None) is None:
+            fail(f"no videos of {c.physics} in --physics-data {c.physics_data}: see its reader")
 
 
 @common.command_line
 def main(argv=None):
     """Train and evaluate; see --help."""
     config, typed = common.parse_config(Config, PRESETS, DATA_PRESETS, argv)
-    path = config.init
     weights = None
-    if path:
-        weights = read_weights(path)
-        config = common.adopt(config, weights["fields"], typed, path)
+    if config.init:
+        weights = read_weights(config.init)
+        config = common.adopt(config, weights["fields"], typed, config.init)
     world = common.start_world(config.device, config.precision)
     check(config, world)
     wanted = set(config.eval.split(","))
     val = None
     if config.train or wanted - {"physics", "none"}:
-        train_split, val = open_data(config, ", ".join(sorted(wanted & {"knn", "probe"})))
-        unseen = val or open_split(config, "val") or train_split
-    model, target = load_networks(config, weights, path, world)
+        labelled = ", ".join(sorted(wanted & {"knn", "probe"}))
+        train_split, val, unseen = open_data(config, labelled)
+    model, target = load_networks(config, weights, world)
     if config.train:
         run = train(model, target, train_split, config, world)
         # what is evaluated is what was saved, in networks that are neither wrapped nor sharded
-        path = run.out / "last.pt"
-        weights = read_weights(path)
-        _, target = load_networks(config, weights, path, world)
+        weights = read_weights(run.out / "last.pt")
+        _, target = load_networks(config, weights, world)
     else:
         run = common.Run(config, world)
     shown = {}
     if "physics" in wanted and world.rank == 0:
-        frames = config.frames if config.physics == "toy" else PROTOCOLS[config.physics][0]
-        physics = replace(config, frames=frames)
-        networks = {"trained": load_networks(physics, weights, path, world)}
-        networks["random"] = load_networks(physics, None, path, world)
-        shown = evaluate_physics(networks, physics, world, run)
+        shown = evaluate_physics(weights, config, world, run)
     if world.rank == 0 and config.train:
         draw_picture(run.out / "picture.png", unseen, shown, config)
     if "features" in wanted:

@@ -1,10 +1,11 @@
-"""A device without hardware, "away": it computes on the CPU, but is as strict as a GPU and knows what waits for it.
+"""A device without hardware, "away": it computes on the CPU, but is as strict as a GPU.
 
-A tensor on it holds a CPU tensor. An operation on tensors of both devices, or with a generator of the other, is an
-error. WAITS counts what makes a CUDA host wait until the device has done all it was asked to, by the line that did it:
-values that are read, shapes that depend on values, copies to the host, and copies to the device that are not
-`non_blocking`. For tests only, in a process of its own: `register` changes torch for good. AVAILABLE: whether this
-torch has what it needs, an experimental part of recent versions.
+A tensor on it holds a CPU tensor. An operation on tensors of both devices, or with a generator of
+the other, is an error. WAITS counts, by the line that did it, what makes a CUDA host wait until the
+device has done all it was asked to: values that are read, shapes that depend on values, copies to
+the host, and copies to the device that are not `non_blocking`. For tests only, in a process of its
+own: `register` changes torch for good. AVAILABLE: whether this torch has what it needs, an
+experimental part of recent versions.
 """
 
 import traceback
@@ -19,18 +20,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 ROOT = Path(__file__).resolve().parent.parent
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 # shapes that depend on values, and values that are read
-READERS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_unique2", "unique_dim", "masked_select")
-WAITS = Counter()  # {("train", or the function elsewhere, "what at file.py:line: source"): how many times}
+READERS = "_local_scalar_dense nonzero equal is_nonzero _unique2 unique_dim masked_select".split()
+WAITS = Counter()  # {"what at file.py:line: source": how many times}
 GENERATORS = {}  # of this device: torch hands on another Python object of the same C++ one
 
 
 def note(what):
-    """Count a wait by the innermost line of a script that led to it, under "train" if that was in training."""
+    """Count a wait by the innermost line of a script that led to it."""
     frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
-    # a backward pass runs in a thread of its own, whose stack knows nothing of who called it
-    names = [f.name for f in frames] or ["backward"]
-    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}" if frames else "?"
-    WAITS["train" if {"train", "backward"} & set(names) else names[-1], f"{what} at {place}"] += 1
+    place = "the backward pass, which has a thread of its own"
+    if frames:
+        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}"
+    WAITS[f"{what} at {place}"] += 1
 
 
 class Away(torch.Tensor):
@@ -40,24 +41,25 @@ class Away(torch.Tensor):
 
     @staticmethod
     def __new__(cls, here):
-        size, options = here.size(), dict(dtype=here.dtype, layout=here.layout, device=torch.device("away", 0))
         return torch.Tensor._make_wrapper_subclass(
-            cls, size, strides=here.stride(), storage_offset=here.storage_offset(), **options
+            cls,
+            here.size(),
+            strides=here.stride(),
+            storage_offset=here.storage_offset(),
+            dtype=here.dtype,
+            device=torch.device("away", 0),
         )
 
     def __init__(self, here):
         self.here = here
 
-    def __repr__(self):
-        return f"Away({self.here!r})"
-
     def tolist(self):
-        """The values, for which the host waits."""
+        """Return the values, for which the host waits."""
         note("tolist")
         return self.here.tolist()
 
     def numpy(self, **_):
-        """Refused, as by all devices but the CPU."""
+        """Refuse, as all devices but the CPU do."""
         raise TypeError("can't convert a tensor on away to numpy: use .cpu() first")
 
     __array__ = numpy
@@ -76,53 +78,50 @@ class Everywhere(TorchDispatchMode):
 
 def dispatch(operation, args, kwargs):
     """Do what the device does with an operation of ATen."""
-    leaves, name = tree_leaves((args, kwargs)), operation._schema.name.removeprefix("aten::")
+    leaves = tree_leaves((args, kwargs))
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-    device = kwargs.get("device")
     there = any(isinstance(x, Away) for x in tensors)
-    result_there = there if device is None else torch.device(device).type == "away"
+    result_there = there
+    if kwargs.get("device") is not None:
+        result_there = torch.device(kwargs["device"]).type == "away"
     if not there and not result_there:
         return operation(*args, **kwargs)
     for x in leaves:
         if isinstance(x, torch._C.Generator) and (x._cdata in GENERATORS) != result_there:
             raise RuntimeError(f"{operation}: the generator is of another device")
-    check(name, args, kwargs, tensors, there, result_there)
+    check(operation._schema.name.removeprefix("aten::"), args, kwargs, tensors, there, result_there)
 
     def unwrap(x):
-        return x.here if isinstance(x, Away) else torch.device("cpu") if isinstance(x, torch.device) else x
+        if isinstance(x, torch.device):
+            return torch.device("cpu")
+        return x.here if isinstance(x, Away) else x
 
-    found = operation(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
-    known = {id(x.here): x for x in tensors if isinstance(x, Away)}  # an operation in place returns its argument
+    # an operation in place returns its argument
+    known = {id(x.here): x for x in tensors if isinstance(x, Away)}
 
     def wrap(x):
         if isinstance(x, torch.Tensor) and result_there:
             return known[id(x)] if id(x) in known else Away(x)
         return x
 
-    return tree_map(wrap, found)
+    return tree_map(wrap, operation(*tree_map(unwrap, args), **tree_map(unwrap, kwargs)))
 
 
 def check(name, args, kwargs, tensors, there, result_there):
     """Refuse what mixes devices, and note what waits."""
-    if name == "_to_copy":
-        if there and not result_there:
-            note("copy to the host")
-        elif not there and not kwargs.get("non_blocking"):
-            note("copy to the device that is not non_blocking")
-    elif name == "copy_":
-        same = all(isinstance(x, Away) for x in tensors)
-        if not same and not (kwargs.get("non_blocking") or args[2:] == (True,)):
-            note("copy between devices that is not non_blocking")
+    here = [x for x in tensors if x.dim() and not isinstance(x, Away)]
+    if name in ("_to_copy", "copy_"):
+        blocking = not kwargs.get("non_blocking") and args[2:] != (True,)
+        crosses = len({isinstance(x, Away) for x in tensors} | {result_there}) == 2
+        if crosses and (blocking or not result_there):
+            note("copy between host and device")
     elif there:
-        for x in tensors:
-            if not isinstance(x, Away) and x.dim():
-                if not name.startswith("index"):
-                    raise RuntimeError(
-                        f"{name}: tensors of two devices, one of them of shape {list(x.shape)} on the CPU"
-                    )
-                note("index on the CPU")
-        chosen = args[1] if name in ("index", "index_put", "index_put_") else []
-        if name in READERS or any(x is not None and x.dtype == torch.bool for x in chosen):
+        indexing = name.startswith("index")
+        if here and not indexing:
+            raise RuntimeError(f"{name}: a tensor of shape {list(here[0].shape)} is on the CPU")
+        chosen = tree_leaves(args[1]) if indexing else []
+        masks = [x for x in chosen if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
+        if name in READERS or masks or here:
             note(name)
 
 
@@ -160,7 +159,7 @@ class Module(backend_registration._DummyBackendModule if AVAILABLE else object):
 
 
 def register():
-    """Make torch know the device. -> torch.device"""
+    """Make torch know the device, and return it."""
     backend_registration._setup_privateuseone_for_python_backend("away", Module())
     torch.Generator = Generator
 
@@ -173,7 +172,7 @@ def register():
         target.here.copy_(source)
         return target
 
-    register.library = torch.library.Library("aten", "IMPL")  # which is undone when nothing refers to it
+    register.library = torch.library.Library("aten", "IMPL")  # undone when nothing refers to it
     register.library.impl("empty_strided", empty_strided, "PrivateUse1")
     register.library.impl("_copy_from", copy_from, "PrivateUse1")
     return torch.device("away", 0)

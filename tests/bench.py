@@ -25,14 +25,32 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--eval none --no-compile --save-every 1000000000 --device cpu"
 PREDICTOR = "--depth 12 --predictor-depth 6"
 # flags that every revision knows
+PATCHES = "--image-size 48 --patch 8"  # of letters; an earlier toy had 36 patches too, but smaller
 SHAPES = {
     "ijepa": {
-        "toy": "--preset toy --width 64",
+        "toy": f"--preset toy {PATCHES}",
         "cifar10-cpu": "--preset cifar10-cpu --data cifar10",
         "192 wide, 12 deep, patch 4 on 32": f"--preset toy --image-size 32 --patch 4 --width 192 "
         f"--heads 3 --predictor-width 96 --batch 128 {PREDICTOR}",
         "ViT-S/16 at 224": f"--preset toy --image-size 224 --patch 16 --width 384 --heads 6 "
         f"--predictor-width 192 --batch 16 {PREDICTOR}",
+    },
+    "iwm": {
+        "toy": f"--preset toy {PATCHES} --heads 4 --min-visible 8",
+        "cifar10-cpu": "--preset cifar10-cpu --data cifar10 --heads 4",
+    },
+    "flexpredict": {
+        "toy": f"--preset toy {PATCHES}",
+        "cifar10-cpu": "--preset cifar10-cpu --data cifar10",
+    },
+    "vjepa": {"toy": "--preset toy"},
+    "pixel_vit": {
+        f"toy, {task}": f"--preset {preset} --positions learned"
+        for task, preset in (
+            ("classify", "toy"),
+            ("mae", "toy-mae"),
+            ("diffusion", "toy-diffusion"),
+        )
     },
 }
 DEFAULT_SHAPES = {"toy": "--preset toy", "cifar10-cpu": "--preset cifar10-cpu --data cifar10"}
@@ -42,7 +60,7 @@ def speed(tree, script, flags, steps, threads):
     """Return (images a second, share of the time that steps waited for data) of a run."""
     with tempfile.TemporaryDirectory() as folder:
         words = f"{flags} {SMALL} --steps {steps} --log-every {max(1, steps // 5)}".split()
-        if "--micro " in (tree / f"{script}.py").read_text() and "--batch" in words:
+        if "    micro: int" in (tree / f"{script}.py").read_text() and "--batch" in words:
             words += ["--micro", words[words.index("--batch") + 1]]
         command = [sys.executable, str(tree / f"{script}.py"), *words, "--out", f"{folder}/run"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -55,13 +73,13 @@ def speed(tree, script, flags, steps, threads):
     return statistics.median(row["images_per_s"] for row in rows), waited
 
 
-def compare(script, before, steps, threads):
+def compare(script, before, steps, threads, precisions):
     """Print the table of a script's shapes."""
     print(f"\n{script}.py, {threads} threads, torch {torch.__version__}\n")
     print("| shape | precision | before, images/s | now, images/s | ratio | data wait |")
     print("|---|---|---|---|---|---|")
     for name, flags in SHAPES.get(script, DEFAULT_SHAPES).items():
-        for precision in ("fp32", "bf16"):
+        for precision in precisions:
             trees = {"before": before, "now": ROOT}
             best = dict.fromkeys(trees, (0.0, 0.0))
             for _ in range(2):
@@ -81,7 +99,16 @@ def profile(script, flags):
     """Print the operators that ten training steps spend their time in."""
     module = importlib.import_module(script)
     with tempfile.TemporaryDirectory() as folder, torch.profiler.profile() as profiler:
-        words = [*flags, *SMALL.split(), "--steps", "10", "--workers", "0", "--out", f"{folder}/run"]
+        words = [
+            *flags,
+            *SMALL.split(),
+            "--steps",
+            "10",
+            "--workers",
+            "0",
+            "--out",
+            f"{folder}/run",
+        ]
         module.main(words)
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
@@ -95,6 +122,7 @@ def main():
     parser.add_argument("--before", default="", help="a git revision to compare with")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--profile", action="store_true")
     args, flags = parser.parse_known_args()
     sys.path.insert(0, str(ROOT))
@@ -108,7 +136,7 @@ def main():
                 ["git", "archive", args.before], cwd=ROOT, check=True, capture_output=True
             )
             subprocess.run(["tar", "x", "-C", folder], input=archive.stdout, check=True)
-        compare(args.script, before, args.steps, args.threads)
+        compare(args.script, before, args.steps, args.threads, args.precisions.split(","))
 
 
 if __name__ == "__main__":

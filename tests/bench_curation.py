@@ -26,7 +26,9 @@ def near_duplicate(image, chance):
     if kind in (0, 3):
         width, height = image.size
         left, top, right, bottom = chance.integers(0, 1 + (width // 16), 4)
-        image = image.crop((left, top, width - right, height - bottom)).resize((width, height), Image.BICUBIC)
+        image = image.crop((left, top, width - right, height - bottom)).resize(
+            (width, height), Image.BICUBIC
+        )
     if kind in (1, 3):
         image = ImageEnhance.Color(image).enhance(chance.uniform(0.7, 1.3))
         image = ImageEnhance.Brightness(image).enhance(chance.uniform(0.8, 1.2))
@@ -38,7 +40,10 @@ def plant(source, target, images=10_000, copies=2_000, leaks=500):
     """A pool of `images` of source/train, near-duplicates of `copies` of them and of `leaks` of the references, which
     are source/val. Returns {file name: (true origin, kind)} of what was planted."""
     chance, planted = np.random.default_rng(0), {}
-    train, val = (sorted(p for p in (source / s).rglob("*") if p.suffix in common.EXTENSIONS) for s in ("train", "val"))
+    train, val = (
+        sorted(p for p in (source / s).rglob("*") if p.suffix in common.EXTENSIONS)
+        for s in ("train", "val")
+    )
     pool, refs = target / "pool", target / "refs"
     pool.mkdir(parents=True), refs.mkdir()
     for i, k in enumerate(chance.permutation(len(train))[:images]):
@@ -101,9 +106,13 @@ def bench_curation(source, flags, thresholds):
 
 def main():
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", help="a folder with train/ and val/")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.8, 0.85, 0.9, 0.95, 0.98, 0.99])
+    parser.add_argument(
+        "--thresholds", type=float, nargs="+", default=[0.8, 0.85, 0.9, 0.95, 0.98, 0.99]
+    )
     args, flags = parser.parse_known_args()
     bench_curation(args.folder, flags, args.thresholds)
 

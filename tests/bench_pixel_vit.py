@@ -1,6 +1,6 @@
 """Bench of pixel_vit.py: what long sequences cost, fused against explicit attention, and sampling in batches.
 
-python tests/bench_pixel_vit.py                      # 1024 tokens: the three tasks, fused, explicit and checkpointed
+python tests/bench_pixel_vit.py                      # 1024 tokens: the three tasks, attention fused and explicit
 python tests/bench_pixel_vit.py --lengths            # memory and time per image against sequence length
 python tests/bench_pixel_vit.py --sampling           # images/s of the sampler, batched and one by one
     [--device cuda] [--width 192 --depth 12 --heads 3] [--batch 2] [--steps 3] [--tokens 784 1024 4096]
@@ -45,7 +45,6 @@ def make_config(args):
         micro=args.batch,
         classes=10,
         decoder_heads=args.heads,
-        recompute=args.kind == "checkpointed",
         **decoder,
     )
 
@@ -87,13 +86,15 @@ def memory_gib(device):
 def sampling(args):
     """Images/s of the sampler at one batch size, no guidance: print JSON."""
     world = common.start_world(args.device)
-    c = pixel_vit.replace(make_config(args), task="diffusion", sampler_steps=args.steps, guidance=1.0)
-    model = pixel_vit.build(c)[0].to(world.device).eval()
+    c = pixel_vit.replace(
+        make_config(args), task="diffusion", sampler_steps=args.steps, guidance=1.0
+    )
+    model = pixel_vit.build(c)[1].to(world.device)
     best = 1e9
     for _ in range(2):  # the first one warms up
         begin = time.monotonic()
-        for numbers in torch.arange(args.images).split(args.batch):
-            images, _ = pixel_vit.sample_images(model, c, numbers.tolist(), world)
+        for number in range(args.images // args.batch):
+            images = pixel_vit.sample_images(model, c, number, world)
         images.cpu()
         best = min(best, time.monotonic() - begin)
     print(json.dumps({"images_per_s": args.images / best}))
@@ -102,7 +103,11 @@ def sampling(args):
 def row(args, **changes):
     """Run one row in a process of its own and return what it printed; None where it failed (out of memory)."""
     options = vars(args) | changes
-    words = [f"--{k}={v}" for k, v in options.items() if k not in ("tokens", "lengths", "sampling") and v != ""]
+    words = [
+        f"--{k}={v}"
+        for k, v in options.items()
+        if k not in ("tokens", "lengths", "sampling") and v != ""
+    ]
     words += ["--tokens", str(changes["tokens"])]
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
@@ -130,7 +135,7 @@ def main():
             print(f"{batch:>5} at once {found['images_per_s']:>10.2f} images/s", flush=True)
         return None
     lengths = args.tokens or ([196, 256, 784, 1024, 2304, 4096] if args.lengths else [1024])
-    kinds = ("fused",) if args.lengths else ("fused", "explicit", "checkpointed")
+    kinds = ("fused",) if args.lengths else ("fused", "explicit")
     print(f"training steps, {shape}, batch {args.batch} on {args.device}")
     print(f"{'task':<12}{'tokens':>8}{'attention':>14}{'ms an image':>14}{'MiB an image':>14}")
     for tokens in lengths:
@@ -138,7 +143,9 @@ def main():
             for kind in kinds:
                 found = row(args, mode="measure", task=task, kind=kind, tokens=tokens)
                 cells = (
-                    [f"{1e3 * found['seconds']:>14.1f}", f"{1024 * found['memory']:>14.1f}"] if found else ["failed"]
+                    [f"{1e3 * found['seconds']:>14.1f}", f"{1024 * found['memory']:>14.1f}"]
+                    if found
+                    else ["failed"]
                 )
                 print(f"{task:<12}{tokens:>8}{kind:>14}" + "".join(cells), flush=True)
 

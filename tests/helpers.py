@@ -1,11 +1,11 @@
-"""What the tests of all scripts share: running a script as a user does, in one process or several, and killing it."""
+"""What the tests share: golden files, photographs, and scripts in processes that can be killed."""
 
+import contextlib
 import functools
 import importlib
 import json
 import multiprocessing.forkserver
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -14,124 +14,247 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
+import torch._dynamo  # an optimizer's first step imports it, in each process anew
 import torch.distributed as dist
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def load_golden(folder, name):
+    """Return the arrays of golden/FOLDER/NAME.npz."""
+    return np.load(GOLDEN / folder / f"{name}.npz")
+
+
+class Golden(dict):
+    """The arrays of a golden file as tensors, and lists of names; keys are attributes too."""
+
+    __getattr__ = dict.__getitem__
+
+
+def golden_tensors(folder, name):
+    """Return a Golden. Halves and short integers, which save space, become float32 and int64."""
+    golden = Golden()
+    for key, array in load_golden(folder, name).items():
+        if array.dtype.kind == "U":
+            golden[key] = array.tolist()
+        else:
+            array = array.astype(
+                {"e": "f", "b": "l", "h": "l", "i": "l"}.get(array.dtype.char, array.dtype)
+            )
+            golden[key] = torch.from_numpy(array)
+    return golden
+
+
+def tensor(array, dtype=torch.float32):
+    """Return a golden array as a tensor."""
+    return torch.from_numpy(np.asarray(array)).to(dtype)
+
+
+def double(numbers):
+    """Return numbers, an array or a tensor as float64, without gradient."""
+    return torch.as_tensor(numbers, dtype=torch.float64).detach()
+
+
+def close(actual, expected, atol=0.0, rtol=0.0):
+    """Assert that two arrays are equal within tolerances."""
+    torch.testing.assert_close(double(actual), double(expected), atol=atol, rtol=rtol)
+
+
+def compare(golden, prefix="", at=..., atol=0.0, rtol=0.0, **found):
+    """Assert that each found value is near golden[prefix + its name][at]."""
+    expected = {name: double(golden[prefix + name][at]) for name in found}
+    found = {name: double(value) for name, value in found.items()}
+    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol)  # an error names the key
+
+
+def norms(module, names, gradients=False):
+    """Return the norms of some parameters of a module, or of their gradients."""
+    found = [module.get_parameter(name) for name in names]
+    return torch.stack([(p.grad if gradients else p).norm() for p in found])
+
+
+def groups_of(optimizer, model):
+    """Return the names of the parameters in each of an optimizer's groups."""
+    names = {p: name for name, p in model.named_parameters()}
+    return [{names[p] for p in group["params"]} for group in optimizer.param_groups]
+
+
+def count(module):
+    """Return how many parameters a module has."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def photographs(folder, count=12, size=(48, 40), classes=("cat", "dog"), splits=("train", "val")):
+    """Make a labelled folder of random images; splits or classes "." are left out of the path."""
+    random = np.random.default_rng(0)
+    for split in splits:
+        for i in range(count):
+            path = folder / split / classes[i % len(classes)] / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = random.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+    return folder
+
+
+def log_rows(out):
+    """Return the objects of a run's log.jsonl."""
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
 def free_port():
-    """A port that nobody listens to."""
+    """Return a port that nobody listens to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
-def command(script, *flags, ranks=1):
-    """The command line of a script, under torchrun if it has ranks."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), f"--master-port={free_port()}"]
-    return [*launcher, str(ROOT / script), *" ".join(map(str, flags)).split()]
-
-
 def environment():
-    """No accelerator and few threads, so that results do not depend on the machine more than they must."""
-    threads = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return {k: v for k, v in os.environ.items() if k not in ("DATA", "RANK", "WORLD_SIZE")} | threads
+    """Return variables for no accelerator and one thread: results depend little on the machine."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("DATA", "RANK", "WORLD_SIZE")}
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run(script, *flags, ranks=1, code=0, timeout=240, **env):
-    """Run a script to its end, check its exit code, return what it printed."""
-    result = subprocess.run(
-        command(script, *flags, ranks=ranks), env=environment() | env, capture_output=True, text=True, timeout=timeout
-    )
-    assert result.returncode == code, f"exit code {result.returncode}, not {code}\n{result.stdout}\n{result.stderr}"
+def words(flags):
+    """Return the words of several flags."""
+    return " ".join(map(str, flags)).split()
+
+
+def run(script, *flags, ranks=1, code=0, **env):
+    """Run a script as a user does, under torchrun if it has ranks; return what it printed."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+        command += [f"--master-port={free_port()}"]
+    command += [str(ROOT / script), *words(flags)]
+    options = {"capture_output": True, "text": True, "timeout": 240}
+    result = subprocess.run(command, env=environment() | env, **options)
+    assert result.returncode == code, f"exit code {result.returncode}, not {code}\n{result}"
     return result.stdout + result.stderr
+
+
+# ------------------------------------------------------------------------------- forked processes
 
 
 @functools.cache
 def forks():
-    """Processes that start in milliseconds: copies of one that has imported the scripts, which takes seconds."""
+    """Return a context whose processes start in milliseconds.
+
+    They are copies of one that has imported the scripts, which takes seconds, and has no threads.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([path.stem for path in ROOT.glob("*.py")])
-    with mock.patch.dict(os.environ, environment() | {"PYTHONPATH": os.pathsep.join(sys.path)}, clear=True):
+    context.set_forkserver_preload(["helpers", *(path.stem for path in ROOT.glob("*.py"))])
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with mock.patch.dict(os.environ, environment() | paths, clear=True):
         multiprocessing.forkserver.ensure_running()
     return context
 
 
-def call_lines(*lines):
-    """In a process of its own: call command lines, each [script's name, *flags], one after the other."""
-    os.setsid()
+def call_line(script, *flags):
+    """Take the place of `python SCRIPT.py FLAGS`."""
     torch.set_num_threads(1)
-    leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # a process joins a group only once
-    for script, *flags in lines:
-        sys.argv = [f"{script}.py", *flags]
-        importlib.import_module(script).main(flags)
-    if dist.is_initialized():
-        leave()
+    multiprocessing.set_start_method("fork", force=True)  # of loading processes, as usual
+    sys.argv = [f"{script}.py", *flags]
+    importlib.import_module(script).main(list(flags))
 
 
-def call_lines_as_rank(rank, ranks, port, lines):
-    """The same in the environment that torchrun makes."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
-    call_lines(*lines)
+def call_lines(rank, ranks, port, lines):
+    """Call command lines, [script, *flags], one after the other, where torchrun starts a rank."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= {
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
+    leave = dist.destroy_process_group
+    dist.destroy_process_group = lambda: None  # a process joins a group only once
+    for line in lines:
+        call_line(*line)
+    leave()
 
 
-def on_ranks(function, *args, ranks, timeout=900):
-    """Call function(rank, *args) in one process per rank, to the end of all; what one raises is raised."""
+def on_ranks(function, *args, ranks, timeout=600):
+    """Call function(rank, *args) in one process a rank, to the end of all, or raise as one does."""
     forks()
-    group = torch.multiprocessing.start_processes(function, args, ranks, join=False, start_method="forkserver")
+    group = torch.multiprocessing.start_processes(
+        function, args, ranks, join=False, start_method="forkserver"
+    )
     end = time.monotonic() + timeout
     while not group.join(1):
         if time.monotonic() > end:
             for process in group.processes:
                 process.kill()
-            raise TimeoutError(f"{function.__name__} took more than {timeout} seconds on {ranks} ranks")
+            raise TimeoutError(f"{function.__name__} takes too long on {ranks} ranks")
 
 
 def run_several(*lines, ranks):
-    """Run command lines, each [script's name, *flags], one after the other in the same processes, one per rank."""
-    words = [line.split() if isinstance(line, str) else list(map(str, line)) for line in lines]
-    on_ranks(call_lines_as_rank, ranks, free_port(), words, ranks=ranks)
+    """Run command lines, "SCRIPT FLAGS", one after the other in the same processes, one a rank."""
+    on_ranks(call_lines, ranks, free_port(), [line.split() for line in lines], ranks=ranks)
 
 
-def start(script, *flags, ranks=1):
-    """Start a script and return its process, in a process group of its own."""
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    return subprocess.Popen(command(script, *flags, ranks=ranks), env=environment(), **options)
+def child(function, args, pipe, variables):
+    """Call a function in a forked process, as if a shell had started it."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(variables)
+    for number in (1, 2):
+        os.dup2(pipe.fileno(), number)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1)  # noqa: SIM115
+    code = 0
+    try:
+        function(*args)
+    except SystemExit as stop:  # whose traceback would keep loading processes alive
+        code = stop.code
+    sys.exit(code)
 
 
 class Forked:
-    """A script in a forked process, in a process group of its own; with those methods of Popen that a kill needs."""
+    """A function in a process and a process group of its own, with what tests use of Popen."""
 
-    def __init__(self, script, *flags):
-        line = [Path(script).stem, *map(str, flags)]
-        self.process = forks().Process(target=call_lines, args=(line,))
+    context = staticmethod(forks)
+
+    def __init__(self, function, *args):
+        context = self.context()
+        self.pipe, end = context.Pipe(duplex=False)  # unlike a file, no full disk silences it
+        self.process = context.Process(target=child, args=(function, args, end, environment()))
         self.process.start()
         self.pid = self.process.pid
-        while self.poll() is None and os.getpgid(self.pid) != self.pid:
-            time.sleep(0.01)
+        end.close()
 
     def poll(self):
+        """Return the exit code, negative for a signal, or None while it runs."""
         return self.process.exitcode
 
-    def communicate(self):
-        self.process.join()
+    returncode = property(poll)
+
+    def kill(self, number=signal.SIGKILL):
+        """Signal the whole group, loading processes too, as a terminal does."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def send_signal(self, number):
+        """Signal the process alone."""
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout=120):
+        """Wait for the end; return (all that was printed, None)."""
+        printed = b""
+        while self.pipe.poll(timeout):
+            part = os.read(self.pipe.fileno(), 1 << 16)
+            if not part:  # all of the group have closed it
+                self.process.join()
+                return printed.decode(), None
+            printed += part
+        self.kill()
+        raise AssertionError(f"silent for {timeout} seconds: {printed.decode()}")
 
 
-def kill_at_random(script, *flags, times, seed, longest, start=start):
-    """Run with --resume, kill -9 after a random time, and again; returns how many were killed before their end."""
-    chance, killed = random.Random(seed), 0
-    for _ in range(times):
-        process = start(script, *flags, "--resume")
-        time.sleep(chance.uniform(0.3, 1.0) * longest)
-        if process.poll() is None:
-            killed += 1
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    return killed
+def start(script, *flags):
+    """Start a script in a forked process."""
+    return Forked(call_line, Path(script).stem, *words(flags))
 
 
 def wait_for(condition, process, seconds=120):
@@ -144,14 +267,19 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.005)
 
 
-def kill_when(script, *flags, rows):
-    """Run with --resume and kill -9, with its loading processes, once its log has that many rows."""
-    process, log = start(script, *flags, "--resume"), Path(flags[-1].split()[-1]) / "log.jsonl"
-    wait_for(lambda: log.exists() and log.read_text().count("\n") >= rows, process)
-    os.killpg(process.pid, signal.SIGKILL)
+def progress(out):
+    """Return how many rows a run has written, of its log and of answers."""
+    return sum(path.read_bytes().count(b"\n") for path in Path(out).glob("*.jsonl"))
+
+
+def wait_for_rows(out, rows, process):
+    """Wait until a run has written that many rows."""
+    wait_for(lambda: progress(out) >= rows, process)
+
+
+def kill_when(script, *flags, out, rows):
+    """Run with --resume and kill -9, with its loading processes, once its log has so many rows."""
+    process = start(script, *flags, f"--out {out} --resume")
+    wait_for_rows(out, rows, process)
+    process.kill()
     process.communicate()
-
-
-def log_rows(out):
-    """The objects of a run's log.jsonl."""
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]

@@ -26,9 +26,9 @@ def test_attention_is_attention(dtype):
     weights = (q @ k.transpose(2, 3) / 2).softmax(-1)
     expected = wide.proj((weights @ v).transpose(1, 2).flatten(2))
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
-    for queries in (None, 3):
+    for queries in (0, 3):
         found = layer(x, queries=queries)
-        wanted = expected if queries is None else expected[:, -3:]
+        wanted = expected[:, -queries:]
         torch.testing.assert_close(found.double(), wanted, atol=tolerance, rtol=0)
 
 
@@ -55,8 +55,6 @@ def test_positions():
     grid = common.sincos_2d(16, 3, 5)
     expected = torch.cat([common.sincos_1d(8, [2])[0], common.sincos_1d(8, [1])[0]])
     torch.testing.assert_close(grid[7], expected)
-    with pytest.raises(ValueError, match="divisible by 4"):
-        common.sincos_2d(10, 3, 3)
 
 
 def test_interpolated_positions():
@@ -116,7 +114,7 @@ def test_ema_is_the_formula_and_skips():
     source = nn.ModuleDict({"a": nn.Linear(3, 3), "frozen": nn.Linear(2, 2)})
     source["frozen"].requires_grad_(False)
     target = copy.deepcopy(source)
-    for parameter in source.parameters():
+    for parameter in source["a"].parameters():
         parameter.data.normal_()
     before = copy.deepcopy(target.state_dict())
     ema = EMA(target, source)
@@ -126,7 +124,10 @@ def test_ema_is_the_formula_and_skips():
     ema.update(0.9, torch.tensor(True))
     for name, value in target.state_dict().items():
         moved = 0.9 * before[name] + 0.1 * source.state_dict()[name]
-        torch.testing.assert_close(value, before[name] if "frozen" in name else moved)
+        torch.testing.assert_close(value, moved)
+        assert torch.equal(value, before[name]) == ("frozen" in name), (
+            "fixed tables stay as they are"
+        )
 
 
 def test_schedules():
@@ -234,7 +235,7 @@ def Tiny_run():
 def test_hub_names(tmp_path):
     """Keys of every fixture become those of our ViT; SwiGLU and LayerScale have DINOv2's names."""
     for folder in sorted((Path(__file__).parent / "golden" / "hub").iterdir()):
-        state = common.from_hub(common.load_checkpoint(folder / "model.safetensors"))
+        state = common.load_checkpoint(folder / "model.safetensors")
         names = {name for name in state if not name.startswith("decoder")}
         vit = ViT(32, 8, 24, 3, 2, class_token="ijepa" not in folder.name)
         own = set(vit.state_dict())

@@ -2,19 +2,16 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import faults
 from helpers import environment
 
 
 def test_cheap_faults_on_one_script():
-    command = [sys.executable, faults.__file__, "--scripts", "pixel_vit", "--out", "found"]
+    command = [sys.executable, faults.__file__, "--scripts", "pixel_vit"]
     command += ["--faults", "folder", "checkpoint"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    table = Path("found/faults.md").read_text()
-    assert table in done.stdout and table.count("survived") == 2
+    assert done.returncode == 0 and done.stdout.count("survived") == 2, done
 
 
 def test_what_does_not_survive_is_told(monkeypatch, capsys):
@@ -40,4 +37,4 @@ def test_what_does_not_survive_is_told(monkeypatch, capsys):
     table, told = capsys.readouterr()
     assert "| A | not applicable: there is nothing to break |" in table
     assert table.count("FAILED") == 3 and "KeyError: 'config'" in told
-    assert "exit code 2, not (0,)" in told and "--wdith" in told
+    assert "exit code 2, not (0,)" in told and "--wdith" in told and "1 of 2 values" in told
