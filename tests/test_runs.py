@@ -190,7 +190,7 @@ def test_signals(number):
     assert process.returncode == 0 and "--out stopped --resume" in printed, printed
     done = weights("stopped")[0]
     assert done == log_rows("stopped")[-1]["step"] >= 4
-    process = start("ijepa", flags, done + 1, "--eval linear --probe-epochs 100000")
+    process = start("ijepa", flags, done + 1, "--eval linear --probe-epochs 100000 --workers 0")
     wait_for(Path("stopped/picture.png").exists, process)
     time.sleep(0.5)
     process.send_signal(number)
