@@ -16,6 +16,7 @@ import fcntl
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import multiprocessing.queues
@@ -25,9 +26,9 @@ import shlex
 import signal
 import sys
 import tarfile
+import threading
 import time
 import typing
-import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -209,7 +210,7 @@ class ViT(nn.Module):
         patch_positions = positions[0, special:]
         if keep is not None:
             x = gather_tokens(x, keep)
-            patch_positions = patch_positions[keep.flatten(0, -2)]
+            patch_positions = patch_positions[keep]
         x = self.patch_embed(x) + patch_positions
         if special:
             first = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
@@ -220,7 +221,7 @@ class ViT(nn.Module):
         """Return tokens after the final norm, in the order [class | patches].
 
         x: images [B, 3, H, W] of any size, or patches [B, N, 3*p*p] of the trained size.
-        keep: indices of the patches to run on, [B, K] -> [B, K, D] or [M, B, K] -> [M*B, K, D].
+        keep: indices of the patches to run on, [B, K] -> [B, K, D].
         layers: n > 0 returns a list: the outputs of the last n blocks, each after the final norm.
         """
         x = self.embed(x, keep)
@@ -527,7 +528,7 @@ def load_checkpoint(path):
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
         return with_our_names(state)
-    except Exception as error:  # noqa: BLE001  whatever a broken file raises
+    except Exception as error:  # whatever a broken file makes torch raise
         reason = f"{type(error).__name__}: {error}"
         pickled = re.search(r"(?<=GLOBAL )[\w.]+|TorchScript", reason)
         if pickled:
@@ -834,7 +835,6 @@ EXTENSIONS = set(".jpg .jpeg .png .webp .bmp .tif .tiff .gif".split())
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-UNREADABLE = (Exception,)  # what broken files make Pillow raise: nearly everything
 ALIASES = {"train": "train|training", "val": "val|valid|validation|test"}
 # text beside the pixels must not cost an image
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
@@ -910,7 +910,7 @@ class Split:
             try:
                 boxes = functools.partial(choose_boxes, i)
                 found.append((index, *self.read(index, boxes, sizes, resample)))
-            except UNREADABLE as error:
+            except Exception as error:  # whatever a broken file makes Pillow raise
                 bad.append(f"{self.images[index]}: {error}")
         # a worker must not end the run: `count_bad` will
         blank = [torch.zeros(3, size, size).byte() for size in sizes]
@@ -938,7 +938,7 @@ def exif_turn(image):
     """Return the EXIF orientation of an opened image. Broken metadata cost nothing."""
     try:
         return image.getexif().get(0x0112)
-    except UNREADABLE:
+    except Exception:
         return None
 
 
@@ -1026,15 +1026,12 @@ def cifar10(folder, name):
     """Read CIFAR-10 from its home page's archive, downloaded once into `folder` and checked."""
     archive = folder / "cifar-10-binary.tar.gz"
     if not archive.exists():
-        part = folder / f"{archive.name}.{os.getpid()}"  # ranks may get here together
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            urllib.request.urlretrieve(CIFAR10_URL, part)
-        except OSError as error:
-            part.unlink(missing_ok=True)
+            torch.hub.download_url_to_file(CIFAR10_URL, archive, CIFAR10_SHA256, progress=False)
+        except (OSError, RuntimeError) as error:
             place = f"{folder}/cifar10/train and val"
             fail(f"no CIFAR-10 ({error}): put {CIFAR10_URL} at {archive}, or images at {place}")
-        part.replace(archive)
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != CIFAR10_SHA256:
         fail(f"{archive} has sha256 {digest} instead of {CIFAR10_SHA256}: delete it and try again")
@@ -1051,7 +1048,7 @@ def in_memory(pixels, labels, classes, name):
     """Return a Split of decoded images: pixels [N, H, W, 3], 0 to 255, and labels [N]."""
     pixels = pixels.clip(0, 255).astype(np.uint8)
     names = [f"{name}/{classes[label]}/{i:05d}" for i, label in enumerate(labels)]
-    return Split(list(pixels), names, torch.as_tensor(labels).long(), classes)
+    return Split(list(pixels), names, torch.tensor(labels).long(), classes)
 
 
 def toy_random(name):
@@ -1060,7 +1057,7 @@ def toy_random(name):
     return np.random.default_rng(count), np.arange(count) % 10
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def letters(name):
     """Mosaics of letters, 48 x 48: a class is an alphabet of ten invented letters.
 
@@ -1089,7 +1086,7 @@ def letters(name):
     return in_memory(images, labels, [f"alphabet {i}" for i in range(10)], name)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def textures(name):
     """Ten grey textures, 24 x 24, at any turn, phase and scale, in noise."""
     random, labels = toy_random(name)
@@ -1175,8 +1172,16 @@ def micro_batches(config, world, step, steps):
     return [number for number in numbers if number // share % world.size == world.rank]
 
 
+def end_with_parent():
+    """Wait in a loading process for the end of the main one, and end too."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def start_worker(worker):
     """Prepare a loading process."""
+    # torch's own watch misses a main process that ends while this one starts: it would stay
+    threading.Thread(target=end_with_parent, daemon=True).start()
     # Workers get Ctrl-C and SIGTERM too. They ignore them: the main process decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -1237,7 +1242,7 @@ def extract(encode, split, config, world, batch=64):
                 features = rows.new_empty(n, *rows.shape[1:])
             features[indices] = rows
             good[indices.cpu()] = True
-    names = [name for name, read in zip(split.names, good, strict=True) if read]
+    names = [*itertools.compress(split.names, good)]
     if names and len(names) < n:
         features = features[good]
     return features, split.labels[good].to(world.device), names

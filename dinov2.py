@@ -1219,7 +1219,7 @@ def read_features(path):
         file = np.load(path)
         features = torch.from_numpy(file["features"])
         names = file["paths"].tolist()
-    except Exception as error:  # noqa: BLE001  whatever a broken file raises
+    except Exception as error:  # whatever a broken file makes torch raise
         fail(f"{path} is no file of --eval features: {error}")
     return features.to("cuda" if torch.cuda.is_available() else "cpu"), names
 

@@ -680,7 +680,7 @@ def open_image(path):
     try:
         image = Image.open(path)
         image.load()
-    except common.UNREADABLE as error:
+    except Exception as error:  # whatever a broken file makes Pillow raise
         fail(f"{path} cannot be read: {error}")
     return image
 

@@ -587,7 +587,7 @@ def facts_of(names):
     }
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def toy_world(part):
     """Return 8,000 scenes (train) or 1,000 others (val) as Pairs, and the facts of each.
 

@@ -753,7 +753,7 @@ def call_function(function, images, question):
         if not isinstance(reply, str):
             reply = {0: "Answer: A", 1: "Answer: B"}[reply]
         return {"status": "ok", "reply": reply}
-    except Exception as error:  # noqa: BLE001  whatever the user's function raises
+    except Exception as error:  # whatever the user's function raises
         return {"status": "error", "error": f"--fn: {error!r}; expected a text, 0 or 1"}
 
 

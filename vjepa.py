@@ -241,12 +241,12 @@ def resample_positions(table, old, new):
 
 
 def rotate(x, places, grid):
-    """Turn queries or keys x [B, H, N, D/H] of tokens at places [B, N] of a grid.
+    """Turn queries and keys x [..., B, H, N, D/H] of tokens at places [B, N] of a grid.
 
     The channels are three groups, for time, row and column. In a group of a channels the pairs
     (2i, 2i+1) turn by position * 10000^(-2i/a). What is left over stays as it is.
     """
-    width = x.shape[3]
+    width = x.shape[-1]
     a = width // 3
     channel = torch.arange(width, device=x.device)
     inside = channel % a
@@ -275,10 +275,10 @@ class RotaryBlock(Block):
         qkv = self.attn.qkv(self.norm1(x))
         qkv = qkv.unflatten(2, (3, self.attn.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, D/H]
-        x = x[:, -queries:]  # -0 is 0, so all
-        q = rotate(q, places, grid)[:, :, -queries:]  # [B, H, n, D/H]
-        attended = common.attend(q, rotate(k, places, grid), v)
-        x = x + self.attn.proj(attended.transpose(1, 2).flatten(2))
+        q, k = rotate(torch.stack([q, k]), places, grid)
+        attended = common.attend(q[:, :, -queries:], k, v)  # -0 is 0, so all ask
+        attended = attended.transpose(1, 2).flatten(2)  # [B, n, D]
+        x = x[:, -queries:] + self.attn.proj(attended)
         y = self.norm2(x)
         gate = F.silu(self.mlp.fc1(y))
         return x + self.mlp.fc3(gate * self.mlp.fc2(y))
@@ -451,11 +451,11 @@ PROPERTIES = ["permanence", "continuity", "shape", "colour", "solidity"]
 SHAPES = ((24, 0), (4, 0), (3, 0), (3, 180))  # sides and turn: circle, square, two triangles
 COLOURS = ("#dc3232", "#326ee6", "#f0c828", "#3cb450", "#aa50c8", "#f0f0f0")
 SCREENS = ("#5a3c28", "#285050", "#50506e")
-FLOOR = 27.0  # height of the floor, counted from the top of a frame of 32 x 32
+FLOOR = 27.0  # height of the floor, counted from the top of a frame of 32 x 32 pixels
 
 
-def make_scene(name, draws, size):
-    """Return a random scene, a function: [(phase, screen)] -> video uint8 [T, 3, S, S].
+def make_scene(name, draws):
+    """Return a random scene, a function: [(phase, screen)] -> video uint8 [T, 3, 32, 32].
 
     A frame depends on two numbers only: its phase, and how far screens are up. Phases 0 and 1 are
     the scene's two states, those between are the visible change. Screens that are up (1) hide all
@@ -472,23 +472,22 @@ def make_scene(name, draws, size):
     screen_colour = draws.choice(SCREENS)
     sky, ground = (tuple(draws.choices(range(60, 180), k=3)) for _ in "12")
     # the second object differs from the first in one way
-    second = (shapes[name == "shape"], colours[name == "colour"])
-    objects = [(shapes[0], colours[0]), second]
+    second = (*shapes[name == "shape"], colours[name == "colour"])
+    objects = [(*shapes[0], colours[0]), second]
 
     @functools.cache  # what is the same is the same bytes
     def frame(phase, screen):
-        """Draw a frame, uint8 [S, S, 3], at four times its size."""
-        canvas = Image.new("RGB", (4 * size, 4 * size), sky)
+        """Draw a frame, uint8 [32, 32, 3], at four times its size."""
+        canvas = Image.new("RGB", (128, 128), sky)
         pen = ImageDraw.Draw(canvas)
-        k = size / 8
         eased = phase * phase * (3 - 2 * phase)  # no jump in speed at either end
 
         def box(left, top, right, bottom, colour):
-            pen.rectangle((k * left, k * top, k * right, k * bottom), fill=colour)
+            pen.rectangle((4 * left, 4 * top, 4 * right, 4 * bottom), fill=colour)
 
         def thing(which, x, up=0.0):
-            (sides, turn), colour = objects[which]
-            circle = (k * x, k * (FLOOR - r - up), k * r)
+            sides, turn, colour = objects[which]
+            circle = (4 * x, 4 * (FLOOR - r - up), 4 * r)
             pen.regular_polygon(circle, sides, turn, fill=colour)
 
         box(0, FLOOR, 32, 32, ground)
@@ -595,16 +594,15 @@ def clip_indices(length, frames, step, clips=1, overlap=False, draws=None):
     rows = []
     for i in range(clips):
         first = i * part
-        if part > span:
-            last = draws.randrange(span, part) if draws else span
-            row = np.linspace(last - span, last, frames)
-        else:
-            last = min(span, length) - 1 if overlap else part
-            row = np.linspace(0, last, last // step)
-            row = np.append(row, np.full(frames - last // step, last))
-            if overlap:
-                first = max(0, length - span) // max(1, clips - 1) * i
-        rows.append(first + row.clip(0, max(0, last - 1)).astype(np.int64))
+        reach = min(span, part)  # frames from the first one to the last
+        if part > span and draws:
+            first += draws.randrange(span, part) - span
+        elif part <= span and overlap:
+            first = max(0, length - span) // max(1, clips - 1) * i
+            reach = min(span, length) - 1
+        row = np.linspace(0, reach, reach // step)
+        row = np.append(row, [reach] * (frames - len(row)))
+        rows.append(first + row.clip(max=max(0, reach - 1)).astype(np.int64))
     return np.stack(rows)
 
 
@@ -613,13 +611,12 @@ def is_picture(path):
     return path.suffix.lower() in PICTURES
 
 
-@functools.lru_cache(maxsize=8)  # the length is asked for first, then frames
 def list_frames(path):
     """Return (frames a second, list of frames in the order of showing), without decoding.
 
-    path: a video, a folder of pictures, or a picture. A picture is a video of one frame.
-    A frame is (time stamp, is it a key frame), of pictures the file. Where time stamps cannot be
-    trusted it is (0, False).
+    path: a video, a folder of pictures, or a picture, which is a video of one frame.
+    A frame of a video is (time stamp, is it a key frame). Where time stamps cannot be trusted, it
+    is (0, False). A frame of a folder is a file.
     """
     files = common.files_below(path) if path.is_dir() else [path]
     pictures = [file for file in files if is_picture(file)]
@@ -637,30 +634,29 @@ def list_frames(path):
         return float(stream.average_rate or 25), frames
 
 
-def read_frames(path, indices):
-    """Read frames by their numbers in `list_frames`: int64 [...] -> uint8 [..., 3, H, W]."""
-    _, frames = list_frames(path)
-    wanted, places = np.unique(indices, return_inverse=True)
+def read_frames(path, frames, indices):
+    """Read frames of `list_frames` by their numbers, int64 [...] -> uint8 [..., 3, H, W]."""
+    wanted = sorted(set(indices.flat))
     if isinstance(frames[0], Path):
-        found = []
+        found = {}
         for i in wanted:
             with Image.open(frames[i]) as image:
-                found.append(np.array(common.to_rgb(image, common.exif_turn(image))))
+                found[i] = np.array(common.to_rgb(image, common.exif_turn(image)))
     else:
         found = decode(path, frames, wanted)
-    pixels = torch.from_numpy(np.stack(found))
-    return pixels[places.reshape(indices.shape)].movedim(-1, -3)
+    pixels = torch.from_numpy(np.stack([found[i] for i in indices.flat]))
+    return pixels.unflatten(0, indices.shape).movedim(-1, -3)
 
 
 def decode(path, frames, wanted):
-    """Decode frames of a video file: a list of uint8 [H, W, 3].
+    """Decode frames of a video file: {number: uint8 [H, W, 3]}.
 
     frames: of `list_frames`; wanted: numbers, ascending. Starts at the last key frame before them.
     If another frame comes than was listed, opens the file again and counts from its start.
     """
     keys = [i for i in range(wanted[0] + 1) if frames[i][1]]
-    for start in (*keys[-1:], 0):
-        found = []
+    for start in (max(keys, default=0), 0):
+        found = {}
         with av.open(str(path)) as video:
             stream = video.streams.best("video")
             if start:
@@ -669,8 +665,8 @@ def decode(path, frames, wanted):
                 if start and frame.pts != frames[i][0]:
                     break
                 if i in wanted:
-                    found.append(upright(frame))
-                if len(found) == len(wanted):
+                    found[i] = upright(frame)
+                if i == wanted[-1]:
                     return found
     raise ValueError("some of its frames cannot be decoded")
 
@@ -682,10 +678,10 @@ def upright(frame):
     if matrix is None:
         return pixels
     # (column, row) is shown at (a column + c row, b column + d row)
-    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32)
-    if abs(a) < abs(b):
-        return pixels.swapaxes(0, 1)[:: np.sign(b), :: np.sign(c)]
-    return pixels[:: np.sign(d), :: np.sign(a)]
+    a, b, _, c, d, *_ = np.sign(np.frombuffer(matrix, np.int32))
+    if a:
+        return pixels[::d, ::a]
+    return pixels.swapaxes(0, 1)[::b, ::c]
 
 
 def centre_crop(height, width, aspect):
@@ -695,17 +691,17 @@ def centre_crop(height, width, aspect):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def random_crop(height, width, scale, draws, aspect=(0.75, 1.35)):
+def random_crop(height, width, scale, draws):
     """Draw a part of a frame, (top, left, height, width), in the released order of draws."""
     for _ in range(10):
         area = height * width * draws.uniform(*scale)
-        ratio = math.exp(draws.uniform(*map(math.log, aspect)))
+        ratio = math.exp(draws.uniform(math.log(0.75), math.log(1.35)))
         w = round(math.sqrt(area * ratio))
         h = round(math.sqrt(area / ratio))
         if w <= width and h <= height:
             top = draws.randint(0, height - h)
             return top, draws.randint(0, width - w), h, w
-    return centre_crop(height, width, aspect)
+    return centre_crop(height, width, (0.75, 1.35))
 
 
 def crop_resize(frames, box, size):
@@ -736,13 +732,13 @@ class Videos(common.Split):
         video = self.images[index]
         if isinstance(video, str):
             draws = draws or dice("toy", self.names[index])
-            scene = make_scene(video, draws, c.image_size)
+            scene = make_scene(video, draws)
             return torch.stack([scene(walk(draws, c.frames)) for _ in range(self.clips)])
         rate, frames = list_frames(video)
         step = max(1, int(c.seconds * rate / c.frames)) if c.seconds else c.step
         overlap = self.clips > 1 or draws is None
         indices = clip_indices(len(frames), c.frames, step, self.clips, overlap, draws)
-        return read_frames(video, indices)
+        return read_frames(video, frames, indices)
 
     def read(self, index, choose, sizes, resample):
         """Return a list of one tensor: a video's clips, uint8 [C, T, 3, S, S].
@@ -785,8 +781,8 @@ def toy_videos(config, name):
     return Videos(videos, names, labels, PROPERTIES, config=config)
 
 
-HEADER = r'\A"?\w+"?[ \t]*[ \t,][ \t]*"?[A-Za-z_]\w*"?[ \t]*$'
-LINE = r'\s*"?(.+?)"?\s*[\s,]\s*"?(-?\d+)(?:\.0*)?"?\s*'
+HEADER = r'"?\w+[\s,"]+[A-Za-z_]\w*"?\s*'
+LINE = r'\s*"?(.+?)"?[\s,]+"?(-?\d+)(\.0*)?"?\s*'
 
 
 def read_lists(config, name):
@@ -803,13 +799,13 @@ def read_lists(config, name):
         path = Path(path).expanduser()
         if not path.is_file():
             fail(f"no data at {path}: expected a list with one `path label` a line")
-        text = re.sub(HEADER, "", path.read_text(encoding="utf-8-sig"), flags=re.MULTILINE)
-        for number, line in enumerate(text.splitlines(), start=1):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        for number, line in enumerate(lines, start=1):
             fields = re.fullmatch(LINE, line)
             if fields:
                 videos.append(path.parent / fields[1])
                 labels.append(int(fields[2]))
-            elif line.strip():
+            elif line.strip() and (number > 1 or not re.fullmatch(HEADER, line)):
                 fail(f"{path}, line {number}: expected `path label`, the label a number: {line}")
     if not videos:
         fail(f"no videos in {lists}: expected one `path label` a line")
@@ -935,8 +931,8 @@ def train(model, target, split, config, world):
 
 def spread(tokens):
     """Return signs of collapse: std over a clip's tokens, effective rank of clips."""
-    rank = common.effective_rank(tokens.float().mean(1))
-    return {"feature_std": tokens.float().std(1).mean(), "feature_rank": rank}
+    rank = common.effective_rank(tokens.mean(1))
+    return {"feature_std": tokens.std(1).mean(), "feature_rank": rank}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -950,16 +946,19 @@ def toy_pairs(config):
     """Draw two pairs of each scene, none of which training saw."""
     for name in PROPERTIES:
         for number in range(QUADRUPLETS):
-            scene = make_scene(name, dice("physics", name, number), config.image_size)
+            scene = make_scene(name, dice("physics", name, number))
             for pair in quadruplet():
                 yield name, [scene(story) for story in pair]
 
 
 def intphys_pairs(config):
-    """Read O1/SCENE/1 to 4, with scene/*.png and status.json. Those that part last are a pair."""
+    """Read O1/SCENE/1 to 4, with scene/*.png and status.json. Those that part last are a pair.
+
+    Of 100 frames 49 are used, 0 to 96, as in the released evaluation.
+    """
     for first in sorted(Path(config.physics_data).glob("**/O[123]/[!.]*/1")):
         scene = first.parent
-        videos = [every(scene / part / "scene", slice(None, -1, 2)) for part in "1234"]
+        videos = [every(scene / part / "scene", slice(None, -2, 2)) for part in "1234"]
         states = [json.loads((scene / part / "status.json").read_text()) for part in "1234"]
         possible = [state["header"]["is_possible"] for state in states]
         for i, j in match_quadruplet(videos)[0]:
@@ -976,8 +975,8 @@ def match_quadruplet(videos):
     """
     parting = []
     for other in videos[1:]:
-        differs = (videos[0] != other).flatten(1).any(1)
-        parting.append(int(differs.int().argmax()) if differs.any() else len(other))
+        same = (videos[0] == other).flatten(1).all(1)
+        parting.append(int(same.int().cumprod(0).sum()))
     match = 1 + int(np.argmax(parting))
     return [[0, match], sorted({1, 2, 3} - {match})], parting
 
@@ -1010,7 +1009,7 @@ def inflevel_pairs(config):
 def every(path, part):
     """Read the frames of a video in a slice: uint8 [T, 3, H, W]."""
     _, frames = list_frames(path)
-    return read_frames(path, np.arange(len(frames))[part])
+    return read_frames(path, frames, np.arange(len(frames))[part])
 
 
 # Reader, frames a window, contexts, and the category that a word of a property's name stands for.
@@ -1028,13 +1027,16 @@ PROTOCOLS = {
         range(2, 11, 2),
         {"Object": "Permanence", "Unchangeableness": "Colour"},
     ),
-    "inflevel": (
-        inflevel_pairs,
-        32,
-        range(4, 21, 4),
-        {"continuity": "Permanence", "solidity": "Solidity", "gravity": "Gravity"},
-    ),
+    "inflevel": (inflevel_pairs, 32, range(4, 21, 4), {"continuity": "permanence"}),
 }
+
+
+def physics_pairs(config):
+    """Yield (property, [possible, impossible]) of --physics. A video that is missing is exit 2."""
+    try:
+        yield from PROTOCOLS[config.physics][0](config)
+    except (OSError, LookupError, ValueError) as error:
+        fail(f"--physics {config.physics} cannot be read: {error}")
 
 
 @torch.no_grad()
@@ -1111,20 +1113,17 @@ def evaluate_physics(weights, config, world, run):
 
     Returns {property: (first pair, the trained network's surprises at it)}.
     """
-    find_pairs, length, contexts, categories = PROTOCOLS[config.physics]
+    _, length, contexts, categories = PROTOCOLS[config.physics]
     c = replace(config, frames=length)
     networks = {"trained": load_networks(c, weights, world)}
     networks["random"] = load_networks(c, None, world)
     surprises = defaultdict(list)
     shown = {}
-    try:
-        for key, pair in find_pairs(c):
-            for name, network in networks.items():
-                seen = [video_surprise(*network, video, contexts, c, world) for video in pair]
-                surprises[name, key].append(seen)
-                shown.setdefault(key, (pair, seen))
-    except (OSError, LookupError, ValueError) as error:
-        fail(f"--physics {c.physics} cannot be read: {error}")
+    for key, pair in physics_pairs(c):
+        for name, network in networks.items():
+            seen = [video_surprise(*network, video, contexts, c, world) for video in pair]
+            surprises[name, key].append(seen)
+            shown.setdefault(key, (pair, seen))
     results = defaultdict(dict)
     for (name, key), pairs in surprises.items():
         results[name][key] = summarise(pairs, contexts)
@@ -1168,7 +1167,7 @@ class AttentiveProbe(nn.Module):
     def pool(self, tokens):
         """[B, N, D] -> [B, 1, D]."""
         query = self.query_tokens.expand(len(tokens), -1, -1)
-        q = self.q(query).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        q = self.q(query).view(len(query), self.heads, 1, -1)
         kv = self.kv(self.norm1(tokens)).unflatten(2, (2, self.heads, -1))
         k, v = kv.permute(2, 0, 3, 1, 4)  # [B, H, N, D/H]
         query = query + common.attend(q, k, v).transpose(1, 2).flatten(2)
@@ -1241,15 +1240,15 @@ def probe_accuracy(probe, encoder, val, config, world):
 
 def evaluate(encoder, train, val, config, world, run):
     """Run probe and kNN on the encoder and on a random one, kNN on the first frame's pixels too."""
-    networks = {"trained": encoder, "random": build(config)[1].to(world.device).eval()}
+    networks = {"trained": encoder, "random": load_networks(config, None, world)[1]}
     networks["pixels"] = lambda videos: common.raw_pixels(videos[:, :, 0])[:, None]
     results = defaultdict(dict)
     for name, network in networks.items():
         if "knn" in config.eval:
             bank, bank_labels, _ = extract(pool(network), train, config, world)
-            test, labels, _ = extract(pool(network), val, config, world)
+            queries, labels, _ = extract(pool(network), val, config, world)
             if world.rank == 0:
-                scores = common.knn(bank, bank_labels, test)
+                scores = common.knn(bank, bank_labels, queries)
                 results[name]["knn"] = common.top1(scores, labels)
         if "probe" in config.eval and name != "pixels":
             if config.probe_init:
@@ -1285,15 +1284,15 @@ def strip(frames):
 
 def draw_curves(possible, impossible):
     """Return tiles with the areas below two curves [W]: green and red, black where both are."""
-    heights = []
-    for curve in (impossible, possible):
-        heights.append(F.interpolate(curve[None, None], 8 * TILE, mode="linear"))
-    heights = torch.cat(heights)  # [2, 1, 8 * TILE]
+    curves = torch.stack([impossible, possible])[None]
+    heights = F.interpolate(curves, 8 * TILE, mode="linear")[0]  # [2, 8 * TILE]
     low, high = heights.aminmax()
     rows = torch.linspace(high, low, TILE)[:, None]
-    red, green = rows > heights  # [TILE, 8 * TILE], true above the curve, where it is white
-    canvas = torch.stack([green, red, red & green]) * 255
-    return torch.stack(canvas.byte().split(TILE, dim=2))
+    red, green = (
+        rows > heights[:, None]
+    )  # [TILE, 8 * TILE], true above the curve, where it is white
+    canvas = torch.stack([green, red, red & green]).byte() * 255
+    return torch.stack(canvas.split(TILE, dim=2))
 
 
 def draw_picture(path, split, shown, config):
@@ -1335,14 +1334,14 @@ def read_weights(path):
     if "script" in state:
         state = common.load_own_checkpoint(path, "vjepa")
         fields = {name: state["config"][name] for name in MODEL}
-        return {**state, "fields": fields, "path": path}
+        return {**state, "fields": fields}
     if "target_encoder" not in state or "predictor" not in state:
         found = ", ".join(list(state)[:8])
         fail(f"{path} is no V-JEPA checkpoint: no target_encoder and predictor, found {found}")
     predictor = rename(state["predictor"], "predictor.")
     model = {**rename(state["encoder"], "encoder."), **predictor}
     target = rename(state["target_encoder"])
-    return {"model": model, "target": target, "fields": {}, "path": path}
+    return {"model": model, "target": target, "fields": {}}
 
 
 # what the authors' names have more than ours
@@ -1367,19 +1366,9 @@ def load_networks(config, weights, world):
     """
     model, target = build(config)
     if weights:
-        common.load_state(model, weights["model"], f"{weights['path']}, encoder and predictor")
-        common.load_state(target, weights["target"], f"{weights['path']}, target encoder")
-    return model.to(world.device).eval(), target.to(world.device).eval()
-
-
-def load_encoder(path, **fields):
-    """Return the frozen target encoder of a checkpoint: video [B, 3, T, H, W] -> tokens [B, N, D].
-
-    fields: of Config, for a file of the authors, such as **PRESETS["vit_l16"].
-    """
-    weights = read_weights(path)
-    config = Config(**{**fields, **weights["fields"]})
-    return load_networks(config, weights, common.World())[1].requires_grad_(False)
+        common.load_state(model, weights["model"], "the checkpoint (encoder and predictor)")
+        common.load_state(target, weights["target"], "the checkpoint (target encoder)")
+    return [network.to(world.device).eval() for network in (model, target)]
 
 
 def load_probe(path, config):
@@ -1477,8 +1466,7 @@ def check(config, world):
     if "physics" in c.eval:
         if c.frames < 16:
             fail(f"--eval physics needs clips of 16 --frames or more, not {c.frames}")
-        find_pairs = PROTOCOLS[c.physics][0]
-        if next(find_pairs(c), None) is None:
+        if next(physics_pairs(c), None) is None:
             fail(f"no videos of {c.physics} in --physics-data {c.physics_data}: see its reader")
 
 
@@ -1505,11 +1493,10 @@ def main(argv=None):
         _, target = load_networks(config, weights, world)
     else:
         run = common.Run(config, world)
-    shown = {}
-    if "physics" in wanted and world.rank == 0:
-        shown = evaluate_physics(weights, config, world, run)
-    if world.rank == 0 and config.train:
-        draw_picture(run.out / "picture.png", unseen, shown, config)
+    if world.rank == 0:
+        shown = evaluate_physics(weights, config, world, run) if "physics" in wanted else {}
+        if config.train:
+            draw_picture(run.out / "picture.png", unseen, shown, config)
     if "features" in wanted:
         write_features(target, unseen, config, world, run)
     if val:

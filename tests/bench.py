@@ -45,7 +45,7 @@ SHAPES = {
     },
     "vjepa": {"toy": "--preset toy"},
     "pixel_vit": {
-        f"toy, {task}": f"--preset {preset} --positions learned"
+        f"toy, {task}": f"--preset {preset} --positions learned --no-flip --decoder-width 64"
         for task, preset in (
             ("classify", "toy"),
             ("mae", "toy-mae"),
@@ -68,7 +68,7 @@ def speed(tree, script, flags, steps, threads):
         if result.returncode:
             sys.exit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
         rows = [json.loads(line) for line in open(f"{folder}/run/log.jsonl")]
-    rows = [row for row in rows if "images_per_s" in row][1:]  # the first warms up
+    rows = [row for row in rows if "images_per_s" in row][2:]  # the first two warm up
     waited = statistics.mean(row["data_wait"] for row in rows)
     return statistics.median(row["images_per_s"] for row in rows), waited
 
@@ -120,7 +120,7 @@ def main():
     )
     parser.add_argument("script", help="the name of a training script, such as ijepa")
     parser.add_argument("--before", default="", help="a git revision to compare with")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--profile", action="store_true")

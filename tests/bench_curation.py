@@ -1,6 +1,6 @@
 """How well `dinov2.py curate` finds planted duplicates and leaks, and in what time and memory.
 
-python tests/bench_curation.py DIR --init CKPT  # a folder with train/ and val/, such as CIFAR-10; 10,000 images
+python tests/bench_curation.py DIR --init CKPT  # a folder with train/ and val/; 10,000 images
 """
 
 import argparse
@@ -21,7 +21,7 @@ import dinov2  # noqa: E402
 
 
 def near_duplicate(image, chance):
-    """A copy as the web makes them: re-encoded, cropped by a few pixels, recoloured, or all of it."""
+    """Return a copy as the web makes them: encoded anew, cropped a little, recoloured, or all."""
     kind = chance.integers(4)
     if kind in (0, 3):
         width, height = image.size
@@ -37,8 +37,11 @@ def near_duplicate(image, chance):
 
 
 def plant(source, target, images=10_000, copies=2_000, leaks=500):
-    """A pool of `images` of source/train, near-duplicates of `copies` of them and of `leaks` of the references, which
-    are source/val. Returns {file name: (true origin, kind)} of what was planted."""
+    """Make a pool of `images` of source/train, and near-duplicates of `copies` of them.
+
+    Also of `leaks` of the references, which are source/val. Return what was planted:
+    {file name: (true origin, kind)}.
+    """
     chance, planted = np.random.default_rng(0), {}
     train, val = (
         sorted(p for p in (source / s).rglob("*") if p.suffix in common.EXTENSIONS)

@@ -205,8 +205,9 @@ def checkpoint(case):
     refused = 0
     for i in range(20):
         place = chance.randrange(len(whole))
-        rest = whole[place + 1 :] if i % 4 else b""
-        last.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + rest)
+        damaged = bytearray(whole if i % 4 else whole[: place + 1])
+        damaged[place] ^= 1 << chance.randrange(8)
+        last.write_bytes(damaged)
         process = start(case, flags, before=int)
         process.end(0, 2)
         if process.poll():
@@ -355,7 +356,7 @@ def attempt(case, fault):
             fault(case)
         except NotApplicable as reason:
             return f"not applicable: {reason}"
-        except Exception:  # noqa: BLE001
+        except Exception:
             traceback.print_exc()
             return "FAILED"
         return "survived"

@@ -24,11 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 
 
-def load_golden(folder, name):
-    """Return the arrays of golden/FOLDER/NAME.npz."""
-    return np.load(GOLDEN / folder / f"{name}.npz")
-
-
 class Golden(dict):
     """The arrays of a golden file as tensors, and lists of names; keys are attributes too."""
 
@@ -36,22 +31,19 @@ class Golden(dict):
 
 
 def golden_tensors(folder, name):
-    """Return a Golden. Halves and short integers, which save space, become float32 and int64."""
+    """Return golden/FOLDER/NAME.npz as a Golden.
+
+    Halves and short integers, which save space, become float32 and int64.
+    """
     golden = Golden()
-    for key, array in load_golden(folder, name).items():
+    kinds = {"e": "f", "b": "l", "h": "l", "i": "l"}
+    for key, array in np.load(GOLDEN / folder / f"{name}.npz").items():
         if array.dtype.kind == "U":
             golden[key] = array.tolist()
         else:
-            array = array.astype(
-                {"e": "f", "b": "l", "h": "l", "i": "l"}.get(array.dtype.char, array.dtype)
-            )
-            golden[key] = torch.from_numpy(array)
+            kind = kinds.get(array.dtype.char, array.dtype)
+            golden[key] = torch.from_numpy(array.astype(kind))
     return golden
-
-
-def tensor(array, dtype=torch.float32):
-    """Return a golden array as a tensor."""
-    return torch.from_numpy(np.asarray(array)).to(dtype)
 
 
 def double(numbers):

@@ -1,4 +1,4 @@
-"""The released mask sampler, image by image in its order of draws: what the golden masks pin down."""
+"""The released mask sampler, image by image in its order of draws: what the golden masks hold."""
 
 import torch
 

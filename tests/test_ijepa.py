@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, close, compare, count, groups_of, load_golden, tensor
+from helpers import GOLDEN, close, compare, count, golden_tensors, groups_of, norms
 from reference import reference_masks
 
 import common
@@ -16,7 +16,7 @@ import ijepa
 from ijepa import Config
 
 OFFICIAL = GOLDEN / "ijepa" / "tiny_ijepa.pth.tar"
-golden = functools.partial(load_golden, "ijepa")
+golden = functools.partial(golden_tensors, "ijepa")
 
 
 def tiny(dtype=torch.float32):
@@ -27,27 +27,23 @@ def tiny(dtype=torch.float32):
     return model.to(dtype), target.to(dtype)
 
 
-def integers(array):
-    """Return golden indices."""
-    return tensor(array, torch.long)
-
-
 # ----------------------------------------------------------------------------------------- parity
 
 
 def test_positions():
     g = golden("pos_embed")
-    sizes = (16, 8), (12, 8), (24, 3), (8, 5)
-    found = {f"pos_d{w}_g{side}": common.sincos_2d(w, side, side) for w, side in sizes}
-    large = common.sincos_2d(1280, 16, 16)[g["big_rows"]][:, g["big_cols"]]
-    compare(g, atol=1e-12, big_d1280_g16=large, **found)
+    for width, side in {16: 8, 12: 8, 24: 3, 8: 5}.items():
+        table = common.sincos_2d(width, side, side)
+        compare(g, atol=1e-12, **{f"pos_d{width}_g{side}": table})
+    large = common.sincos_2d(1280, 16, 16)[g.big_rows][:, g.big_cols]
+    compare(g, atol=1e-12, big_d1280_g16=large)
 
 
 def test_forward_loss_and_gradients():
     g = golden("forward")
-    patches = common.patchify(tensor(g["imgs_q"]) / 16, 4)
-    context = integers(g["masks_enc"])[0]
-    targets = integers(g["masks_pred"])
+    patches = common.patchify(g.imgs_q / 16, 4)
+    context = g.masks_enc[0]
+    targets = g.masks_pred
     model, target = tiny()
 
     def forward():
@@ -62,16 +58,15 @@ def test_forward_loss_and_gradients():
     compare(g, atol=2e-6, rtol=1e-5, **found)
     compare(g, rtol=1e-6, loss=loss, loss_mse=F.mse_loss(predictions, wanted))
     loss.backward()
-    for part, names in ((model.encoder, "enc"), (model.predictor, "pred")):
-        parameters = dict(part.named_parameters())
-        norms = [parameters[name].grad.norm() for name in g[f"grad_names_{names}"]]
-        close(torch.stack(norms), g[f"grad_norms_{names}"], rtol=1e-4, atol=1e-9)
+    for name, part in {"enc": model.encoder, "pred": model.predictor}.items():
+        found = norms(part, g[f"grad_names_{name}"], gradients=True)
+        compare(g, rtol=1e-4, atol=1e-9, **{f"grad_norms_{name}": found})
     with torch.autocast("cpu", torch.bfloat16):
         encoded = model.encoder(patches, keep=context)
         tokens, predictions, loss = forward()
     types = [str(x.dtype) for x in (encoded, predictions, tokens, tokens, tokens, loss)]
-    assert types == list(g["dtypes_bf16_autocast"])
-    close(loss, g["loss_bf16_autocast"], rtol=1e-2)
+    assert types == g.dtypes_bf16_autocast
+    compare(g, rtol=1e-2, loss_bf16_autocast=loss)
 
 
 @pytest.mark.parametrize("name", ["encoder", "target"])
@@ -79,12 +74,12 @@ def test_readouts_of_the_official_checkpoint(name):
     """They are pooled after the final norm, without another norm as in training."""
     g = golden("forward")
     vit = ijepa.load_encoder(OFFICIAL, encoder=name, heads=2)
-    images = tensor(g["imgs_q"]) / 16
+    images = g.imgs_q / 16
     features = ijepa.encode(vit, images)  # [B, 4, D]
     last = features[:, -1]
     found = {"tokens": vit(images), "pooled": last, "concat4": features.flatten(1)}
     compare(g, f"{name}_", atol=1e-5, **found)
-    assert (last - tensor(g[f"{name}_layernormed_pooled"])).abs().max() > 0.01
+    assert (last - g[f"{name}_layernormed_pooled"]).abs().max() > 0.01
 
 
 def schedule_config(numbers):
@@ -99,8 +94,8 @@ def schedule_config(numbers):
 def test_schedules_to_the_last_step():
     g = golden("schedules")
     for name in ("in1k_h14", "ipe125", "short"):
-        config, steps = schedule_config(g[f"{name}_config"])
-        final = g[f"{name}_config"][-1]  # ours is always 1
+        config, steps = schedule_config(g[f"{name}_config"].tolist())
+        final = g[f"{name}_config"][-1].item()  # ours is always 1
         for i, call in enumerate(g[f"{name}_call"].tolist()):
             lr, wd, _ = ijepa.schedules(config, call - 1, steps)
             ema = common.linear_schedule(call - 1, steps, config.momentum, final)
@@ -110,8 +105,8 @@ def test_schedules_to_the_last_step():
 def test_warmup_of_whole_epochs_is_not_a_step_short():
     config = Config(warmup=3 / 44, lr=1.0, lr_start=0.0)
     for ipe in range(600, 660):
-        before, reached = (ijepa.schedules(config, 3 * ipe - k, 44 * ipe)[0] for k in (2, 1))
-        assert before < reached == 1.0
+        schedules = [ijepa.schedules(config, 3 * ipe - k, 44 * ipe) for k in (2, 1)]
+        assert schedules[0][0] < schedules[1][0] == 1.0
 
 
 def test_parameter_groups():
@@ -122,8 +117,9 @@ def test_parameter_groups():
     config = Config(weight_decay=0.04, weight_decay_final=0.4)
     common.set_rates(optimizer, *ijepa.schedules(config, 0, 200)[:2])
     compare(g, atol=1e-12, wd_after_first_step=[x["weight_decay"] for x in optimizer.param_groups])
-    for number, names in enumerate(groups_of(optimizer, model)):
-        assert names == set(g["names"][(g["group"] == number) & g["requires_grad"]])
+    names = np.array(g.names)
+    for number, found in enumerate(groups_of(optimizer, model)):
+        assert found == set(names[(g.group == number) & g.requires_grad])
 
 
 def test_five_training_steps():
@@ -131,16 +127,16 @@ def test_five_training_steps():
     g = golden("train_trace")
     model, _ = tiny(torch.float64)
     target = copy.deepcopy(model.encoder)
-    config, steps = schedule_config(g["hyper"])
+    config, steps = schedule_config(g.hyper.tolist())
     optimizer = ijepa.make_optimizer(model)
     ema = common.EMA(target, model.encoder)
     for step in range(5):
         lr, wd, m = ijepa.schedules(config, step, steps)
         compare(g, at=step, atol=1e-12, lr=lr, wd=wd, m=m)
         common.set_rates(optimizer, lr, wd)
-        patches = common.patchify(tensor(g["imgs_q"][step], torch.float64) / 16, 4)
-        context = integers(g[f"masks_enc_{step}"])[0]
-        targets = integers(g[f"masks_pred_{step}"])
+        patches = common.patchify(g.imgs_q[step].double() / 16, 4)
+        context = g[f"masks_enc_{step}"][0]
+        targets = g[f"masks_pred_{step}"]
         tokens = target(patches)
         loss = ijepa.jepa_loss(model(patches, context, targets), tokens, targets)
         compare(g, at=step, rtol=1e-9, loss=loss)
@@ -157,7 +153,7 @@ def test_five_training_steps():
     for name, module in parts.items():
         state = module.state_dict()
         assert set(g[f"names_{name}"]) == set(state)
-        found[f"norms_{name}"] = torch.stack([state[n].norm() for n in g[f"names_{name}"]])
+        found[f"norms_{name}"] = norms(module, g[f"names_{name}"])
     compare(g, rtol=1e-9, atol=1e-10, **found)
 
 
@@ -191,11 +187,11 @@ SIZES = {  # encoder parameters, position tables counted
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_paper_presets_have_the_papers_sizes(name):
-    with torch.device("meta"):
-        model = ijepa.IJEPA(replace(Config(), **ijepa.PRESETS[name]))
-    assert count(model.encoder) == SIZES[name]
+def test_paper_presets_have_the_papers_sizes():
+    for name, expected in SIZES.items():
+        with torch.device("meta"):
+            model = ijepa.IJEPA(Config(**ijepa.PRESETS[name]))
+        assert count(model.encoder) == expected, name
 
 
 # ------------------------------------------------------------------------------------------ masks
@@ -206,20 +202,20 @@ MASK_CONFIGS = ["h14", "b16", "h16_448", "grid8", "relax"]
 def mask_config(name):
     """Return the Config of golden masks, and how many times they are drawn."""
     numbers = golden("masks")[f"{name}_config"].tolist()
-    size, patch, e0, e1, p0, p1, a0, a1, _, targets, keep, _, batch, calls, _ = numbers
+    size, patch, *_, targets, keep, _, batch, calls, _ = map(int, numbers)
     config = Config(
-        image_size=int(size),
-        patch=int(patch),
-        context_scale=(e0, e1),
-        target_scale=(p0, p1),
-        target_aspect=(a0, a1),
-        targets=int(targets),
-        min_context=int(keep) + 1,
-        batch=int(batch),
-        micro=int(batch),
+        image_size=size,
+        patch=patch,
+        context_scale=numbers[2:4],
+        target_scale=numbers[4:6],
+        target_aspect=numbers[6:8],
+        targets=targets,
+        min_context=keep + 1,
+        batch=batch,
+        micro=batch,
         released=True,
     )
-    return config, int(calls)
+    return config, calls
 
 
 @pytest.mark.parametrize("name", MASK_CONFIGS)
@@ -263,18 +259,20 @@ def test_batched_sampler_has_the_reference_statistics(name):
         return torch.cat([block.flatten() for block in blocks]).bincount(minlength=side**2) / images
 
     contexts, targets = draw(1, 1500)
-    counts = [[x.shape[-1] for x in targets], [x.shape[-1] for x in contexts]]
-    counts.append([len(x.unique()) for x in targets])
-    close([np.mean(counts[0]), np.std(counts[0])], stats[1:3], rtol=1e-9)
-    close(np.mean(counts[1:], axis=1), stats[[3, 7]], rtol=0.05)
+    asked = [x.shape[-1] for x in targets]
+    seen = np.mean([x.shape[-1] for x in contexts])
+    united = np.mean([len(x.unique()) for x in targets])
+    close([np.mean(asked), np.std(asked)], stats[1:3], rtol=1e-9)
+    close([seen, united], stats[[3, 7]], rtol=0.05)
     for key, blocks in (("enc", contexts), ("pred", [x[0] for x in targets])):
         ours = coverage(blocks, 1500)
-        theirs = tensor(g[f"{name}_cov_{key}"])
+        theirs = g[f"{name}_cov_{key}"]
         q = (ours + theirs) / 2
-        assert ((ours - theirs).abs() <= 5 * (q * (1 - q) / 750).sqrt() + 0.005).all()
+        sigma = (q * (1 - q) / 750).sqrt()
+        assert ((ours - theirs).abs() <= 5 * sigma + 0.005).all()
         grid = ours.view(side, side)
         assert grid[-1].max() == grid[:, -1].max() == 0
-    batch, batches = map(int, stats[8:10])
+    batch, batches = stats[8:10].int().tolist()
     contexts, _ = draw(batch, batches)
     close(np.mean([x.shape[-1] for x in contexts]), stats[10], rtol=0.1)
     cover = coverage(contexts, batch * batches)
@@ -309,16 +307,17 @@ def test_crops():
         random = torch.Generator().manual_seed(6000 + case)
         draws = [common.random_crop(int(width), int(height), scale, random) for _ in range(40)]
         close(draws, g[f"case{case}"])
-    for box, expected in zip(g["transformed_params"].tolist(), g["transformed"], strict=True):
+    whole = g.image.numpy()
+    for box, expected in zip(g.transformed_params.tolist(), g.transformed, strict=True):
         top, left, height, width = map(int, box)
-        cut = g["image"][top : top + height, left : left + width]
+        cut = whole[top : top + height, left : left + width]
         # resize(box=) sees a little beyond the crop
-        cases = (g["image"], box, 0.02), (cut, (0, 0, height, width), 1e-5)
+        cases = (whole, box, 0.02), (cut, (0, 0, height, width), 1e-5)
         for image, part, tolerance in cases:
             split = common.in_memory(image[None], [0], ["any"], "train")
             (pixels,) = split.read(0, lambda *_, part=part: [part], [16])
             found = common.normalize(pixels[None])[0]
-            assert (found - tensor(expected)).abs().mean() < tolerance
+            assert (found - expected).abs().mean() < tolerance
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -326,26 +325,25 @@ def test_crops():
 
 def test_knn():
     g = golden("eval")
-    labels = integers(g["knn_train_y"])
     for k in (5, 20):
-        scores = common.knn(tensor(g["knn_train"]), labels, tensor(g["knn_test"]), k)
-        top1 = common.top1(scores, integers(g["knn_test_y"]))
+        scores = common.knn(g.knn_train.float(), g.knn_train_y, g.knn_test.float(), k)
+        top1 = common.top1(scores, g.knn_test_y)
         found = {"scores": scores, "pred": scores.argmax(1), "top1": top1}
-        compare({name: g[f"knn_{name}_k{k}"] for name in found}, rtol=1e-5, **found)
+        found = {f"knn_{name}_k{k}": value for name, value in found.items()}
+        compare(g, rtol=1e-5, **found)
 
 
 def test_lars():
     g = golden("eval")
-    lr, momentum, decay, trust = g["lars_hyper"]
-    parameters = {n: torch.nn.Parameter(torch.from_numpy(g[f"lars_{n}0"])) for n in ("w", "b")}
+    lr, momentum, decay, trust = g.lars_hyper.tolist()
+    parameters = {name: torch.nn.Parameter(g[f"lars_{name}0"]) for name in ("w", "b")}
     group = {"params": [*parameters.values()], "lr": lr, "weight_decay": decay}
     optimizer = ijepa.LARS([group], momentum, trust)
     for step in range(3):
         for name, parameter in parameters.items():
-            parameter.grad = torch.from_numpy(g[f"lars_g{name}"][step])
+            parameter.grad = g[f"lars_g{name}"][step]
         optimizer.step()
-        for name, parameter in parameters.items():
-            close(parameter, g[f"lars_{name}"][step], rtol=1e-10)
+        compare(g, "lars_", at=step, rtol=1e-10, **parameters)
 
 
 def test_one_percent_takes_at_least_one_of_each_class():
@@ -359,17 +357,16 @@ def test_one_percent_takes_at_least_one_of_each_class():
 
 def test_other_layouts_and_sizes(capsys):
     """The Hub's, bare and wrapped state dicts; positions are interpolated, which is said."""
-    hub = GOLDEN / "hub" / "ijepa"
-    expected = np.load(hub / "expected.npz")
-    vit = ijepa.load_encoder(hub / "model.safetensors", heads=2)
-    close(vit(tensor(expected["images"])), expected["tokens"], atol=1e-5)
+    g = golden_tensors("hub/ijepa", "expected")
+    vit = ijepa.load_encoder(GOLDEN / "hub" / "ijepa" / "model.safetensors", heads=2)
+    compare(g, atol=1e-5, tokens=vit(g.images))
     g = golden("forward")
     state = common.load_checkpoint(OFFICIAL)["target_encoder"]
     wrapped = {f"module._orig_mod.module.{name}": value for name, value in state.items()}
     for layout in (state, wrapped, {"encoder": state}):
         torch.save(layout, "layout.pt")
         vit = ijepa.load_encoder("layout.pt", heads=2)
-        close(vit(tensor(g["imgs_q"]) / 16), g["target_tokens"], atol=1e-5)
+        compare(g, atol=1e-5, target_tokens=vit(g.imgs_q / 16))
     vit = ijepa.load_encoder(OFFICIAL, image_size=48, heads=2)
     assert "interpolated from 64 to 144" in capsys.readouterr().out
     assert vit(torch.zeros(1, 3, 48, 40)).shape == (1, 120, 12)

@@ -16,12 +16,12 @@ SKIP.add(tokenize.ENDMARKER)
 
 # code tokens of each file at most
 SIZES = {
-    "common.py": 9710,
+    "common.py": 9700,
     "ijepa.py": 6300,
     "msn.py": 6800,
     "pmsn.py": 7300,
     "dinov2.py": 11500,
-    "vjepa.py": 11130,
+    "vjepa.py": 10980,
     "iwm.py": 8200,
     "flexpredict.py": 7300,
     "pixel_vit.py": 11000,
