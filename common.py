@@ -938,7 +938,7 @@ def exif_turn(image):
     """Return the EXIF orientation of an opened image. Broken metadata cost nothing."""
     try:
         return image.getexif().get(0x0112)
-    except Exception:
+    except Exception:  # whatever broken metadata makes Pillow raise
         return None
 
 

@@ -348,7 +348,7 @@ def draw_mix(random, size, mixup, cutmix):
 
     Mixup: the same everywhere. CutMix: 0 in a box, else 1.
     """
-    use_cutmix = random.random() < 0.5 if mixup and cutmix else bool(cutmix)
+    use_cutmix = random.random() < 0.5 if mixup and cutmix else cutmix
     alpha = cutmix if use_cutmix else mixup
     own = random.beta(alpha, alpha) if alpha else 1.0
     if not use_cutmix:
@@ -390,7 +390,8 @@ class Classifier(Trunk):
         kept = torch.rand(c.depth, 2, len(pixels), 1, 1, generator=key) >= rates
         scales = kept / (1 - rates)  # of the branches: stochastic depth
         random = np.random.default_rng(key.initial_seed())
-        for image in pixels:
+        changes = c.randaugment or c.jitter or c.grey or c.erase
+        for image in pixels if changes else ():
             changed = augment(Image.fromarray(image.permute(1, 2, 0).numpy()), c, random)
             image[:] = torch.from_numpy(np.array(changed)).permute(2, 0, 1)
             if random.random() < c.erase:
@@ -1153,10 +1154,16 @@ def read_weights(path, heads=0):
     if not heads:
         fail(f"{path} cannot tell how many heads share its width of {width}: add --heads")
     blocks = re.findall(r"\b(decoder_)?blocks\.\d+\.attn\.qkv\.weight", " ".join(weights))
-    fields = {"task": "mae", "patch": patch, "width": width, "heads": heads, "positions": "sincos"}
-    fields["depth"] = blocks.count("")
-    fields["channels"] = channels
-    fields["downsample"] = 8 if channels == 4 else 1
+    fields = {
+        "task": "mae",
+        "patch": patch,
+        "width": width,
+        "depth": blocks.count(""),
+        "heads": heads,
+        "positions": "sincos",
+        "channels": channels,
+        "downsample": 8 if channels == 4 else 1,
+    }
     side = math.isqrt(weights["pos_embed"].shape[1])
     fields["image_size"] = side * patch * fields["downsample"]
     if diffusion:
@@ -1185,10 +1192,11 @@ def load_weights(model, state, path):
     known = {
         name: value for name, value in state.items() if name in own or not name.startswith(PARTS)
     }
-    fresh = {}
-    for name, value in own.items():
-        if name.startswith(PARTS) and len(state.get(name, ())) != len(value):
-            fresh[name] = value
+    fresh = {
+        name: value
+        for name, value in own.items()
+        if name.startswith(PARTS) and len(state.get(name, ())) != len(value)
+    }
     common.load_state(model, {**known, **fresh}, path)
     if "head.weight" in fresh:  # as MAE's fine-tuning
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
@@ -1217,7 +1225,6 @@ SMALL = {**TINY, "width": 384}
 BASE = {**TINY, "width": 768}
 LARGE = {"width": 1024, "depth": 24, "heads": 16}
 HUGE = {"width": 1280, "depth": 32, "heads": 16, "patch": 14}
-TOY = {"precision": "fp32"}
 # The paper's: CIFAR-100 from scratch and after MAE, ImageNet at 28 x 28, latents of 256 x 256.
 CIFAR100 = {
     "data": "cifar100",
@@ -1343,12 +1350,19 @@ FOLDER = {
     "lr": 5e-4,
 }
 PRESETS = {
-    "toy": {**TOY, "steps": 1000},
+    "toy": {"precision": "fp32", "steps": 1000},
     # so few steps do not find out which learned positions are neighbours: it would paint grey
-    "toy-mae": {**TOY, "task": "mae", "positions": "sincos", "steps": 1500, "lr": 4e-3},
+    "toy-mae": {
+        "precision": "fp32",
+        "task": "mae",
+        "positions": "sincos",
+        "steps": 1500,
+        "lr": 4e-3,
+    },
     "toy-diffusion": {  # at so few pixels the linear schedule spends most steps on pure noise
         **DIFFUSION,
-        **TOY,
+        "precision": "fp32",
+        "workers": 0,
         "noise_schedule": "cosine",
         "ema": 0.995,
         "steps": 3000,
