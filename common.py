@@ -90,10 +90,9 @@ def gather_tokens(x, keep):
 
 def attend(q, k, v):
     """Return softmax(q k^T / sqrt(d)) v; all are [B, H, N, d]."""
-    # On CPUs torch's fused kernels lose to plain products: in bf16 by far, below some hundred
-    # tokens (their backward pass takes ten times as long), in fp32 on the shortest sequences.
-    longest = {torch.bfloat16: 400, torch.float32: 64}.get(q.dtype, 0)
-    if q.device.type == "cpu" and k.shape[2] <= longest:
+    # On CPUs torch's fused kernel is slow in bf16: below some hundred tokens its backward pass takes
+    # ten times as long as plain products.
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 400:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
         return scores.softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)

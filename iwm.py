@@ -207,8 +207,8 @@ def make_action(source, target, flags):
 def make_pair(images, views, config):
     """Make source and target, normalised [B, 3, S, S], and the action [B, 7], of images in 0..1."""
     source, target, flags, rows, sigma = views
-    both = jitter(images.repeat(2, 1, 1, 1), torch.cat([source, target]))
-    x, y = both.chunk(2)
+    x = jitter(images, source)
+    y = jitter(images, target)
     flags_of = flags[:, :, None, None, None] > 0  # [B, 3, 1, 1, 1]
     x = torch.where(flags_of[:, 0], luma(x), x)
     if len(rows):
