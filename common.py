@@ -61,9 +61,10 @@ def sincos_1d(width, positions):
 def sincos_2d(width, height, breadth):
     """Return positions of a grid in raster order, float64 [height * breadth, width].
 
-    The first half of the channels encodes the column, the second the row, as in MAE. So width must
-    be divisible by 4.
+    The first half of the channels encodes the column, the second the row, as in MAE.
     """
+    if width % 4:
+        fail(f"--width {width} must be a multiple of 4, for sine-cosine positions")
     row, column = np.mgrid[:height, :breadth].reshape(2, -1)
     return torch.cat([sincos_1d(width // 2, column), sincos_1d(width // 2, row)], dim=1)
 
@@ -90,8 +91,8 @@ def gather_tokens(x, keep):
 
 def attend(q, k, v):
     """Return softmax(q k^T / sqrt(d)) v; all are [B, H, N, d]."""
-    # On CPUs torch's fused kernel is slow in bf16: below some hundred tokens its backward pass takes
-    # ten times as long as plain products.
+    # On CPUs torch's fused kernel is slow in bf16: below some hundred tokens its backward pass
+    # takes ten times as long as plain products.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 400:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
         return scores.softmax(-1).to(v.dtype) @ v
@@ -103,6 +104,8 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
+        if width % heads:
+            fail(f"--width {width} must be a multiple of the heads, {heads}")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -342,6 +345,26 @@ def adopt(config, found, typed, path):
     return config
 
 
+def check(config, world, evaluations):
+    """Refuse what would fail late or silently in any training script (exit 2).
+
+    evaluations: what --eval may name, beside none.
+    """
+    c = config
+    if c.image_size % c.patch:
+        fail(f"--image-size {c.image_size} is no multiple of --patch {c.patch}")
+    if {*c.eval.split(",")} - {*evaluations, "none", ""}:
+        fail(f"--eval {c.eval} must name some of {', '.join(evaluations)}, or none")
+    if not c.train and not c.init:
+        fail("--no-train needs weights to evaluate: add --init")
+    micro = getattr(c, "micro", 1)
+    if c.train and c.batch % (micro * world.size):
+        ranks = f"{world.size} ranks in micro-batches of {micro}"
+        fail(f"--batch {c.batch} does not divide over {ranks}")
+    if c.shard and world.dtype == torch.float16:
+        fail("--shard works with bf16 and fp32, not with --precision fp16")
+
+
 @dataclasses.dataclass
 class World:
     """Where this process stands: rank of size, the device, and the type that it computes in."""
@@ -411,9 +434,15 @@ def gather_over_ranks(x):
     return torch.cat(parts)
 
 
-def distribute(model, world, shard=False):
-    """Wrap a model for all ranks: DDP, or with `shard` FSDP2, block by block."""
-    if shard:
+def distribute(model, world, config=None, dynamic=None):
+    """Bring a model to the device and wrap it for all ranks: DDP, or FSDP2, block by block.
+
+    config: whether to --compile and --shard it; dynamic: numbers of tokens change between steps.
+    """
+    model.to(world.device)
+    if config and config.compile:
+        model.compile(dynamic=dynamic)
+    if config and config.shard:
         for module in model.modules():
             if isinstance(module, nn.ModuleList):
                 for block in module:
@@ -467,10 +496,15 @@ def set_rates(optimizer, lr, weight_decay):
         group["weight_decay"] = weight_decay if group["decay"] else 0.0
 
 
-def effective_rank(features):
-    """Return exp of the entropy of the singular values of features [B, D]; 1 is a collapse."""
-    values = torch.linalg.svdvals((features - features.mean(0)).float())
-    return torch.special.entr(values / values.sum()).nansum().exp()
+def spread(tokens):
+    """Return signs of collapse of tokens [B, N, D], pooled: std over the batch, effective rank.
+
+    The rank is exp of the entropy of the singular values; 1 is a collapse.
+    """
+    pooled = tokens.float().mean(1)
+    values = torch.linalg.svdvals(pooled - pooled.mean(0))
+    rank = torch.special.entr(values / values.sum()).nansum().exp()
+    return {"feature_std": pooled.std(0).mean(), "feature_rank": rank}
 
 
 @contextlib.contextmanager
@@ -507,10 +541,11 @@ def read_safetensors(path):
     return state
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, *scripts):
     """Read a torch or safetensors checkpoint, a dict of plain values; runs no code in it.
 
-    Names are ours, see `with_our_names`. What is no checkpoint is named in full (exit 2).
+    Names are ours, see `with_our_names`. What is no checkpoint is named in full (exit 2), and a
+    last.pt of another script than one of these.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -526,7 +561,7 @@ def load_checkpoint(path):
             if zipfile.ZipFile(path).testzip():
                 raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-        return with_our_names(state)
+        state = with_our_names(state)
     except Exception as error:  # whatever a broken file makes torch raise
         reason = f"{type(error).__name__}: {error}"
         pickled = re.search(r"(?<=GLOBAL )[\w.]+|TorchScript", reason)
@@ -534,6 +569,39 @@ def load_checkpoint(path):
             advice = "which could run code: save its state_dict()"
             fail(f"{path} holds a pickled {pickled[0]}, {advice}")
         fail(f"{path} is truncated or damaged, or not a checkpoint ({reason.splitlines()[0]})")
+    if scripts and state.get("script", scripts[0]) not in scripts:
+        fail(f"{path} was written by {state['script']}.py, not by {scripts[0]}.py")
+    return state
+
+
+def refuse(path, expected, state):
+    """Exit with 2, since a checkpoint is not what was expected."""
+    fail(f"{path} is no checkpoint of {expected}, found {', '.join(list(state)[:8])}")
+
+
+# of the released ViTs, by width
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
+HEADS.update({1152: 16, 1280: 16, 1408: 16, 1536: 24})
+
+
+def count_blocks(state):
+    """Return the number of transformer blocks in a state dict."""
+    return len([name for name in state if name.endswith("norm1.weight")])
+
+
+def vit_fields(state, path, heads=0):
+    """Return the fields of Config that a ViT's weights tell.
+
+    Shapes do not tell the heads: those of the released model of this width, or --heads.
+    """
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    heads = heads or HEADS.get(width)
+    if not heads:
+        fail(f"{path} cannot tell how many heads share its width of {width}: add --heads")
+    # a class token before a square table does not change the root
+    side = math.isqrt(state["pos_embed"].shape[1])
+    fields = {"width": width, "patch": patch, "heads": heads, "image_size": patch * side}
+    return {**fields, "depth": count_blocks(state)}
 
 
 # patterns of names and what we write: prefixes of DDP, torch.compile and training wrappers, then
@@ -592,16 +660,6 @@ def mismatch_is_refused(what):
         fail(f"{what} does not fit this model: {' '.join(str(error).split())}")
 
 
-def load_own_checkpoint(path, script):
-    """Read a last.pt of this script; exit with 2 if another one wrote it."""
-    state = load_checkpoint(path)
-    if state.get("script") != script:
-        fail(
-            f"{path} was not written by {script}.py, but by {state.get('script', 'something else')}"
-        )
-    return state
-
-
 def choose_out(config, script):
     """Make and lock the run's folder; exit with 2 if it cannot be had."""
     latest = free = Path("runs", script)
@@ -641,11 +699,14 @@ class Run:
         run.log(lr=..., ...)     # a row every --log-every steps
     """
 
-    def __init__(self, config, world, steps=0, model=None, optimizer=None, **networks):
-        """networks: what else last.pt holds, by name. Without steps: only a folder and a log."""
+    def __init__(self, config, world, split=None, model=None, optimizer=None, **networks):
+        """networks: what else last.pt holds, by name. Without a split: only a folder and a log."""
         self.config = config
         self.world = world
-        self.steps = steps
+        self.steps = 0
+        if split:
+            steps_an_epoch = max(1, len(split) // config.batch)
+            self.steps = config.steps or max(1, int(config.epochs * steps_an_epoch))
         self.model = model
         self.optimizer = optimizer
         self.networks = {"model": model, **networks}
@@ -660,9 +721,12 @@ class Run:
         self.training = self.signalled = False
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
         logged = 0  # bytes of the log
-        if steps and config.resume and (self.out / "last.pt").exists():
+        if split and config.resume and (self.out / "last.pt").exists():
             logged = self.load()
-        if steps and world.rank == 0:
+        if split:
+            steps = f"steps {self.step} to {self.steps} of {config.batch}"
+            note(f"{self.out}: {len(split)} samples, {steps}")
+        if split and world.rank == 0:
             os.truncate(self.out / "log.jsonl", logged)  # rows after the checkpoint come again
             (self.out / "config.json").write_text(json.dumps(vars(config), indent=2))
         self.start_window()
@@ -676,7 +740,7 @@ class Run:
     def load(self):
         """Continue from last.pt, on any number of ranks and in any precision."""
         path = self.out / "last.pt"
-        state = load_own_checkpoint(path, self.script)
+        state = load_checkpoint(path, self.script)
         with mismatch_is_refused(path):
             for name, network in self.networks.items():
                 dcp.set_model_state_dict(network, state[name], options=WHOLE)
@@ -736,6 +800,11 @@ class Run:
         if self.step < self.steps:
             note(f"stopped after step {self.step}. To continue: {self.resume_command()}")
             raise SystemExit(0)
+
+    def loader(self, make):
+        """Iterate over make(number) of this rank's micro-batches of the steps that are left."""
+        numbers = micro_batches(self.config, self.world, self.step, self.steps)
+        return make_loader(make, numbers, self.config, self.world)
 
     def next(self, loader, split):
         """Return the loader's next item on the device. Its last part names unreadable files."""
@@ -1001,16 +1070,19 @@ def open_split(data, name, toy="letters"):
 
 
 def open_data(data, wanted, toy="letters"):
-    """Return the (train, val) splits of --data; wanted: what needs labels, such as "knn, linear".
+    """Return the splits (train, val, unseen) of --data.
 
-    val is None where that cannot be done. A class that only val has is refused before training.
+    wanted: what needs labels, such as "knn, linear". val is None where that cannot be done.
+    unseen: what training does not see, or else train. A class that only val has is refused.
     """
     train = open_split(data, "train", toy)
-    val = open_split(data, "val", toy) if wanted else None
-    if wanted and not (val and val.classes and train.classes):
-        note(f"{wanted}: skipped, since {data} has no {'labels' if val else 'val split'}")
-        val = None
-    if val and val.classes != train.classes:
+    val = open_split(data, "val", toy)
+    unseen = val or train
+    if not (wanted and val and val.classes and train.classes):
+        if wanted:
+            note(f"{wanted}: skipped, since {data} has no {'labels' if val else 'val split'}")
+        return train, None, unseen
+    if val.classes != train.classes:
         absent = sorted({*val.classes} - {*train.classes})
         if absent:
             fail(f"val/ of {data} has classes that train/ lacks: {absent[:5]}")
@@ -1018,7 +1090,7 @@ def open_data(data, wanted, toy="letters"):
         numbers = torch.tensor([train.classes.index(name) for name in val.classes])
         val.labels = numbers[val.labels]
         val.classes = train.classes
-    return train, val
+    return train, val, unseen
 
 
 def cifar10(folder, name):
@@ -1245,6 +1317,21 @@ def extract(encode, split, config, world, batch=64):
     if names and len(names) < n:
         features = features[good]
     return features, split.labels[good].to(world.device), names
+
+
+def write_features(read, split, config, world, run):
+    """Write features.npz: features [N, D], labels [N], paths; and tokens [N, T, D] if there are.
+
+    read: a function of normalised images -> [B, D], or [B, 1 + T, D], where tokens follow.
+    """
+    found, labels, names = extract(read, split, config, world)
+    if world.rank == 0:
+        found = found.view(len(names), -1, found.shape[-1]).cpu()
+        arrays = {"features": found[:, 0], "labels": labels.cpu(), "paths": names}
+        if found.shape[1] > 1:
+            arrays["tokens"] = found[:, 1:]
+        np.savez(run.out / "features.npz", **arrays)
+        note(f"{run.out / 'features.npz'}: {len(names)} images")
 
 
 def raw_pixels(images):

@@ -716,14 +716,14 @@ def parameter_rule(name, depth, lr_decay):
 
 
 def make_optimizer(model, config):
-    """Return AdamW, with a group for each distinct `parameter_rule`."""
+    """Return AdamW, with torch's betas, and a group for each distinct `parameter_rule`."""
     members = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rule = parameter_rule(name, config.depth, config.lr_decay)
             members.setdefault(rule, []).append(parameter)
     groups = [{"params": members[rule], "rule": rule} for rule in members]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 def set_rates(optimizer, now):
@@ -745,31 +745,26 @@ def train(model, target, frozen, split, config, world):
     frozen: the teacher to distil, or None. Then the average is only kept, and nothing is masked.
     """
     c = config
-    per_epoch = max(1, len(split) // c.batch)
-    steps = c.steps or max(1, int(c.epochs * per_epoch))
     model.encoder.mask_token.requires_grad_(frozen is None)
     if c.recompute:
         for block in model.encoder.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    for part in filter(None, (model, target, frozen)):
-        part.to(world.device)
-        if c.compile:
-            part.compile(dynamic=True)  # the number of masked patches changes
-    network = common.distribute(model, world, c.shard)  # DDP hides the parts that `model` has
-    target = common.distribute(target, world, c.shard)
-    teacher = common.distribute(frozen, world, c.shard) if frozen else target
+    # the number of masked patches changes
+    distribute = functools.partial(common.distribute, world=world, config=c, dynamic=True)
+    network = distribute(model)  # DDP hides the parts that `model` has
+    target = distribute(target)
+    teacher = distribute(frozen) if frozen else target
     optimizer = make_optimizer(model, c)
     ema = common.EMA(target, model)
     patch_prototypes = c.ibot_prototypes if c.separate_heads else c.prototypes
     centres = nn.ParameterList([torch.zeros(1, c.prototypes), torch.zeros(1, patch_prototypes)])
     centres.to(world.device).requires_grad_(False)
-    run = common.Run(c, world, steps, network, optimizer, target=target, centres=centres)
-    common.note(f"{run.out}: {len(split)} images, steps {run.step} to {steps} of {c.batch}")
+    run = common.Run(c, world, split, network, optimizer, target=target, centres=centres)
     make = functools.partial(make_views, split, c, world.rank, world.size)
-    loader = common.make_loader(make, range(run.step, steps), c, world)
+    loader = common.make_loader(make, range(run.step, run.steps), c, world)
     kept = (None, None)
     for step in run:
-        now = schedules(c, step, steps)
+        now = schedules(c, step, run.steps)
         set_rates(optimizer, now)
         pixels, local_pixels, masks, places, weights = run.next(loader, split)
         crops = augment_views(pixels, c, "global", step, world.rank)  # [2*b, 3, S, S]
@@ -956,21 +951,11 @@ def evaluate(encoder, train, val, config, world, run):
     run.report(results)
 
 
-def write_features(encoder, split, config, world, run):
-    """Write features.npz: features [N, D], labels [N], paths; with --tokens tokens [N, T, D]."""
-
-    def read(images):
-        tokens = encoder(images)
-        patches = tokens[:, 1 + encoder.registers :] if config.tokens else tokens[:, :0]
-        return torch.cat([tokens[:, :1], patches], dim=1)
-
-    features, labels, names = common.extract(read, split, config, world)
-    if world.rank == 0:
-        path = run.out / "features.npz"
-        features = features.cpu()
-        tokens = {"tokens": features[:, 1:]} if config.tokens else {}
-        np.savez(path, features=features[:, 0], labels=labels.cpu(), paths=names, **tokens)
-        common.note(f"{path}: {len(names)} images")
+def describe(encoder, images, all_tokens):
+    """Return what features.npz holds: the class token [B, 1, D], and then perhaps all patches."""
+    tokens = encoder(images)
+    patches = tokens[:, 1 + encoder.registers :] if all_tokens else tokens[:, :0]
+    return torch.cat([tokens[:, :1], patches], dim=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1077,24 +1062,17 @@ def read_weights(path, heads=0):
     left out, its blocks perhaps in chunks (blocks.CHUNK.I); the Hub's.
     heads: attention heads, where they are not 64 wide.
     """
-    state = common.load_checkpoint(path)
+    state = common.load_checkpoint(path, "dinov2")
     if "script" in state:
-        state = common.load_own_checkpoint(path, "dinov2")
         config = state["config"]
         fields = {name: config[name] for name in MODEL}
         weights = {"model": state["model"], "target": state["target"]}
         return {**weights, "fields": fields, "config": config}
     found = state.get("teacher") or state.get("model") or state
     if not {"pos_embed", "cls_token", "patch_embed.proj.weight"} <= found.keys():
-        expected = "expected cls_token, pos_embed and more"
-        fail(f"{path} is no DINOv2 checkpoint: {expected}, found {', '.join(list(state)[:8])}")
-    width, _, patch, _ = found["patch_embed.proj.weight"].shape
-    if not heads and width % 64:
-        fail(f"{path} cannot tell how many heads share its width of {width}: add --heads")
-    found.setdefault("mask_token", torch.zeros(1, width))
-    fields = {"patch": patch, "width": width, "heads": heads or width // 64}
-    fields["image_size"] = patch * math.isqrt(found["pos_embed"].shape[1] - 1)
-    fields["depth"] = len([name for name in found if name.endswith("norm1.weight")])
+        common.refuse(path, "DINOv2: expected cls_token, pos_embed and more", state)
+    fields = common.vit_fields(found, path, heads)
+    found.setdefault("mask_token", torch.zeros(1, fields["width"]))
     fields["registers"] = found["register_tokens"].shape[1] if "register_tokens" in found else 0
     fields["swiglu"] = any("mlp.w12" in name for name in found)
     renamed = {}
@@ -1438,25 +1416,16 @@ HERE += "compile shard workers eval linear_head".split()
 
 def check(config, world):
     """Refuse what would fail late or silently (exit 2)."""
+    common.check(config, world, ("knn", "linear", "head", "features", "picture"))
     c = config
-    for name in ("image_size", "local_size"):
-        if (c.train or name != "local_size") and getattr(c, name) % c.patch:
-            fail(f"{name} {getattr(c, name)} is no multiple of --patch {c.patch}")
-    if c.width % c.heads:
-        fail(f"--width {c.width} must be a multiple of --heads {c.heads}")
-    known = {"knn", "linear", "head", "features", "picture", "none"}
-    if set(c.eval.split(",")) - known:
-        fail(f"--eval {c.eval} must name some of {', '.join(sorted(known))}")
-    if not c.train and not c.init:
-        fail("--no-train needs weights to evaluate: add --init")
+    if c.train and c.local_size % c.patch:
+        fail(f"--local-size {c.local_size} is no multiple of --patch {c.patch}")
     if "head" in c.eval and not Path(c.linear_head).is_file():
         fail(f"--eval head needs a released head: no file --linear-head {c.linear_head}")
     group = min(c.koleo_group, c.batch)
     if c.train and c.batch % (group * world.size):
         ranks = f"{world.size} ranks with --koleo-group {group}"
         fail(f"--batch {c.batch} does not divide over {ranks}: change one of them")
-    if c.shard and world.dtype == torch.float16:
-        fail("--shard works with bf16 and fp32, not with --precision fp16")
 
 
 def adopt_init(config, typed):
@@ -1482,7 +1451,9 @@ def main(argv=None):
     if config.init:
         weights, config = adopt_init(config, typed)
     if config.teacher:  # the student has its prototypes, and no stochastic depth
-        theirs = common.load_own_checkpoint(config.teacher, "dinov2")["config"]
+        theirs = common.load_checkpoint(config.teacher, "dinov2").get("config")
+        if not theirs:
+            fail(f"{config.teacher} is no run of dinov2.py, whose prototypes a student needs")
         names = ("patch", "image_size", "separate_heads", "prototypes", "ibot_prototypes")
         fields = {**{name: theirs[name] for name in names}, "drop_path": 0.0}
         config = common.adopt(config, fields, typed, config.teacher)
@@ -1490,7 +1461,7 @@ def main(argv=None):
     check(config, world)
     wanted = set(config.eval.split(","))
     labelled = ", ".join(sorted(wanted - {"features", "picture", "none"}))
-    train_split, val = common.open_data(config.data, labelled, "textures")
+    train_split, val, unseen = common.open_data(config.data, labelled, "textures")
     if config.list:
         train_split = train_split.listed(config.list)
     if config.train:
@@ -1505,13 +1476,13 @@ def main(argv=None):
         target = load_teacher(config.init, config.heads)
         run = common.Run(config, world)
     target.to(world.device)
-    any_split = common.open_split(config.data, "val", "textures") or train_split
     if config.train and world.rank == 0:
-        report(target, val or train_split, config, world, run)
+        report(target, unseen, config, world, run)
     elif "picture" in wanted and world.rank == 0:
-        draw_images(target.encoder, any_split, config, world, run)
+        draw_images(target.encoder, unseen, config, world, run)
     if "features" in wanted:
-        write_features(target.encoder, any_split, config, world, run)
+        read = functools.partial(describe, target.encoder, all_tokens=config.tokens)
+        common.write_features(read, unseen, config, world, run)
     if val:
         evaluate(target.encoder, train_split, val, config, world, run)
 

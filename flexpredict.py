@@ -411,31 +411,22 @@ def schedules(config, step, steps):
 
 # Copied from ijepa.py
 def make_optimizer(model):
-    """Return AdamW over encoder and predictor, decayed and undecayed."""
+    """Return AdamW, with torch's betas and eps, over encoder and predictor."""
     groups = common.parameter_groups(model.encoder, model.predictor)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def train(model, target, split, config, world):
     """Train (model, target encoder) on a Split. Returns the run; its last.pt holds the result."""
-    per_epoch = max(1, len(split) // config.batch)
-    steps = config.steps or max(1, int(config.epochs * per_epoch))
-    model.to(world.device)
-    target.to(world.device)
-    if config.compile:
-        model.compile(dynamic=True)  # the number of context patches changes from step to step
-        target.compile()
-    network = common.distribute(model, world, config.shard)  # DDP hides the parts that `model` has
-    target = common.distribute(target, world, config.shard)
+    # DDP hides the parts that `model` has
+    network = common.distribute(model, world, config, dynamic=True)
+    target = common.distribute(target, world, config)
     optimizer = make_optimizer(model)
     ema = common.EMA(target, model.encoder)
-    run = common.Run(config, world, steps, network, optimizer, target=target)
-    common.note(f"{run.out}: {len(split)} images, steps {run.step} to {steps} of {config.batch}")
-    numbers = common.micro_batches(config, world, run.step, steps)
-    make = functools.partial(make_micro_batch, split, config)
-    loader = common.make_loader(make, numbers, config, world)
+    run = common.Run(config, world, split, network, optimizer, target=target)
+    loader = run.loader(functools.partial(make_micro_batch, split, config))
     for step in run:
-        lr, decay, momentum = schedules(config, step, steps)
+        lr, decay, momentum = schedules(config, step, run.steps)
         common.set_rates(optimizer, lr, decay)
         mine = common.micro_batches(config, world, step, step + 1)
         for number in mine:
@@ -453,15 +444,8 @@ def train(model, target, split, config, world):
         # std of a coordinate of a position (figure 4): 0 if the noise was trained away
         norm = model.predictor.predictor_embed.weight.detach().norm()
         noise_std = config.sigma * norm / math.sqrt(config.predictor_width)
-        run.log(functools.partial(spread, tokens), lr=lr, position_noise=noise_std)
+        run.log(functools.partial(common.spread, tokens), lr=lr, position_noise=noise_std)
     return run
-
-
-# Copied from ijepa.py
-def spread(tokens):
-    """Return signs of collapse: std and effective rank of pooled features over a batch."""
-    pooled = tokens.float().mean(1)
-    return {"feature_std": pooled.std(0).mean(), "feature_rank": common.effective_rank(pooled)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -562,20 +546,12 @@ def evaluate(encoder, splits, config, world, run):
     run.report(results)
 
 
-def write_features(encoder, split, config, world, run):
-    """Write features.npz: features [N, D], labels [N], paths; with --tokens tokens [N, T, D]."""
-
-    def read(images):
-        tokens = encoder(images)
-        return tokens if config.tokens else tokens.mean(1, keepdim=True)
-
-    tokens, labels, names = common.extract(read, split, config, world)
-    if world.rank == 0:
-        arrays = {"features": tokens.mean(1).cpu(), "labels": labels.cpu(), "paths": names}
-        if config.tokens:
-            arrays["tokens"] = tokens.cpu()
-        np.savez(run.out / "features.npz", **arrays)
-        common.note(f"{run.out / 'features.npz'}: {len(names)} images")
+# Copied from ijepa.py
+def describe(encoder, images, all_tokens):
+    """Return what features.npz holds of images: [B, 1, D] pooled, and then perhaps all tokens."""
+    tokens = encoder(images)
+    pooled = tokens.mean(1, keepdim=True)
+    return torch.cat([pooled, tokens], dim=1) if all_tokens else pooled
 
 
 # --------------------------------------------------------------------------------------------------
@@ -792,7 +768,6 @@ def report(model, target, split, config, world, run):
 # Weights: ours and the authors', which have I-JEPA's layout
 # --------------------------------------------------------------------------------------------------
 
-HEADS = {768: 12, 1024: 16, 1280: 16}  # by width: a file's shapes don't tell
 MODEL = "image_size patch width depth heads predictor_width predictor_depth mode".split()
 
 
@@ -802,33 +777,20 @@ def read_weights(path, heads=0):
     Ours, or the authors' with encoder, predictor and target_encoder.
     heads: for widths that the released models do not have.
     """
-    state = common.load_checkpoint(path)
+    state = common.load_checkpoint(path, "flexpredict")
     if "script" in state:
-        state = common.load_own_checkpoint(path, "flexpredict")
         fields = {name: state["config"][name] for name in MODEL}
         return {**state, "fields": fields}
     target = state.get("target_encoder", {})
     if "pos_embed" not in target or "predictor" not in state:
-        found = f"found {', '.join(list(state)[:8])}"
-        fail(f"{path} is no StoP checkpoint: expected target_encoder and predictor, {found}")
-    width, _, patch, _ = target["patch_embed.proj.weight"].shape
-    heads = heads or HEADS.get(width)
-    if not heads:
-        fail(f"{path} cannot tell how many heads share its width of {width}: add --heads")
-    fields = {"width": width, "patch": patch, "heads": heads, "depth": count_blocks(target)}
-    fields["image_size"] = patch * math.isqrt(target["pos_embed"].shape[1])
+        common.refuse(path, "StoP: expected target_encoder and predictor", state)
+    fields = common.vit_fields(target, path, heads)
     fields["predictor_width"] = len(state["predictor"]["predictor_embed.weight"])
-    fields["predictor_depth"] = count_blocks(state["predictor"])
+    fields["predictor_depth"] = common.count_blocks(state["predictor"])
     model = {}
     for part in ("encoder", "predictor"):
         model.update({f"{part}.{name}": value for name, value in state[part].items()})
     return {"model": model, "target": target, "fields": fields}
-
-
-# Copied from ijepa.py
-def count_blocks(state):
-    """Return the number of transformer blocks in a state dict."""
-    return len([name for name in state if name.endswith("norm1.weight")])
 
 
 def load_weights(model, target, weights, path):
@@ -961,21 +923,7 @@ DATA_PRESETS = {
 
 def check(config, world):
     """Refuse what would fail late or silently (exit 2)."""
-    if config.image_size % config.patch:
-        fail(f"--image-size {config.image_size} is no multiple of --patch {config.patch}")
-    for name, width in (("width", config.width), ("predictor-width", config.predictor_width)):
-        if width % config.heads or width % 4:
-            fail(f"--{name} {width} must be a multiple of --heads {config.heads}, and of 4")
-    known = {"knn", "linear", "lowshot", "video", "features", "none"}
-    if set(config.eval.split(",")) - known:
-        fail(f"--eval {config.eval} must name some of {', '.join(sorted(known))}")
-    if not config.train and not config.init:
-        fail("--no-train needs weights to evaluate: add --init")
-    if config.train and config.batch % (config.micro * world.size):
-        ranks = f"{world.size} ranks with micro-batches of {config.micro}"
-        fail(f"--batch {config.batch} does not divide over {ranks}: change --batch or --micro")
-    if config.shard and world.dtype == torch.float16:
-        fail("--shard works with bf16 and fp32, not with --precision fp16")
+    common.check(config, world, ("knn", "linear", "lowshot", "video", "features"))
     if config.train:
         for number in range(4):
             sample_masks(config, number)  # ends where targets leave too little context
@@ -994,7 +942,7 @@ def main(argv=None):
     if config.davis:
         davis_sequences(config.davis)  # refuses what cannot be scored
     labelled = sorted(wanted - {"features", "video", "none"})
-    train_split, val = common.open_data(config.data, ", ".join(labelled))
+    train_split, val, unseen = common.open_data(config.data, ", ".join(labelled))
     splits = [train_split, val] if val else []
     if val and "lowshot" in wanted:
         listed = config.label_list
@@ -1013,10 +961,10 @@ def main(argv=None):
     model.to(world.device).eval()
     target.to(world.device).eval()
     if config.train and world.rank == 0:
-        report(model, target, val or train_split, config, world, run)
+        report(model, target, unseen, config, world, run)
     if "features" in wanted:
-        split = common.open_split(config.data, "val") or train_split
-        write_features(target, split, config, world, run)
+        read = functools.partial(describe, target, all_tokens=config.tokens)
+        common.write_features(read, unseen, config, world, run)
     if val or "video" in wanted:
         evaluate(target, splits, config, world, run)
 

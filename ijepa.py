@@ -36,7 +36,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -311,32 +310,23 @@ def schedules(config, step, steps):
 
 
 def make_optimizer(model):
-    """Return AdamW over encoder and predictor, decayed and undecayed."""
+    """Return AdamW, with torch's betas and eps, over encoder and predictor."""
     groups = common.parameter_groups(model.encoder, model.predictor)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def train(model, target, split, config, world):
     """Train (model, target encoder) on a Split. Returns the run; its last.pt holds the result."""
-    steps_an_epoch = max(1, len(split) // config.batch)
-    steps = config.steps or max(1, int(config.epochs * steps_an_epoch))
-    model.to(world.device)
-    target.to(world.device)
-    if config.compile:
-        model.compile(dynamic=True)  # the number of context patches changes from step to step
-        target.compile()
-    network = common.distribute(model, world, config.shard)  # DDP hides the parts that `model` has
-    target = common.distribute(target, world, config.shard)
+    # DDP hides the parts that `model` has
+    network = common.distribute(model, world, config, dynamic=True)
+    target = common.distribute(target, world, config)
     optimizer = make_optimizer(model)
     ema = common.EMA(target, model.encoder)
-    run = common.Run(config, world, steps, network, optimizer, target=target)
-    common.note(f"{run.out}: {len(split)} images, steps {run.step} to {steps} of {config.batch}")
-    make = functools.partial(make_micro_batch, split, config)
-    numbers = common.micro_batches(config, world, run.step, steps)
-    loader = common.make_loader(make, numbers, config, world)
+    run = common.Run(config, world, split, network, optimizer, target=target)
+    loader = run.loader(functools.partial(make_micro_batch, split, config))
     parts = config.batch // config.micro // world.size
     for step in run:
-        lr, decay, momentum = schedules(config, step, steps)
+        lr, decay, momentum = schedules(config, step, run.steps)
         common.set_rates(optimizer, lr, decay)
         for part in range(parts):
             pixels, context, targets = run.next(loader, split)
@@ -349,15 +339,9 @@ def train(model, target, split, config, world):
             run.backward(loss / parts)
         applied = run.update()
         ema.update(momentum, applied)
-        measure = functools.partial(spread, tokens)
+        measure = functools.partial(common.spread, tokens)
         run.log(measure, lr=lr, momentum=momentum, context=context.shape[1])
     return run
-
-
-def spread(tokens):
-    """Return signs of collapse: std and effective rank of pooled features over a batch."""
-    pooled = tokens.float().mean(1)
-    return {"feature_std": pooled.std(0).mean(), "feature_rank": common.effective_rank(pooled)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -529,21 +513,11 @@ def evaluate(encoder, train, val, few, config, world, run):
     run.report(results)
 
 
-def write_features(encoder, split, config, world, run):
-    """Write features.npz: features [N, D], labels [N], paths; with --tokens tokens [N, T, D]."""
-
-    def read(images):
-        tokens = encoder(images)
-        pooled = tokens.mean(1, keepdim=True)
-        return torch.cat([pooled, tokens], dim=1) if config.tokens else pooled
-
-    features, labels, names = common.extract(read, split, config, world)
-    if world.rank == 0:
-        arrays = {"features": features[:, 0].cpu(), "labels": labels.cpu(), "paths": names}
-        if config.tokens:
-            arrays["tokens"] = features[:, 1:].cpu()
-        np.savez(run.out / "features.npz", **arrays)
-        common.note(f"{run.out / 'features.npz'}: {len(names)} images")
+def describe(encoder, images, all_tokens):
+    """Return what features.npz holds of images: [B, 1, D] pooled, and then perhaps all tokens."""
+    tokens = encoder(images)
+    pooled = tokens.mean(1, keepdim=True)
+    return torch.cat([pooled, tokens], dim=1) if all_tokens else pooled
 
 
 @torch.no_grad()
@@ -614,14 +588,6 @@ def report(model, target, split, config, world, run):
 # Weights: ours, the authors', the Hub's
 # --------------------------------------------------------------------------------------------------
 
-HEADS = {
-    192: 3,
-    384: 6,
-    768: 12,
-    1024: 16,
-    1280: 16,
-    1408: 16,
-}  # by width: a file's shapes don't tell
 MODEL = "image_size patch width depth heads hidden predictor_width predictor_depth".split()
 
 
@@ -631,9 +597,8 @@ def read_weights(path, heads=0):
     Ours; the authors' with encoder, predictor and target_encoder; the Hub's or a bare encoder.
     heads: for widths that the released models do not have.
     """
-    state = common.load_checkpoint(path)
+    state = common.load_checkpoint(path, "ijepa")
     if "script" in state:
-        state = common.load_own_checkpoint(path, "ijepa")
         weights = {"target": state["target"], "encoder": {}, "predictor": {}}
         for name, value in state["model"].items():
             part, name = name.split(".", 1)
@@ -642,28 +607,15 @@ def read_weights(path, heads=0):
         return weights
     target = state.get("target_encoder") or state.get("encoder") or state
     if "pos_embed" not in target or "cls_token" in target:
-        found = ", ".join(list(state)[:8])
-        fail(
-            f"{path} is no I-JEPA checkpoint: expected target_encoder or an encoder, found {found}"
-        )
-    width, _, patch, _ = target["patch_embed.proj.weight"].shape
-    heads = heads or HEADS.get(width)
-    if not heads:
-        fail(f"{path} cannot tell how many heads share its width of {width}: add --heads")
-    fields = {"width": width, "patch": patch, "heads": heads, "depth": count_blocks(target)}
-    fields["image_size"] = patch * math.isqrt(target["pos_embed"].shape[1])
+        common.refuse(path, "I-JEPA: expected target_encoder or an encoder", state)
+    fields = common.vit_fields(target, path, heads)
     fields["hidden"] = len(target["blocks.0.mlp.fc1.weight"])
     predictor = state.get("predictor", {})
     if predictor:
         fields["predictor_width"] = len(predictor["predictor_embed.weight"])
-        fields["predictor_depth"] = count_blocks(predictor)
+        fields["predictor_depth"] = common.count_blocks(predictor)
     encoder = state.get("encoder", target) if "target_encoder" in state else target
     return {"encoder": encoder, "target": target, "predictor": predictor, "fields": fields}
-
-
-def count_blocks(state):
-    """Return the number of transformer blocks in a state dict."""
-    return len([name for name in state if name.endswith("norm1.weight")])
 
 
 def load_weights(model, target, weights, path):
@@ -803,25 +755,10 @@ DATA_PRESETS.update({"imagenet": "vit_h14_in1k", "imagenet22k": "vit_h14_in22k",
 
 def check(config, world):
     """Refuse what would fail late or silently (exit 2)."""
-    c = config
-    if c.image_size % c.patch:
-        fail(f"--image-size {c.image_size} is no multiple of --patch {c.patch}")
-    for name, width in (("width", c.width), ("predictor-width", c.predictor_width)):
-        if width % c.heads or width % 4:
-            fail(f"--{name} {width} must be a multiple of --heads {c.heads}, and of 4")
-    known = {"knn", "linear", "lowshot", "features", "none"}
-    if set(c.eval.split(",")) - known:
-        fail(f"--eval {c.eval} must name some of {', '.join(sorted(known))}")
-    if not c.train and not c.init:
-        fail("--no-train needs weights to evaluate: add --init")
-    if c.train and c.batch % (c.micro * world.size):
-        ranks = f"{world.size} ranks in micro-batches of {c.micro}"
-        fail(f"--batch {c.batch} does not divide over {ranks}: lower --micro, or change --batch")
-    if c.shard and world.dtype == torch.float16:
-        fail("--shard works with bf16 and fp32, not with --precision fp16")
-    if c.train:
+    common.check(config, world, ("knn", "linear", "lowshot", "features"))
+    if config.train:
         for number in range(4):
-            sample_masks(c, number)  # ends where targets leave too little context
+            sample_masks(config, number)  # ends where targets leave too little context
 
 
 @common.command_line
@@ -835,7 +772,7 @@ def main(argv=None):
     check(config, world)
     wanted = set(config.eval.split(","))
     labelled = ", ".join(sorted(wanted - {"features", "none"}))
-    train_split, val = common.open_data(config.data, labelled)
+    train_split, val, unseen = common.open_data(config.data, labelled)
     few = None
     if val and "lowshot" in wanted:
         few = (
@@ -855,10 +792,10 @@ def main(argv=None):
     model.to(world.device).eval()
     target.to(world.device).eval()
     if config.train and world.rank == 0:
-        report(model, target, val or train_split, config, world, run)
+        report(model, target, unseen, config, world, run)
     if "features" in wanted:
-        split = common.open_split(config.data, "val") or train_split
-        write_features(target, split, config, world, run)
+        read = functools.partial(describe, target, all_tokens=config.tokens)
+        common.write_features(read, unseen, config, world, run)
     if val:
         evaluate(target, train_split, val, few, config, world, run)
 

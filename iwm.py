@@ -446,32 +446,23 @@ def schedules(config, step, steps):
 
 # Copied from ijepa.py
 def make_optimizer(model):
-    """Return AdamW over encoder and predictor, decayed and undecayed."""
+    """Return AdamW, with torch's betas and eps, over encoder and predictor."""
     groups = common.parameter_groups(model.encoder, model.predictor)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def train(model, target, split, config, world):
     """Train (model, target encoder) on a Split. Returns the run; its last.pt holds the result."""
-    per_epoch = max(1, len(split) // config.batch)
-    steps = config.steps or max(1, int(config.epochs * per_epoch))
-    model.to(world.device)
-    target.to(world.device)
-    if config.compile:
-        model.compile(dynamic=True)  # the number of visible patches changes from step to step
-        target.compile()
-    network = common.distribute(model, world, config.shard)  # DDP hides the parts that `model` has
-    target = common.distribute(target, world, config.shard)
+    # DDP hides the parts that `model` has
+    network = common.distribute(model, world, config, dynamic=True)
+    target = common.distribute(target, world, config)
     optimizer = make_optimizer(model)
     ema = common.EMA(target, model.encoder)
-    run = common.Run(config, world, steps, network, optimizer, target=target)
-    common.note(f"{run.out}: {len(split)} images, steps {run.step} to {steps} of {config.batch}")
-    make = functools.partial(make_micro_batch, split, config)
-    numbers = common.micro_batches(config, world, run.step, steps)
-    loader = common.make_loader(make, numbers, config, world)
+    run = common.Run(config, world, split, network, optimizer, target=target)
+    loader = run.loader(functools.partial(make_micro_batch, split, config))
     parts = config.batch // config.micro // world.size
     for step in run:
-        lr, decay, momentum = schedules(config, step, steps)
+        lr, decay, momentum = schedules(config, step, run.steps)
         common.set_rates(optimizer, lr, decay)
         for part in range(parts):
             pixels, *views, visible, hidden = run.next(loader, split)
@@ -485,16 +476,9 @@ def train(model, target, split, config, world):
             run.backward(loss / parts)
         applied = run.update()
         ema.update(momentum, applied)
-        measure = functools.partial(spread, tokens)
+        measure = functools.partial(common.spread, tokens)
         run.log(measure, lr=lr, momentum=momentum, hidden=hidden.shape[1])
     return run
-
-
-# Copied from ijepa.py
-def spread(tokens):
-    """Return signs of collapse: std and effective rank of pooled features over a batch."""
-    pooled = tokens.float().mean(1)
-    return {"feature_std": pooled.std(0).mean(), "feature_rank": common.effective_rank(pooled)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -649,7 +633,7 @@ def tune(encoder, predictor, tasks, train, val, config, world, run, all_of_it=Fa
     for group, share in zip(groups, shares * 2, strict=True):
         group.update(share=share, weight_decay=0.05 * group["decay"])
     # the same scaler and guard as in training
-    run.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    run.optimizer = torch.optim.AdamW(groups, fused=True)
     run.row["bad_steps"] = 0
     network = common.distribute(model, world)
     make = functools.partial(
@@ -775,21 +759,11 @@ def evaluate(model, target, train, val, config, world, run):
 
 
 # Copied from ijepa.py
-def write_features(encoder, split, config, world, run):
-    """Write features.npz: features [N, D], labels [N], paths; with --tokens tokens [N, T, D]."""
-
-    def read(images):
-        tokens = encoder(images)
-        pooled = tokens.mean(1, keepdim=True)
-        return torch.cat([pooled, tokens], dim=1) if config.tokens else pooled
-
-    features, labels, names = common.extract(read, split, config, world)
-    if world.rank == 0:
-        arrays = {"features": features[:, 0].cpu(), "labels": labels.cpu(), "paths": names}
-        if config.tokens:
-            arrays["tokens"] = features[:, 1:].cpu()
-        np.savez(run.out / "features.npz", **arrays)
-        common.note(f"{run.out / 'features.npz'}: {len(names)} images")
+def describe(encoder, images, all_tokens):
+    """Return what features.npz holds of images: [B, 1, D] pooled, and then perhaps all tokens."""
+    tokens = encoder(images)
+    pooled = tokens.mean(1, keepdim=True)
+    return torch.cat([pooled, tokens], dim=1) if all_tokens else pooled
 
 
 # --------------------------------------------------------------------------------------------------
@@ -837,7 +811,6 @@ def report(model, target, split, config, world, run):
 # Weights: ours, and those of I-JEPA as a start without conditioning
 # --------------------------------------------------------------------------------------------------
 
-HEADS = {768: 12, 1024: 16, 1280: 16}  # by width: a file's shapes don't tell
 MODEL = "image_size patch width depth heads predictor_width predictor_depth conditioning".split()
 TOLD = ("predictor.cond.", "predictor.seq_action.")  # what only a conditioned predictor has
 
@@ -848,34 +821,20 @@ def read_weights(path, heads=0):
     Ours, that of ijepa.py, or one with encoder, predictor and target_encoder, as I-JEPA's authors'.
     heads: for widths that the released models do not have.
     """
-    state = common.load_checkpoint(path)
+    state = common.load_checkpoint(path, "iwm", "ijepa")
     if "script" in state:
-        if state["script"] != "ijepa":
-            state = common.load_own_checkpoint(path, "iwm")
         fields = {name: state["config"][name] for name in MODEL if name in state["config"]}
         return {"model": state["model"], "target": state["target"], "fields": fields}
     target = state.get("target_encoder", {})
     if "pos_embed" not in target or "predictor" not in state:
-        found = ", ".join(list(state)[:8])
-        fail(f"{path} is no IWM or I-JEPA: expected target_encoder and predictor, found {found}")
-    width, _, patch, _ = target["patch_embed.proj.weight"].shape
-    heads = heads or HEADS.get(width)
-    if not heads:
-        fail(f"{path} cannot tell how many heads share its width of {width}: add --heads")
-    fields = {"width": width, "patch": patch, "heads": heads, "depth": count_blocks(target)}
-    fields["image_size"] = patch * math.isqrt(target["pos_embed"].shape[1])
+        common.refuse(path, "IWM or I-JEPA: expected target_encoder and predictor", state)
+    fields = common.vit_fields(target, path, heads)
     fields["predictor_width"] = len(state["predictor"]["predictor_embed.weight"])
-    fields["predictor_depth"] = count_blocks(state["predictor"])
+    fields["predictor_depth"] = common.count_blocks(state["predictor"])
     model = {}
     for part in ("encoder", "predictor"):
         model.update({f"{part}.{name}": value for name, value in state[part].items()})
     return {"model": model, "target": target, "fields": fields}
-
-
-# Copied from ijepa.py
-def count_blocks(state):
-    """Return the number of transformer blocks in a state dict."""
-    return len([name for name in state if name.endswith("norm1.weight")])
 
 
 def load_weights(model, target, weights, path):
@@ -1005,24 +964,10 @@ LABELLED = {"knn", "linear", "attentive", "finetune", "segment", "multitask"}  #
 
 def check(config, world):
     """Refuse what would fail late or silently (exit 2)."""
+    common.check(config, world, (*sorted(LABELLED), "mrr", "features"))
     c = config
-    if c.image_size % c.patch:
-        fail(f"--image-size {c.image_size} is no multiple of --patch {c.patch}")
-    for name, width in (("width", c.width), ("predictor-width", c.predictor_width)):
-        if width % c.heads or width % 4:
-            fail(f"--{name} {width} must be a multiple of --heads {c.heads}, and of 4")
-    known = LABELLED | {"mrr", "features", "none"}
-    if set(c.eval.split(",")) - known:
-        fail(f"--eval {c.eval} must name some of {', '.join(sorted(known))}")
     if not 0 <= min(c.jitter) <= max(c.jitter) <= 1:
         fail(f"--jitter {c.jitter}: strengths must be between 0 and 1")
-    if not c.train and not c.init:
-        fail("--no-train needs weights to evaluate: add --init")
-    if c.train and c.batch % (c.micro * world.size):
-        ranks = f"{world.size} ranks with micro-batches of {c.micro}"
-        fail(f"--batch {c.batch} does not divide over {ranks}: change --batch or --micro")
-    if c.shard and world.dtype == torch.float16:
-        fail("--shard works with bf16 and fp32, not with --precision fp16")
     if c.train:
         for number in range(4):
             sample_masks(c, number)  # ends where blocks leave too little
@@ -1038,7 +983,7 @@ def main(argv=None):
     world = common.start_world(config.device, config.precision)
     check(config, world)
     wanted = set(config.eval.split(","))
-    train_split, val = common.open_data(config.data, ", ".join(sorted(wanted & LABELLED)))
+    train_split, val, unseen = common.open_data(config.data, ", ".join(sorted(wanted & LABELLED)))
     model, target = build(config)
     if config.init:
         load_weights(model, target, weights, config.init)
@@ -1053,10 +998,10 @@ def main(argv=None):
     model.to(world.device).eval()
     target.to(world.device).eval()
     if config.train and world.rank == 0:
-        report(model, target, val or train_split, config, world, run)
+        report(model, target, unseen, config, world, run)
     if "features" in wanted:
-        split = common.open_split(config.data, "val") or train_split
-        write_features(target, split, config, world, run)
+        read = functools.partial(describe, target, all_tokens=config.tokens)
+        common.write_features(read, unseen, config, world, run)
     if val or "mrr" in wanted:
         evaluate(model, target, train_split, val, config, world, run)
 

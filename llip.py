@@ -891,19 +891,13 @@ def make_optimizer(model, config):
 
 def train(model, tokenizer, split, config, world):
     """Train a model on Pairs. Returns the run; its last.pt holds the result."""
-    steps_an_epoch = max(1, len(split) // config.batch)
-    steps = config.steps or max(1, int(config.epochs * steps_an_epoch))
-    model.to(world.device)
-    if config.compile:
-        model.compile()
-    network = common.distribute(model, world, config.shard)  # DDP hides the parts that `model` has
+    network = common.distribute(model, world, config)  # DDP hides the parts that `model` has
     optimizer = make_optimizer(model, config)
-    run = common.Run(config, world, steps, network, optimizer, tokenizer=tokenizer)
-    note(f"{run.out}: {len(split)} images, steps {run.step} to {steps} of {config.batch}")
+    run = common.Run(config, world, split, network, optimizer, tokenizer=tokenizer)
     make = functools.partial(make_batch, split, tokenizer, config, world)
-    loader = common.make_loader(make, range(run.step, steps), config, world)
+    loader = common.make_loader(make, range(run.step, run.steps), config, world)
     for step in run:
-        lr = schedules(config, step, steps)
+        lr = schedules(config, step, run.steps)
         common.set_rates(optimizer, lr, config.weight_decay)
         optimizer.param_groups[-1]["lr"] = lr if config.paper_logits else 10 * lr
         pixels, tokens = run.next(loader, split)
@@ -1045,23 +1039,12 @@ def evaluate(model, tokenizer, val, wanted, config, world, run):
     run.report(results)
 
 
-def write_features(model, split, config, world, run):
-    """Write features.npz: features [N, D], labels [N], paths.
-
-    Features are of no caption: the first shortlist of a search, which `score` then puts in order.
-    """
-
-    def describe(images):
-        image = model.image(clip_range(images))
-        if config.model == "llip":  # the mean of the values
-            image = image[:, 1].mean(2).flatten(1) @ model.out_proj
-        return F.normalize(image, dim=1)
-
-    features, labels, paths = common.extract(describe, split, config, world)
-    if world.rank == 0:
-        path = run.out / "features.npz"
-        np.savez(path, features=features.cpu(), labels=labels.cpu(), paths=paths)
-        note(f"{path}: {len(paths)} images")
+def describe(model, images):
+    """Return features of no caption, [B, D]: a search's first shortlist, which `score` orders."""
+    image = model.image(clip_range(images))
+    if isinstance(model, Llip):  # the mean of the values
+        image = image[:, 1].mean(2).flatten(1) @ model.out_proj
+    return F.normalize(image, dim=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1122,16 +1105,14 @@ def read_weights(path, typed=()):
     Ours; Llip's; those of OpenAI, OpenCLIP and MetaCLIP as state dicts. What shapes don't tell
     (heads, tau) is as in the released models, unless the flag was `typed`.
     """
-    state = common.load_checkpoint(path)
+    state = common.load_checkpoint(path, "llip")
     if "script" in state:
-        state = common.load_own_checkpoint(path, "llip")
         text = bytes(state["tokenizer"]["text"].tolist()).decode()
         own = {name: state["config"][name] for name in MODEL}
         return {"model": state["model"], "fields": own, "merges": text.splitlines()}
     weights = state.get("state_dict", state)
     if "visual.conv1.weight" not in weights:
-        found = ", ".join(list(state)[:8])
-        fail(f"{path} is no checkpoint of Llip or CLIP: no visual.conv1.weight; found {found}")
+        common.refuse(path, "Llip or CLIP: expected visual.conv1.weight", state)
     for name in list(weights):
         value = weights.pop(name)
         if value.is_floating_point():  # OpenAI's files also hold whole numbers
@@ -1361,25 +1342,17 @@ DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10", "*": "folder"}
 
 def check(config, world):
     """Refuse what would fail late or silently (exit 2)."""
+    common.check(config, world, (*EVALUATIONS, "features"))
     c = config
-    if c.image_size % c.patch:
-        fail(f"--image-size {c.image_size} is no multiple of --patch {c.patch}")
     for width, heads in (
         (c.width, c.heads),
         (c.text_width, c.text_heads),
         (c.embedding, c.mix_heads),
     ):
         if width % heads:
-            fail(f"a width of {width} is no multiple of its heads, {heads}: see --width, --heads")
-    known = {*EVALUATIONS, "features", "none"}
-    if set(c.eval.split(",")) - known:
-        fail(f"--eval {c.eval} must name some of {', '.join(sorted(known))}")
-    if not c.train and not c.init:
-        fail("--no-train needs weights to evaluate: add --init")
-    if c.train and (c.batch < 2 or c.batch % world.size):
-        fail(f"--batch {c.batch} does not divide over {world.size} ranks, or has no negatives")
-    if c.shard and world.dtype == torch.float16:
-        fail("--shard works with bf16 and fp32, not with --precision fp16")
+            fail(f"a width of {width} must be a multiple of its heads, {heads}: see --heads")
+    if c.train and c.batch < 2:
+        fail("--batch 1 has no negatives")
 
 
 def make_tokenizer(config, merges, split):
@@ -1441,7 +1414,8 @@ def main(argv=None):
     if config.train and world.rank == 0:
         draw_picture(model, tokenizer, shown, config, world, run)
     if "features" in wanted:
-        write_features(model, shown, config, world, run)
+        read = functools.partial(describe, model)
+        common.write_features(read, shown, config, world, run)
     evaluations = [name for name in EVALUATIONS if name in wanted & possible]
     if evaluations:
         evaluate(model, tokenizer, val, evaluations, config, world, run)

@@ -997,33 +997,23 @@ def make_optimizer(model, config):
             scale, decayed = rule
             group = {"params": [], "scale": scale, "weight_decay": c.weight_decay * decayed}
             groups.setdefault(rule, group)["params"].append(parameter)
-    return torch.optim.AdamW(list(groups.values()), betas=c.betas, eps=1e-8, fused=True)
+    return torch.optim.AdamW(list(groups.values()), betas=c.betas, fused=True)
 
 
 def train(model, target, split, config, world):
     """Train the model and average it into the target; last.pt holds both. Returns the run."""
-    steps_an_epoch = max(1, len(split) // config.batch)
-    steps = config.steps or max(1, int(config.epochs * steps_an_epoch))
     prepare = preparation(config, world.device)
-    model.to(world.device)
-    target.to(world.device)
-    if config.compile:
-        model.compile()
-    network = common.distribute(model, world, config.shard)
-    target = common.distribute(target, world, config.shard)
+    network = common.distribute(model, world, config)
+    target = common.distribute(target, world, config)
     optimizer = make_optimizer(model, config)
     ema = common.EMA(target, model)
-    run = common.Run(config, world, steps, network, optimizer, target=target)
-    common.note(
-        f"{run.out}: {len(split)} images, steps {run.step} to {steps} of {config.batch}; an image "
-        f"has {token_count(config)} tokens and costs {model.work / 1e9:.3g} G multiply-adds"
-    )
-    make = functools.partial(make_micro_batch, split, config)
-    numbers = common.micro_batches(config, world, run.step, steps)
-    loader = common.make_loader(make, numbers, config, world)
+    run = common.Run(config, world, split, network, optimizer, target=target)
+    work = f"costs {model.work / 1e9:.3g} G multiply-adds"
+    common.note(f"an image has {token_count(config)} tokens and {work}")
+    loader = run.loader(functools.partial(make_micro_batch, split, config))
     parts = config.batch // config.micro // world.size
     for step in run:
-        lr = learning_rate(config, step, steps)
+        lr = learning_rate(config, step, run.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         for part in range(parts):
@@ -1098,15 +1088,11 @@ def evaluate(target, train, val, wanted, config, world, run):
     results = {}
     for name, network in networks.items():
         encode = network.pooled if network else common.raw_pixels
-        test, labels, paths = common.extract(encode, val, config, world)
+        test, labels, _ = common.extract(encode, val, config, world)
         if wanted & {"knn", "linear"}:
             bank, bank_labels, _ = common.extract(encode, train, config, world)
         if world.rank:
             continue
-        if "features" in wanted and network is target:
-            arrays = {"features": test.cpu(), "labels": labels.cpu(), "paths": paths}
-            np.savez(run.out / "features.npz", **arrays)
-            common.note(f"{run.out / 'features.npz'}: {len(paths)} images")
         result = {}
         if "accuracy" in wanted and network:
             result["top-1"] = common.top1(network.head(test), labels)
@@ -1125,8 +1111,6 @@ def evaluate(target, train, val, wanted, config, world, run):
 # Weights: ours, those of MAE and DiT, the Hub's
 # --------------------------------------------------------------------------------------------------
 
-# heads by width: a file's shapes don't tell
-HEADS = {384: 6, 512: 16, 768: 12, 1024: 16, 1152: 16, 1280: 16}
 TRUNK = "image_size patch width depth heads permute permute_distance".split()
 MODEL = TRUNK + "task positions readout classes channels downsample noise_schedule".split()
 MODEL += "mask_ratio decoder_width decoder_depth decoder_heads norm_pix".split()
@@ -1139,33 +1123,26 @@ def read_weights(path, heads=0):
     Hub's encoder of MAE. heads: for widths that the released models do not have.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):  # of MAE's and DiT's training
-        state = common.load_checkpoint(path)
+        state = common.load_checkpoint(path, "pixel_vit")
     if "script" in state:
-        state = common.load_own_checkpoint(path, "pixel_vit")
         return {**state, "fields": {name: state["config"][name] for name in MODEL}}
     weights = state.get("ema") or state.get("model") or state
     diffusion = "x_embedder.proj.weight" in weights
     tokeniser = weights.get(("x_embedder" if diffusion else "patch_embed") + ".proj.weight")
     if tokeniser is None or "pos_embed" not in weights:
-        found = ", ".join(list(state)[:8])
-        fail(f"{path} is no checkpoint of MAE or DiT: expected pos_embed and more, found {found}")
-    width, channels, patch, _ = tokeniser.shape
-    heads = heads or HEADS.get(width)
-    if not heads:
-        fail(f"{path} cannot tell how many heads share its width of {width}: add --heads")
+        common.refuse(path, "MAE or DiT: expected pos_embed and more", state)
+    channels = tokeniser.shape[1]
+    shape = common.vit_fields({**weights, "patch_embed.proj.weight": tokeniser}, path, heads)
     blocks = re.findall(r"\b(decoder_)?blocks\.\d+\.attn\.qkv\.weight", " ".join(weights))
     fields = {
+        **shape,
         "task": "mae",
-        "patch": patch,
-        "width": width,
         "depth": blocks.count(""),
-        "heads": heads,
         "positions": "sincos",
         "channels": channels,
         "downsample": 8 if channels == 4 else 1,
     }
-    side = math.isqrt(weights["pos_embed"].shape[1])
-    fields["image_size"] = side * patch * fields["downsample"]
+    fields["image_size"] *= fields["downsample"]
     if diffusion:
         fields["task"] = "diffusion"
         fields["classes"] = len(weights["y_embedder.embedding_table.weight"]) - 1
@@ -1175,7 +1152,8 @@ def read_weights(path, heads=0):
     elif "decoder_embed.weight" in weights:
         fields["decoder_width"] = len(weights["decoder_embed.weight"])
         fields["decoder_depth"] = blocks.count("decoder_")
-        fields["decoder_heads"] = HEADS.get(fields["decoder_width"], heads)
+        if fields["decoder_width"] == 512:  # as released
+            fields["decoder_heads"] = 16
     return {"model": weights, "target": weights, "fields": fields}
 
 
@@ -1400,29 +1378,16 @@ DATA_PRESETS = {"toy": "toy", "cifar10": "cifar10", "imagenet": "imagenet28", "*
 
 def check(config, world):
     """Refuse what would fail late or silently (exit 2)."""
+    common.check(config, world, TASKS[config.task].evaluations)
     c = config
     if c.image_size % (c.patch * c.downsample):
         fail(f"--image-size {c.image_size} is no multiple of --patch {c.patch} x --downsample")
-    shapes = {"": (c.width, c.heads), "decoder-": (c.decoder_width, c.decoder_heads)}
-    for part, (width, heads) in shapes.items():
-        if width % heads or width % 4:
-            fail(f"--{part}width {width} must be a multiple of --{part}heads {heads}, and of 4")
-    known = TASKS[c.task].evaluations
-    if set(c.eval.split(",")) - {*known, "none", ""}:
-        fail(f"--eval {c.eval} must name some of {', '.join(known)}, none, with --task {c.task}")
     if c.task == "mae" and (c.positions == "none" or c.mask_ratio >= 1):
         fail("a masked autoencoder needs --positions, and --mask-ratio below 1")
     if not 1 < c.sampler_steps <= TIMESTEPS:
         fail(f"--sampler-steps {c.sampler_steps} must be 2 to {TIMESTEPS}")
     if c.judge and read_weights(c.judge)["fields"]["task"] != "classify":
         fail(f"--judge {c.judge} is no classifier")
-    if not c.train and not c.init:
-        fail("--no-train needs weights to evaluate: add --init")
-    if c.train and c.batch % (c.micro * world.size):
-        ranks = f"{world.size} ranks with micro-batches of {c.micro}"
-        fail(f"--batch {c.batch} does not divide over {ranks}: change --batch or --micro")
-    if c.shard and world.dtype == torch.float16:
-        fail("--shard works with bf16 and fp32, not with --precision fp16")
 
 
 def take_over(config, typed, fields):
@@ -1451,10 +1416,10 @@ def main(argv=None):
     check(config, world)
     wanted = set(config.eval.split(",") if config.eval else TASKS[config.task].evaluations[:2])
     labelled = ", ".join(sorted(wanted & LABELLED))
-    train_split, val = common.open_data(config.data, labelled, "mosaics")
+    train_split, val, unseen = common.open_data(config.data, labelled, "mosaics")
     if val is None:  # without labels
         wanted -= LABELLED
-        val = common.open_split(config.data, "val", "mosaics") or train_split
+        val = unseen
     config = replace(config, classes=config.classes or len(train_split.classes))
     if config.task == "classify" and config.classes < 2:
         fail(f"a classifier needs train/CLASS/* of two classes or more; {config.data} has fewer")
@@ -1473,6 +1438,8 @@ def main(argv=None):
     else:
         run = common.Run(config, world)
     target.to(world.device)
+    if "features" in wanted:
+        common.write_features(target.pooled, val, config, world, run)
     measure = evaluate_samples if config.task == "diffusion" else evaluate
     measure(target, train_split, val, wanted, config, world, run)
 

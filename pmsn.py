@@ -545,10 +545,10 @@ def schedules(config, step, steps):
 
 # Copied from msn.py
 def make_optimizer(model):
-    """Return AdamW. Prototypes are not decayed; class token and positions are, as in the code."""
+    """Return AdamW, with torch's betas. Class token and positions are decayed, prototypes not."""
     groups = common.parameter_groups(model.network)
     groups.append({"decay": False, "params": [model.prototypes]})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def train(model, target, split, log_prior, config, world):
@@ -557,28 +557,22 @@ def train(model, target, split, log_prior, config, world):
     log_prior [K], on the device.
     """
     c = config
-    per_epoch = max(1, len(split) // c.batch)
-    steps = c.steps or max(1, int(c.epochs * per_epoch))
-    model.to(world.device)
-    target.to(world.device)  # it stays in training mode: its BatchNorm, too, sees the batch
     if c.recompute:
         for block in model.network.encoder.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    if c.compile:
-        model.compile(dynamic=True)
-        target.compile()
-    network = common.distribute(model, world, c.shard)  # DDP hides the parts that `model` has
-    target = common.distribute(target, world, c.shard)
+    # DDP hides the parts that `model` has
+    network = common.distribute(model, world, c, dynamic=True)
+    # it stays in training mode: its BatchNorm, too, sees the batch
+    target = common.distribute(target, world, c)
     optimizer = make_optimizer(model)
     ema = common.EMA(target, model.network)
     clip = functools.partial(nn.utils.clip_grad_norm_, list(model.network.parameters()), 3.0)
-    run = common.Run(c, world, steps, network, optimizer, target=target)
-    common.note(f"{run.out}: {len(split)} images, steps {run.step} to {steps} of {c.batch}")
+    run = common.Run(c, world, split, network, optimizer, target=target)
     reverse = c.prior_kl == "reverse"
     make = functools.partial(make_views, split, c, world.rank, world.size)
-    loader = common.make_loader(make, range(run.step, steps), c, world)
+    loader = common.make_loader(make, range(run.step, run.steps), c, world)
     for step in run:
-        lr, decay, momentum = schedules(c, step, steps)
+        lr, decay, momentum = schedules(c, step, run.steps)
         common.set_rates(optimizer, lr, decay)
         random_pixels, focal_pixels, keep = run.next(loader, split)
         view, anchors = augment_views(random_pixels, c, "random", step, world.rank)
@@ -751,17 +745,6 @@ def evaluate(encoder, train, tail, val, config, world, run):
     run.report(results)
 
 
-# Copied from msn.py
-def write_features(encoder, split, config, world, run):
-    """Write features.npz: features [N, D], labels [N], paths."""
-    read = functools.partial(encode, encoder)
-    features, labels, names = common.extract(read, split, config, world)
-    if world.rank == 0:
-        path = run.out / "features.npz"
-        np.savez(path, features=features.cpu(), labels=labels.cpu(), paths=names)
-        common.note(f"{path}: {len(names)} images")
-
-
 # --------------------------------------------------------------------------------------------------
 # Picture
 # --------------------------------------------------------------------------------------------------
@@ -825,9 +808,6 @@ def report(model, target, split, log_prior, config, world, run, steps=16):
 # Weights: ours, and those of MSN
 # --------------------------------------------------------------------------------------------------
 
-# by width: a file's shapes don't tell
-# Copied from msn.py
-HEADS = {384: 6, 768: 12, 1024: 16}
 # Copied from msn.py
 MODEL = "image_size patch width depth heads head_hidden embedding prototypes".split()
 
@@ -838,24 +818,16 @@ def read_weights(path, heads=0):
     Ours, or MSN's official ones with target_encoder and prototypes.
     heads: for widths that the released models do not have.
     """
-    state = common.load_checkpoint(path)
+    state = common.load_checkpoint(path, "pmsn")
     if "script" in state:
-        state = common.load_own_checkpoint(path, "pmsn")
         network = {name.removeprefix("network."): x for name, x in state["model"].items()}
         weights = {"prototypes": network.pop("prototypes"), "network": network}
         weights["fields"] = {name: state["config"][name] for name in MODEL}
         return {**weights, "target": state["target"]}
     if not {"target_encoder", "prototypes"} <= state.keys():
-        found = ", ".join(list(state)[:8])
-        fail(f"{path} is no checkpoint of PMSN or MSN: expected target_encoder, found {found}")
+        common.refuse(path, "PMSN or MSN: expected target_encoder, prototypes", state)
     target = state["target_encoder"]
-    width, _, patch, _ = target["patch_embed.proj.weight"].shape
-    heads = heads or HEADS.get(width)
-    if not heads:
-        fail(f"{path} cannot tell how many heads share its width of {width}: add --heads")
-    fields = {"width": width, "patch": patch, "heads": heads}
-    fields["depth"] = len([name for name in target if name.endswith("norm1.weight")])
-    fields["image_size"] = patch * math.isqrt(target["pos_embed"].shape[1] - 1)
+    fields = common.vit_fields(target, path, heads)
     fields["embedding"], fields["head_hidden"] = target["fc.fc3.weight"].shape
     fields["prototypes"] = len(state["prototypes"])
     target = in_network(target)
@@ -991,26 +963,14 @@ DATA_PRESETS = {
 
 def check(config, world):
     """Refuse what would fail late or silently (exit 2)."""
+    common.check(config, world, ("knn", "linear", "features"))
     c = config
-    if c.image_size % c.patch:
-        fail(f"--image-size {c.image_size} is no multiple of --patch {c.patch}")
-    if c.width % c.heads:
-        fail(f"--width {c.width} must be a multiple of --heads {c.heads}")
-    known = {"knn", "linear", "features", "none"}
-    if set(c.eval.split(",")) - known:
-        fail(f"--eval {c.eval} must name some of {', '.join(sorted(known))}")
-    if not c.train and not c.init:
-        fail("--no-train needs weights to evaluate: add --init")
-    if c.train and c.batch % world.size:
-        fail(f"--batch {c.batch} does not divide over {world.size} ranks")
     if c.focal_size < c.patch:
         fail(f"--focal-size {c.focal_size} is below --patch {c.patch}")
     if kept_patches((c.image_size // c.patch) ** 2, c.drop) < 1:
         fail(f"--drop {c.drop:g} leaves no patch of the anchor: it must be less than 1")
     if c.schedule_scale < 1:
         fail(f"--schedule-scale {c.schedule_scale} is below 1: schedules would end before the run")
-    if c.shard and world.dtype == torch.float16:
-        fail("--shard works with bf16 and fp32, not with --precision fp16")
     if 0 < c.imbalance < 1:
         fail(f"--imbalance {c.imbalance} must be at least 1: largest class over smallest")
     if c.classes_per_batch and c.batch % c.classes_per_batch:
@@ -1028,7 +988,7 @@ def main(argv=None):
     check(config, world)
     wanted = set(config.eval.split(","))
     probes = ", ".join(sorted(wanted - {"features", "none"}))
-    train_split, val = common.open_data(config.data, probes, "textures")
+    train_split, val, unseen = common.open_data(config.data, probes, "textures")
     tail = long_tail(train_split, config)
     counts = class_counts(tail)
     if config.classes_per_batch > (counts > 0).sum():
@@ -1050,8 +1010,8 @@ def main(argv=None):
     if config.train:
         report(model, target, tail, log_prior, config, world, run)
     if "features" in wanted:
-        split = common.open_split(config.data, "val", "textures") or train_split
-        write_features(target.encoder, split, config, world, run)
+        read = functools.partial(encode, target.encoder)
+        common.write_features(read, unseen, config, world, run)
     if val:
         evaluate(target.encoder, train_split, tail, val, config, world, run)
 

@@ -844,9 +844,8 @@ def open_data(config, wanted):
     common.TOYS["toy"] = functools.partial(toy_videos, config)
     if config.data.endswith(".csv"):
         common.TOYS[config.data] = functools.partial(read_lists, config)
-    train, val = common.open_data(config.data, wanted, "toy")
-    unseen = val or common.open_split(config.data, "val", "toy") or train
-    return [as_videos(split, config) for split in (train, val, unseen)]
+    splits = common.open_data(config.data, wanted, "toy")
+    return [as_videos(split, config) for split in splits]
 
 
 def make_micro_batch(split, config, number):
@@ -890,20 +889,15 @@ def schedules(config, step, steps):
 
 def train(model, target, split, config, world):
     """Train (model, target encoder) on Videos. Returns the run; its last.pt holds the result."""
-    steps_an_epoch = max(1, len(split) // config.batch)
-    steps = config.steps or max(1, int(config.epochs * steps_an_epoch))
     pixels = config.target == "pixels"
-    if config.compile:
-        model.compile(dynamic=True)  # the numbers of tokens change from step to step
-        target.compile()
-    network = common.distribute(model, world, config.shard)  # DDP hides the parts that `model` has
-    target = common.distribute(target, world, config.shard)
+    # DDP hides the parts that `model` has
+    network = common.distribute(model, world, config, dynamic=True)
+    target = common.distribute(target, world, config)
     groups = common.parameter_groups(model.encoder, model.predictor)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     ema = common.EMA(target, model.encoder)
-    run = common.Run(config, world, steps, network, optimizer, target=target)
-    note(f"{run.out}: {len(split)} videos, steps {run.step} to {steps} of {config.batch}")
-    loader = load_clips(split, config, world, run.step, steps)
+    run = common.Run(config, world, split, network, optimizer, target=target)
+    loader = load_clips(split, config, world, run.step, run.steps)
     parts = config.batch // config.micro // world.size
 
     def clip():
@@ -911,7 +905,7 @@ def train(model, target, split, config, world):
             nn.utils.clip_grad_norm_(module.parameters(), CLIP)
 
     for step in run:
-        lr, decay, momentum = schedules(config, step, steps)
+        lr, decay, momentum = schedules(config, step, run.steps)
         common.set_rates(optimizer, lr, decay)
         for part in range(parts):
             _, clips, *masks = run.next(loader, split)
@@ -922,17 +916,11 @@ def train(model, target, split, config, world):
                     wanted = targets_of(target, video, config)
                 loss = vjepa_loss(network(video, *masks), wanted, masks[1::2], pixels)
             run.backward(loss / parts)
-        applied = run.update(clip if step >= config.warmup * steps else None)
+        applied = run.update(clip if step >= config.warmup * run.steps else None)
         # the control's target is made of pixels, and its target encoder the encoder itself
         ema.update(0.0 if pixels else momentum, applied)
-        run.log(functools.partial(spread, wanted), lr=lr, momentum=momentum)
+        run.log(functools.partial(common.spread, wanted), lr=lr, momentum=momentum)
     return run
-
-
-def spread(tokens):
-    """Return signs of collapse: std over a clip's tokens, effective rank of clips."""
-    rank = common.effective_rank(tokens.mean(1))
-    return {"feature_std": tokens.std(1).mean(), "feature_rank": rank}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1259,15 +1247,6 @@ def evaluate(encoder, train, val, config, world, run):
     run.report(results)
 
 
-def write_features(encoder, split, config, world, run):
-    """Write features.npz: features [N, D], labels [N] and names."""
-    features, labels, names = extract(pool(encoder), split, config, world)
-    if world.rank == 0:
-        arrays = {"features": features.cpu(), "labels": labels.cpu(), "paths": names}
-        np.savez(run.out / "features.npz", **arrays)
-        note(f"{run.out / 'features.npz'}: {len(names)} videos")
-
-
 # --------------------------------------------------------------------------------------------------
 # Picture
 # --------------------------------------------------------------------------------------------------
@@ -1288,9 +1267,8 @@ def draw_curves(possible, impossible):
     heights = F.interpolate(curves, 8 * TILE, mode="linear")[0]  # [2, 8 * TILE]
     low, high = heights.aminmax()
     rows = torch.linspace(high, low, TILE)[:, None]
-    red, green = (
-        rows > heights[:, None]
-    )  # [TILE, 8 * TILE], true above the curve, where it is white
+    # true above a curve, where the picture is white: each [TILE, 8 * TILE]
+    red, green = rows > heights[:, None]
     canvas = torch.stack([green, red, red & green]).byte() * 255
     return torch.stack(canvas.split(TILE, dim=2))
 
@@ -1330,14 +1308,12 @@ def read_weights(path):
     Ours, or the authors' with encoder, target_encoder and predictor. Theirs does not tell its
     fields: name its preset.
     """
-    state = common.load_checkpoint(path)
+    state = common.load_checkpoint(path, "vjepa")
     if "script" in state:
-        state = common.load_own_checkpoint(path, "vjepa")
         fields = {name: state["config"][name] for name in MODEL}
         return {**state, "fields": fields}
     if "target_encoder" not in state or "predictor" not in state:
-        found = ", ".join(list(state)[:8])
-        fail(f"{path} is no V-JEPA checkpoint: no target_encoder and predictor, found {found}")
+        common.refuse(path, "V-JEPA: expected target_encoder and predictor", state)
     predictor = rename(state["predictor"], "predictor.")
     model = {**rename(state["encoder"], "encoder."), **predictor}
     target = rename(state["target_encoder"])
@@ -1441,28 +1417,15 @@ DATA_PRESETS = {"toy": "toy", "videomix2m": "vit_l16", "howto100m": "vit_l16_rop
 
 def check(config, world):
     """Refuse what would fail late or silently (exit 2)."""
+    common.check(config, world, ("physics", "knn", "probe", "features"))
     c = config
-    if c.image_size % c.patch:
-        fail(f"--image-size {c.image_size} is no multiple of --patch {c.patch}")
     if c.frames % c.tubelet or c.frames < 2 * c.tubelet:
         fail(f"--frames {c.frames} must be a multiple, at least twice, of --tubelet {c.tubelet}")
-    if c.width % c.heads or c.predictor_width % c.heads:
-        fail(f"--width {c.width} or --predictor-width is no multiple of --heads {c.heads}")
-    known = {"physics", "knn", "probe", "features", "none"}
-    if set(c.eval.split(",")) - known:
-        fail(f"--eval {c.eval} must name some of {', '.join(sorted(known))}")
     kinds = {"multiblock", "causal", "random", "tube", "time"}
     if set(c.masks.split(",")) - kinds:
         fail(f"--masks {c.masks} must name some of {', '.join(sorted(kinds))}")
     if len(c.mask_blocks) != len(c.mask_scales):
         fail(f"--mask-blocks {c.mask_blocks} and --mask-scales {c.mask_scales} must be as many")
-    if not c.train and not c.init:
-        fail("--no-train needs weights to evaluate: add --init")
-    if c.train and c.batch % (c.micro * world.size):
-        ranks = f"{world.size} ranks with micro-batches of {c.micro}"
-        fail(f"--batch {c.batch} does not divide over {ranks}: change --batch or --micro")
-    if c.shard and world.dtype == torch.float16:
-        fail("--shard works with bf16 and fp32, not with --precision fp16")
     if "physics" in c.eval:
         if c.frames < 16:
             fail(f"--eval physics needs clips of 16 --frames or more, not {c.frames}")
@@ -1498,7 +1461,7 @@ def main(argv=None):
         if config.train:
             draw_picture(run.out / "picture.png", unseen, shown, config)
     if "features" in wanted:
-        write_features(target, unseen, config, world, run)
+        common.write_features(pool(target), unseen, config, world, run)
     if val:
         evaluate(target, train_split, val, config, world, run)
 

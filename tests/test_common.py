@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import close
+
 import common
 from common import ViT
 
@@ -31,11 +33,17 @@ def test_generator_is_a_function_of_its_key():
     assert len({tuple(draw(*key)) for key in keys}) == 5
 
 
-def test_effective_rank():
+def test_signs_of_collapse():
     torch.manual_seed(0)
-    assert 7.5 < common.effective_rank(torch.randn(512, 8)) <= 8
-    assert common.effective_rank(torch.randn(512, 1) @ torch.randn(1, 8)) < 1.01
-    assert common.effective_rank(torch.ones(4, 3)) < 1.01
+    line = torch.randn(512, 1, 1) @ torch.randn(1, 8)
+    for tokens, least, most in (
+        (torch.randn(512, 1, 8), 7.5, 8),
+        (line, 1, 1.01),
+        (torch.ones(4, 2, 3), 0, 1.01),
+    ):
+        found = common.spread(tokens)
+        assert least <= found["feature_rank"] <= most
+        close(found["feature_std"], tokens.mean(1).std(0).mean())
 
 
 @dataclass

@@ -508,7 +508,7 @@ def test_distillation(capsys):
     same = {name for name in after if torch.equal(before[name], after[name])}
     assert same == {"encoder.mask_token"}
     assert not torch.equal(state["target"]["encoder.cls_token"], after["encoder.cls_token"])
-    assert "not written by dinov2.py" in refused(capsys, SCRIPT, f"--teacher {MLP}")
+    assert "is no run of dinov2.py" in refused(capsys, SCRIPT, f"--teacher {MLP}")
     for more in ("--prototypes 99", "--drop-path 0.1", "--no-separate-heads", "--patch 6"):
         assert "contradicts teacher/last.pt" in refused(capsys, SCRIPT, flags, "no", more)
 
@@ -554,7 +554,7 @@ def test_curate_command(tmp_path, capsys):
     assert lists[1:] == [names[:8], names[:30]]
     assert 1 <= len(lists[0]) <= 10 and set(lists[0]) <= set(names[:30])
     run(SCRIPT.folder, f"--data {tmp_path / 'pool'} --list list.txt --steps 1 --out trained")
-    assert "30 images" in capsys.readouterr().out
+    assert "30 samples" in capsys.readouterr().out
     assert "--querys" in refused(capsys, SCRIPT, flags, "no.txt --querys x")
     Path("cut.npz").write_bytes(Path("pool.npz").read_bytes()[:2000])
     for pool in ("nowhere.npz", "cut.npz"):

@@ -335,7 +335,7 @@ def test_what_is_no_image_does_not_exist(tmp_path, capsys):
     (cat / "loop").symlink_to(cat)
     (data / "train" / "dog").rename(tmp_path / "elsewhere")
     (data / "train" / "dog").symlink_to(tmp_path / "elsewhere")
-    train, val = common.open_data(str(data), "knn")
+    train, val, _ = common.open_data(str(data), "knn")
     assert len(train) == 8 and len(val) == 8 and train.classes == val.classes == ["cat", "dog"]
     assert train.names == sorted(train.names)
     assert train.labels.tolist() == [0] * 4 + [1] * 4
@@ -347,7 +347,7 @@ def test_folders_with_other_names_and_classes(tmp_path, capsys):
     """Classes are numbered by train's."""
     data = photographs(tmp_path / "photos", classes=("a", "b", "c"))
     (data / "val" / "b").rename(tmp_path / "b")
-    _, val = common.open_data(str(data), "knn")
+    _, val, _ = common.open_data(str(data), "knn")
     assert val.classes == ["a", "b", "c"] and set(val.labels.tolist()) == {0, 2}
     assert "no images of ['b']" in capsys.readouterr().out
     (tmp_path / "b").rename(data / "val" / "d")
@@ -608,21 +608,21 @@ def test_own_checkpoints(script, capsys):
 
 SETTINGS = {  # flags: what the refusal names
     "--image-size 30 --patch 4": "--patch",
-    "--width 66": "heads",
+    "--width 66": "66 must be a multiple",
     "--eval knnn": "knn",
     "--no-train": "--init",
 }
 MORE_SETTINGS = {
     "llip": {"--batch 1": "negatives", "--embedding 33": "heads"},
     "dinov2": {
-        "--local-size 10": "local_size 10",
+        "--local-size 10": "--local-size 10",
         "--koleo-group 48": "--koleo-group",
         "--shard --precision fp16": "fp16",
     },
     "ijepa": {
         "--micro 48": "--batch 64",
         "--targets 30": "context",
-        "--batch 10": "--micro",
+        "--batch 10": "micro-batches of 64",
         "--device tpu": "device",
         "--precision fp8": "bf16",
         "--wdith 32": "--wdith",
@@ -652,7 +652,7 @@ MORE_SETTINGS = {
         "--micro 48": "--batch 32",
         "--task mae --positions none": "--positions",
         "--task mae --mask-ratio 1": "--mask-ratio",
-        "--task mae --decoder-width 30": "--decoder-width",
+        "--task mae --decoder-width 30": "width 30 must be a multiple",
         "--task diffusion --eval knn": "samples",
         "--task diffusion --sampler-steps 1001": "1000",
         "--task diffusion --judge absent.pt": "absent.pt",

@@ -16,12 +16,12 @@ SKIP.add(tokenize.ENDMARKER)
 
 # code tokens of each file at most
 SIZES = {
-    "common.py": 9700,
+    "common.py": 10300,
     "ijepa.py": 6300,
     "msn.py": 6800,
     "pmsn.py": 7300,
     "dinov2.py": 11500,
-    "vjepa.py": 10980,
+    "vjepa.py": 10700,
     "iwm.py": 8200,
     "flexpredict.py": 7300,
     "pixel_vit.py": 11000,
@@ -88,8 +88,10 @@ def test_files_are_small_and_airy(name):
     assert parallel_assignments(tree) == []
 
 
-def test_every_file_has_a_figure():
-    assert set(SIZES) == {path.name for path in ROOT.glob("*.py")}
+def test_together():
+    names = {path.name for path in ROOT.glob("*.py")}
+    assert set(SIZES) == names, "every file has a figure"
+    assert sum(sum(tokens_by_line(source_of(name)).values()) for name in names) <= 93_600
 
 
 if __name__ == "__main__":
