@@ -703,10 +703,6 @@ class Run:
         """networks: what else last.pt holds, by name. Without a split: only a folder and a log."""
         self.config = config
         self.world = world
-        self.steps = 0
-        if split:
-            steps_an_epoch = max(1, len(split) // config.batch)
-            self.steps = config.steps or max(1, int(config.epochs * steps_an_epoch))
         self.model = model
         self.optimizer = optimizer
         self.networks = {"model": model, **networks}
@@ -715,20 +711,21 @@ class Run:
         if dist.is_initialized():
             dist.broadcast_object_list(out)
         self.out = out[0]
-        self.step = 0  # the one in progress, counted from 1
+        self.steps = self.step = 0  # in all; the one in progress, counted from 1
         self.loss = 0.0  # of the micro-batches of this step
         self.row = {"bad_steps": 0}  # in a row, that were not finite
         self.training = self.signalled = False
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-        logged = 0  # bytes of the log
-        if split and config.resume and (self.out / "last.pt").exists():
-            logged = self.load()
         if split:
+            steps_an_epoch = max(1, len(split) // config.batch)
+            self.steps = config.steps or max(1, int(config.epochs * steps_an_epoch))
+            resumed = config.resume and (self.out / "last.pt").exists()
+            logged = self.load() if resumed else 0  # bytes of the log
             steps = f"steps {self.step} to {self.steps} of {config.batch}"
             note(f"{self.out}: {len(split)} samples, {steps}")
-        if split and world.rank == 0:
-            os.truncate(self.out / "log.jsonl", logged)  # rows after the checkpoint come again
-            (self.out / "config.json").write_text(json.dumps(vars(config), indent=2))
+            if world.rank == 0:
+                os.truncate(self.out / "log.jsonl", logged)  # rows after the checkpoint come again
+                (self.out / "config.json").write_text(json.dumps(vars(config), indent=2))
         self.start_window()
 
     def start_window(self):

@@ -860,13 +860,6 @@ def make_micro_batch(split, config, number):
     return found, clips, *sample_masks(c, number), bad
 
 
-def load_clips(split, config, world, step, steps):
-    """Iterate over this rank's micro-batches from `step` on, see `make_micro_batch`."""
-    make = functools.partial(make_micro_batch, split, config)
-    numbers = common.micro_batches(config, world, step, steps)
-    return common.make_loader(make, numbers, config, world)
-
-
 # --------------------------------------------------------------------------------------------------
 # Train
 # --------------------------------------------------------------------------------------------------
@@ -897,7 +890,7 @@ def train(model, target, split, config, world):
     optimizer = torch.optim.AdamW(groups, fused=True)
     ema = common.EMA(target, model.encoder)
     run = common.Run(config, world, split, network, optimizer, target=target)
-    loader = load_clips(split, config, world, run.step, run.steps)
+    loader = run.loader(functools.partial(make_micro_batch, split, config))
     parts = config.batch // config.micro // world.size
 
     def clip():
@@ -1192,7 +1185,8 @@ def train_probe(encoder, split, config, world):
     network = common.distribute(probe, world)
     optimizer = torch.optim.AdamW(common.parameter_groups(probe))
     shown = replace(split, config=c, clips=c.probe_clips)
-    loader = load_clips(shown, c, world, 0, steps)
+    make = functools.partial(make_micro_batch, shown, c)
+    loader = common.make_loader(make, common.micro_batches(c, world, 0, steps), c, world)
     for step in range(steps):
         lr = common.cosine_schedule(step, steps, 1e-3, 0.0)
         decay = common.cosine_schedule(step, steps, 0.001 if stills else 0.01, 1e-6)

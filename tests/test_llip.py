@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import GOLDEN, close, compare, free_port, golden_tensors, groups_of, norms
-from helpers import on_ranks
+from helpers import log_rows, on_ranks, run_several
 from PIL import Image, ImageColor
 from test_runs import SCRIPTS, assert_same, here, learn, photographs, refused
 
@@ -168,6 +168,16 @@ def one_of_three(rank, port):
 
 def test_three_ranks_give_the_reference_loss():
     on_ranks(one_of_three, free_port(), ranks=3)
+
+
+def test_four_ranks_are_one_process():
+    photographs(Path("photos"), count=24)
+    flags = f"{SCRIPT.folder} {SCRIPT.slow} --data photos --steps 3 --eval none"
+    run_several(f"llip {flags} --out four", ranks=4)
+    here(SCRIPT, flags, "--out one")
+    assert_same("one", "four", tolerance=1e-5, without=SCRIPT.noise)
+    for a, b in zip(log_rows("one"), log_rows("four"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=5e-5)
 
 
 @torch.no_grad()

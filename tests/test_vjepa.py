@@ -818,12 +818,12 @@ def test_probe_settings(monkeypatch):
     configs = []
     types = set()
 
-    def loader(split, config, *_):
+    def loader(make, numbers, config, world):
         configs.append(config)
         while True:
             yield torch.tensor([0]), torch.zeros(1, 1, 2, 3, 32, 32).byte(), []
 
-    monkeypatch.setattr(vjepa, "load_clips", loader)
+    monkeypatch.setattr(common, "make_loader", loader)
     monkeypatch.setattr(common, "set_rates", lambda _, lr, decay: decays.append(decay))
     config = Config(width=16, depth=1, heads=2, predictor_width=16, frames=2, patch=16, flip=True)
     config = replace(config, probe_epochs=1)
