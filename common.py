@@ -692,7 +692,9 @@ WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # plain te
 class Run:
     """One run: its folder, log and bar, resuming, saving, signals, and steps that are not finite.
 
+    loader = run.loader(make)    # this rank's micro-batches of the steps that are left
     for step in run:             # ends early on a signal, or after three steps that are not finite
+        run.next(loader, split)  # the next micro-batch, on the device
         run.sync_gradients(...)  # before each forward pass
         run.backward(loss)       # once a micro-batch
         run.update()             # the optimizer's step, applied if all is finite
