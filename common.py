@@ -1330,7 +1330,7 @@ def write_features(read, split, config, world, run):
         if found.shape[1] > 1:
             arrays["tokens"] = found[:, 1:]
         np.savez(run.out / "features.npz", **arrays)
-        note(f"{run.out / 'features.npz'}: {len(names)} images")
+        note(f"{run.out / 'features.npz'}: {len(names)} samples")
 
 
 def raw_pixels(images):
