@@ -110,11 +110,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, queries=0):
-        """x [B, N, D] -> [B, N, D]. With queries=n only the last n tokens ask: [B, n, D]."""
+    def forward(self, x, queries=slice(None)):
+        """x [B, N, D] -> [B, n, D]. queries: a slice, which tokens ask, by default all."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # [B, N, 3, H, D/H]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        x = attend(q[:, :, -queries:], k, v)  # -0 is 0, so all ask: [B, H, N, D/H]
+        # one permute of all three would cost the backward pass a copy
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        x = attend(q[:, :, queries], k, v)  # [B, H, n, D/H]
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -141,9 +142,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, hidden or 4 * width)
 
-    def forward(self, x, queries=0):
-        """x [B, N, D] -> [B, N, D]. With queries=n only the last n tokens come out: [B, n, D]."""
-        x = x[:, -queries:] + self.attn(self.norm1(x), queries)
+    def forward(self, x, queries=slice(None)):
+        """x [B, N, D] -> [B, n, D]. queries: a slice, which tokens come out, by default all."""
+        x = x[:, queries] + self.attn(self.norm1(x), queries)
         return x + self.mlp(self.norm2(x))
 
 
@@ -152,7 +153,8 @@ def patchify(images, patch):
 
     What is left over at the right and bottom is cut off.
     """
-    return F.unfold(images, patch, stride=patch).transpose(1, 2)
+    grid = images.unfold(2, patch, patch).unfold(3, patch, patch)  # [B, C, rows, columns, p, p]
+    return grid.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 class PatchEmbed(nn.Module):
@@ -1203,14 +1205,12 @@ def random_crop(width, height, scale, random):
     Returns (top, left, height, width). The order of the draws is torchvision's.
     """
 
-    def uniform(low, high):
-        return torch.empty(1).uniform_(low, high, generator=random).item()
-
-    most = math.log(4 / 3)
-    tries = 10 if scale[0] < 1 else 0  # the whole image leaves no choice
+    low, high = scale
+    tries = 10 if low < 1 else 0  # the whole image leaves no choice
     for _ in range(tries):
-        area = width * height * uniform(*scale)
-        ratio = math.exp(uniform(-most, most))
+        share, tilt = torch.rand(2, generator=random).tolist()
+        area = width * height * (low + (high - low) * share)
+        ratio = (4 / 3) ** (2 * tilt - 1)
         w = round(math.sqrt(area * ratio))
         h = round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

@@ -184,8 +184,8 @@ def hue(images, turns):
     span = value - images.amin(1, keepdim=True)
     # where red is largest: green - blue; green: blue - red, a third on; blue: red - green
     difference = images.roll(-1, 1) - images.roll(-2, 1)
-    sixths = thirds + difference / span.clamp(min=1e-6)
-    sixths = sixths.where(images == value, -9.0).amax(1, keepdim=True)
+    smaller = (value - images).clamp(max=1)  # 0 or 1, since pixels are integers
+    sixths = (thirds + difference / span.clamp(min=1e-6) - 6 * smaller).amax(1, keepdim=True)
     # each channel falls and rises once in a turn
     k = (5 - thirds + sixths + 6 * turns[:, None, None, None]) % 6  # [B, 3, H, W]
     return (value - span * torch.minimum(k, 4 - k).clamp(0, 1)).round()

@@ -274,7 +274,7 @@ class Predictor(nn.Module):
         for block in self.predictor_blocks[:-1]:
             x = block(x)  # [M*B, K+Kp, P]
         # only the queries are read, so the last block computes only them
-        x = self.predictor_blocks[-1](x, queries=targets.shape[-1])
+        x = self.predictor_blocks[-1](x, queries=slice(context.shape[1], None))
         return self.predictor_proj(self.predictor_norm(x))
 
 

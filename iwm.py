@@ -345,7 +345,7 @@ class Predictor(nn.Module):
         for block in self.predictor_blocks[:-1]:
             x = block(x)
         # context tokens are not read, so the last block does not compute them
-        x = self.predictor_blocks[-1](x, queries=x.shape[1] - visible.shape[1])
+        x = self.predictor_blocks[-1](x, queries=slice(visible.shape[1], None))
         return self.predictor_proj(self.predictor_norm(x[:, :asked]))
 
     def everywhere(self, tokens, action, task=None):
@@ -555,7 +555,7 @@ class AttentiveHead(nn.Module):
     def forward(self, tokens):
         """tokens [B, N, D] -> scores [B, C]."""
         query = self.query.expand(len(tokens), -1, -1)
-        x = self.block(torch.cat([tokens, query], dim=1), queries=1)
+        x = self.block(torch.cat([query, tokens], dim=1), queries=slice(1))
         return self.linear(self.norm(x[:, 0]))
 
 

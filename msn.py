@@ -161,8 +161,8 @@ def hue(images, turns):
     span = value - images.amin(1, keepdim=True)
     # where red is largest: green - blue; green: blue - red, a third on; blue: red - green
     difference = images.roll(-1, 1) - images.roll(-2, 1)
-    sixths = thirds + difference / span.clamp(min=1e-6)
-    sixths = sixths.where(images == value, -1.0).amax(1, keepdim=True)
+    smaller = (value - images).clamp(max=1)  # 0 or 1, since pixels are integers
+    sixths = (thirds + difference / span.clamp(min=1e-6) - 6 * smaller).amax(1, keepdim=True)
     angle = (255 * (sixths / 6 + 1).frac()).floor()
     angle += (255 * turns).trunc()[:, None, None, None]
     angle = 256 * (angle / 256 + 1).frac()  # modulo 256
@@ -198,10 +198,9 @@ def blur_matrix(sigma, size):
 
 
 def blur(images, sigma):
-    """Blur as PIL's GaussianBlur: images [B, 3, H, W], sigma [B] in pixels."""
-    rows = blur_matrix(sigma, images.shape[2])[:, None]
-    columns = blur_matrix(sigma, images.shape[3])[:, None]
-    return (rows @ images @ columns.mT).round()
+    """Blur as PIL's GaussianBlur: square images [B, 3, S, S], sigma [B] in pixels."""
+    matrix = blur_matrix(sigma, images.shape[3])[:, None]
+    return (matrix @ images @ matrix.mT).round()
 
 
 def mirror(images, amounts):
@@ -307,6 +306,19 @@ def projection_head(width, hidden, embedding):
     return nn.Sequential(collections.OrderedDict(layers))
 
 
+def encode(encoder, images, keep=None):
+    """Return the class token after the last block of images [B, 3, S, S]: [B, D].
+
+    keep: the patches to run on, int64 [B, K]. Evaluation reads it before the final norm, as the
+    released code: in training BatchNorm cancels that norm's bias, so nothing holds it in place.
+    """
+    *blocks, last = encoder.blocks
+    x = encoder.embed(images, keep)
+    for block in blocks:
+        x = block(x)
+    return last(x, queries=slice(1))[:, 0]  # only the class token is read
+
+
 class Network(nn.Module):
     """What embeds a view: a ViT on the visible patches, and the head on its class token."""
 
@@ -321,7 +333,7 @@ class Network(nn.Module):
 
     def forward(self, views, keep=None):
         """views [B, 3, s, s], keep int64 [B, K] or None (all patches) -> embeddings [B, d]."""
-        return self.fc(self.encoder(views, keep)[:, 0])
+        return self.fc(self.encoder.norm(encode(self.encoder, views, keep)))
 
 
 class MSN(nn.Module):
@@ -485,18 +497,6 @@ def count_used(assigned):
 # --------------------------------------------------------------------------------------------------
 # Evaluate
 # --------------------------------------------------------------------------------------------------
-
-
-def encode(encoder, images):
-    """Return the class token after the last block of images [B, 3, S, S]: [B, D].
-
-    It is read before the final norm, as in the released code: in training BatchNorm cancels that
-    norm's bias, so nothing holds it in place.
-    """
-    x = encoder.embed(images)
-    for block in encoder.blocks:
-        x = block(x)
-    return x[:, 0]
 
 
 def standardise(features):

@@ -170,8 +170,8 @@ def hue(images, turns):
     span = value - images.amin(1, keepdim=True)
     # where red is largest: green - blue; green: blue - red, a third on; blue: red - green
     difference = images.roll(-1, 1) - images.roll(-2, 1)
-    sixths = thirds + difference / span.clamp(min=1e-6)
-    sixths = sixths.where(images == value, -1.0).amax(1, keepdim=True)
+    smaller = (value - images).clamp(max=1)  # 0 or 1, since pixels are integers
+    sixths = (thirds + difference / span.clamp(min=1e-6) - 6 * smaller).amax(1, keepdim=True)
     angle = (255 * (sixths / 6 + 1).frac()).floor()
     angle += (255 * turns).trunc()[:, None, None, None]
     angle = 256 * (angle / 256 + 1).frac()  # modulo 256
@@ -210,10 +210,9 @@ def blur_matrix(sigma, size):
 
 # Copied from msn.py
 def blur(images, sigma):
-    """Blur as PIL's GaussianBlur: images [B, 3, H, W], sigma [B] in pixels."""
-    rows = blur_matrix(sigma, images.shape[2])[:, None]
-    columns = blur_matrix(sigma, images.shape[3])[:, None]
-    return (rows @ images @ columns.mT).round()
+    """Blur as PIL's GaussianBlur: square images [B, 3, S, S], sigma [B] in pixels."""
+    matrix = blur_matrix(sigma, images.shape[3])[:, None]
+    return (matrix @ images @ matrix.mT).round()
 
 
 # Copied from msn.py
@@ -329,6 +328,20 @@ def projection_head(width, hidden, embedding):
 
 
 # Copied from msn.py
+def encode(encoder, images, keep=None):
+    """Return the class token after the last block of images [B, 3, S, S]: [B, D].
+
+    keep: the patches to run on, int64 [B, K]. Evaluation reads it before the final norm, as the
+    released code: in training BatchNorm cancels that norm's bias, so nothing holds it in place.
+    """
+    *blocks, last = encoder.blocks
+    x = encoder.embed(images, keep)
+    for block in blocks:
+        x = block(x)
+    return last(x, queries=slice(1))[:, 0]  # only the class token is read
+
+
+# Copied from msn.py
 class Network(nn.Module):
     """What embeds a view: a ViT on the visible patches, and the head on its class token."""
 
@@ -343,7 +356,7 @@ class Network(nn.Module):
 
     def forward(self, views, keep=None):
         """views [B, 3, s, s], keep int64 [B, K] or None (all patches) -> embeddings [B, d]."""
-        return self.fc(self.encoder(views, keep)[:, 0])
+        return self.fc(self.encoder.norm(encode(self.encoder, views, keep)))
 
 
 # Copied from msn.py
@@ -599,19 +612,6 @@ def count_used(assigned):
 # --------------------------------------------------------------------------------------------------
 # Evaluate
 # --------------------------------------------------------------------------------------------------
-
-
-# Copied from msn.py
-def encode(encoder, images):
-    """Return the class token after the last block of images [B, 3, S, S]: [B, D].
-
-    It is read before the final norm, as in the released code: in training BatchNorm cancels that
-    norm's bias, so nothing holds it in place.
-    """
-    x = encoder.embed(images)
-    for block in encoder.blocks:
-        x = block(x)
-    return x[:, 0]
 
 
 # Copied from msn.py

@@ -270,15 +270,15 @@ class RotaryBlock(Block):
         self.mlp.fc2 = nn.Linear(width, 4 * width)
         self.mlp.fc3 = nn.Linear(4 * width, width)
 
-    def forward(self, x, queries, places, grid):
+    def forward(self, x, places, grid, queries=slice(None)):
         """As `Block`, for tokens at places [B, N] of a grid."""
         qkv = self.attn.qkv(self.norm1(x))
         qkv = qkv.unflatten(2, (3, self.attn.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, D/H]
         q, k = rotate(torch.stack([q, k]), places, grid)
-        attended = common.attend(q[:, :, -queries:], k, v)  # -0 is 0, so all ask
+        attended = common.attend(q[:, :, queries], k, v)
         attended = attended.transpose(1, 2).flatten(2)  # [B, n, D]
-        x = x[:, -queries:] + self.attn.proj(attended)
+        x = x[:, queries] + self.attn.proj(attended)
         y = self.norm2(x)
         gate = F.silu(self.mlp.fc1(y))
         return x + self.mlp.fc3(gate * self.mlp.fc2(y))
@@ -298,18 +298,18 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.embed = nn.Linear(inputs, width)
 
-    def run(self, x, places, grid, queries=0):
+    def run(self, x, places, grid, queries=slice(None)):
         """Run on tokens x [B, N, D] at places [B, N] of a grid: [B, N, D].
 
-        With queries=n only the last n tokens are computed in the last block: [B, n, D].
+        queries: a slice, the tokens that the last block computes: [B, n, D].
         """
-        where = (places, grid)
+        where = places, grid
         if not self.rope:
             x = x + resample_positions(self.pos_embed, self.grid, grid)[0][places]
             where = ()
         for block in self.blocks[:-1]:
-            x = block(x, 0, *where)
-        return self.norm(self.blocks[-1](x, queries, *where))
+            x = block(x, *where)
+        return self.norm(self.blocks[-1](x, *where, queries))
 
 
 def to_tubelets(video, tubelet, patch):
@@ -364,7 +364,7 @@ class Predictor(Transformer):
         queries = self.mask_tokens[kind].expand(len(x), hidden.shape[1], -1)
         x = torch.cat([x, queries.to(x.dtype)], dim=1)
         places = torch.cat([context, hidden], dim=1)
-        return self.proj(self.run(x, places, self.grid, hidden.shape[1]))
+        return self.proj(self.run(x, places, self.grid, slice(tokens.shape[1], None)))
 
 
 class VJEPA(nn.Module):
