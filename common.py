@@ -110,11 +110,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, queries=slice(None)):
-        """x [B, N, D] -> [B, n, D]. queries: a slice, which tokens ask, by default all."""
+    def forward(self, x, queries=slice(None), turn=None):
+        """x [B, N, D] -> [B, n, D].
+
+        queries: a slice, which tokens ask, by default all. turn: for rotary positions, a function
+        of queries and keys [B, H, N, D/H].
+        """
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # [B, N, 3, H, D/H]
         # one permute of all three would cost the backward pass a copy
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        if turn:
+            q, k = map(turn, (q, k))
         x = attend(q[:, :, queries], k, v)  # [B, H, n, D/H]
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -142,9 +148,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, hidden or 4 * width)
 
-    def forward(self, x, queries=slice(None)):
-        """x [B, N, D] -> [B, n, D]. queries: a slice, which tokens come out, by default all."""
-        x = x[:, queries] + self.attn(self.norm1(x), queries)
+    def forward(self, x, queries=slice(None), turn=None):
+        """x [B, N, D] -> [B, n, D]. queries: a slice, which tokens come out; see `Attention`."""
+        x = x[:, queries] + self.attn(self.norm1(x), queries, turn)
         return x + self.mlp(self.norm2(x))
 
 
@@ -582,8 +588,16 @@ def refuse(path, expected, state):
 
 
 # of the released ViTs, by width
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
-HEADS.update({1152: 16, 1280: 16, 1408: 16, 1536: 24})
+HEADS = {
+    192: 3,
+    384: 6,
+    768: 12,
+    1024: 16,
+    1152: 16,
+    1280: 16,
+    1408: 16,
+    1536: 24,
+}
 
 
 def count_blocks(state):
@@ -952,8 +966,7 @@ class Split:
             turn = exif_turn(image)
             sideways = turn in (5, 6, 7, 8)
             width, height = image.size[::-1] if sideways else image.size
-            boxes = choose_boxes(width, height)
-            parts = list(zip(boxes, sizes, strict=True))
+            parts = list(zip(choose_boxes(width, height), sizes, strict=True))
             # a JPEG decodes at 1/2, 1/4 or 1/8 in less time
             scale = max(size / min(box[2:]) for box, size in parts)
             image.draft("RGB", [math.ceil(side * scale) for side in image.size])
@@ -1206,8 +1219,7 @@ def random_crop(width, height, scale, random):
     """
 
     low, high = scale
-    tries = 10 if low < 1 else 0  # the whole image leaves no choice
-    for _ in range(tries):
+    for _ in range(10 if low < 1 else 0):  # the whole image leaves no choice
         share, tilt = torch.rand(2, generator=random).tolist()
         area = width * height * (low + (high - low) * share)
         ratio = (4 / 3) ** (2 * tilt - 1)
@@ -1396,12 +1408,12 @@ def linear_probe(batches, val, labels, heads, epochs, make_optimizer, milestones
     return accuracy[best], best
 
 
-def save_picture(path, tiles, tile=96, gap=4):
+def save_picture(path, tiles, tile=96):
     """Write a grid of normalised images [rows, columns, 3, S, S] as PNG."""
     tiles = (tiles.cpu() * STD + MEAN).clamp(0, 1) * 255
     rows = []
     for row in tiles:
-        scaled = F.pad(F.interpolate(row, (tile, tile)), [gap] * 4, value=255.0)
+        scaled = F.pad(F.interpolate(row, (tile, tile)), [4] * 4, value=255.0)
         rows.append(torch.cat(list(scaled), dim=2))  # side by side
     picture = torch.cat(rows, dim=1)  # [3, H, W]
     Image.fromarray(picture.byte().permute(1, 2, 0).numpy()).save(path)

@@ -380,15 +380,16 @@ def draw_kept(rate, depth, batches, generator):
     return [torch.stack(rows).view(depth, 2, -1) for rows in kept]
 
 
-def add_branch(x, branch, kept):
-    """Return x + branch(x). Stochastic depth: the branch sees the samples `kept` only.
+def add_branch(x, branch, kept, queries=slice(None)):
+    """Return x + branch(x) at the tokens `queries` that the branch returns.
 
-    It counts B / k times for these k samples, as in the released code, not 1 / (1 - rate).
+    Stochastic depth: it sees the samples `kept` only. It counts B / k times for these k samples, as
+    in the released code, not 1 / (1 - rate).
     """
     if kept is None:
-        return x + branch(x)
+        return x[:, queries] + branch(x)
     change = branch(x[kept]).to(x.dtype)
-    return x.index_add(0, kept, change, alpha=len(x) / len(kept))
+    return x[:, queries].index_add(0, kept, change, alpha=len(x) / len(kept))
 
 
 class Block(nn.Module):
@@ -404,10 +405,17 @@ class Block(nn.Module):
         self.mlp = (SwiGLU if config.swiglu else MLP)(width, 4 * width)
         self.ls2 = LayerScale(width, config.layer_scale)
 
-    def forward(self, x, kept=None):
-        """x [B, N, D] -> [B, N, D]; kept: int64 [2, k], of both branches."""
+    def forward(self, x, kept=None, queries=slice(None)):
+        """x [B, N, D] -> [B, n, D]; kept: int64 [2, k], of both branches.
+
+        queries: a slice, which tokens come out.
+        """
         attention, mlp = (None, None) if kept is None else kept
-        x = add_branch(x, lambda x: self.ls1(self.attn(self.norm1(x))), attention)
+
+        def attend(x):
+            return self.ls1(self.attn(self.norm1(x), queries))
+
+        x = add_branch(x, attend, attention, queries)
         return add_branch(x, lambda x: self.ls2(self.mlp(self.norm2(x))), mlp)
 
 
@@ -461,16 +469,18 @@ class Encoder(nn.Module):
         first = first.expand(len(x), -1, -1)
         return torch.cat([first, x + positions[:, 1:]], dim=1)
 
-    def forward(self, images, masks=None, kept=None, layers=0):
+    def forward(self, images, masks=None, kept=None, layers=0, queries=slice(None)):
         """Return tokens after the final norm [B, 1 + R + N, D] of images [B, 3, H, W].
 
         masks: bool [B, N], hidden patches; kept: int64 [depth, 2, k] of `draw_kept`.
+        queries: a slice, the tokens that the last block computes.
         layers: n > 0 returns a list: the outputs of the last n blocks, each after the final norm.
         """
         x = self.embed(images, masks)
         outputs = []
-        for i, block in enumerate(self.blocks):
-            x = block(x, None if kept is None else kept[i])
+        for i, block in enumerate(self.blocks, start=1):
+            asked = queries if i == len(self.blocks) else slice(None)
+            x = block(x, None if kept is None else kept[i - 1], asked)
             outputs.append(x)
         if layers:
             return [self.norm(output) for output in outputs[-layers:]]
@@ -531,7 +541,9 @@ class DINOv2(nn.Module):
         cls = tokens[:, 0]
         patches = tokens[:, 1 + self.encoder.registers :].flatten(0, 1)[places]
         patch_logits = getattr(self, "ibot_head", self.dino_head)(patches)
-        local_cls = cls[:0] if local is None else self.encoder(local, kept=kept[1])[:, 0]
+        local_cls = cls[:0]
+        if local is not None:  # of local crops only the class token is read
+            local_cls = self.encoder(local, kept=kept[1], queries=slice(1))[:, 0]
         logits = self.dino_head(torch.cat([cls, local_cls]))
         return cls, logits[: len(cls)], logits[len(cls) :], patch_logits
 

@@ -240,48 +240,37 @@ def resample_positions(table, old, new):
     return F.interpolate(cube, new, mode="trilinear").flatten(2).transpose(1, 2)
 
 
-def rotate(x, places, grid):
-    """Turn queries and keys x [..., B, H, N, D/H] of tokens at places [B, N] of a grid.
+def rotary(width, places, grid):
+    """Return a function that turns queries and keys [B, H, N, width] of tokens at places [B, N].
 
-    The channels are three groups, for time, row and column. In a group of a channels the pairs
-    (2i, 2i+1) turn by position * 10000^(-2i/a). What is left over stays as it is.
+    The channels are three groups, for time, row and column of the grid. In a group of a channels
+    the pairs (2i, 2i+1) turn by position * 10000^(-2i/a). What is left over stays as it is.
     """
-    width = x.shape[-1]
     a = width // 3
-    channel = torch.arange(width, device=x.device)
+    channel = torch.arange(width, device=places.device)
     inside = channel % a
     sign = inside % 2 * 2 - 1  # of the sine: the first of a pair has -1, the second 1
     turned = (inside < a // 2 * 2) & (channel < 3 * a)
     frequencies = turned * 10000.0 ** (-(inside // 2) * 2 / a)
     position = torch.stack(torch.unravel_index(places, grid), dim=-1)  # [B, N, 3]
-    angles = (position[..., channel // a % 3] * frequencies)[:, None]  # [B, 1, N, D/H]
-    partner = x[..., (channel - sign) % width] * sign
-    return (x * angles.cos() + partner * angles.sin()).to(x.dtype)
+    angles = (position[..., channel // a % 3] * frequencies)[:, None]  # [B, 1, N, width]
+    cosine = angles.cos()
+    sine = angles.sin() * sign
+    partner = (channel - sign) % width
+    return lambda x: (x * cosine + x[..., partner] * sine).to(x.dtype)
 
 
-class RotaryBlock(Block):
-    """A `Block` that turns queries and keys by their place in the video.
+class SwiGLU(MLP):
+    """fc3(silu(fc1 x) * fc2 x)."""
 
-    Its MLP is SwiGLU, fc3(silu(fc1 x) * fc2 x).
-    """
+    def __init__(self, width, hidden):
+        super().__init__(width, hidden)
+        self.fc2 = nn.Linear(width, hidden)
+        self.fc3 = nn.Linear(hidden, width)
 
-    def __init__(self, width, heads):
-        super().__init__(width, heads)
-        self.mlp.fc2 = nn.Linear(width, 4 * width)
-        self.mlp.fc3 = nn.Linear(4 * width, width)
-
-    def forward(self, x, places, grid, queries=slice(None)):
-        """As `Block`, for tokens at places [B, N] of a grid."""
-        qkv = self.attn.qkv(self.norm1(x))
-        qkv = qkv.unflatten(2, (3, self.attn.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, D/H]
-        q, k = rotate(torch.stack([q, k]), places, grid)
-        attended = common.attend(q[:, :, queries], k, v)
-        attended = attended.transpose(1, 2).flatten(2)  # [B, n, D]
-        x = x[:, queries] + self.attn.proj(attended)
-        y = self.norm2(x)
-        gate = F.silu(self.mlp.fc1(y))
-        return x + self.mlp.fc3(gate * self.mlp.fc2(y))
+    def forward(self, x):
+        """[..., D] -> [..., D]."""
+        return self.fc3(F.silu(self.fc1(x)) * self.fc2(x))
 
 
 class Transformer(nn.Module):
@@ -291,10 +280,12 @@ class Transformer(nn.Module):
         super().__init__()
         self.grid = grid_of(config)
         self.rope = config.rope
+        self.heads = config.heads
         if not config.rope:  # a fixed table is no weight: checkpoints do without it
             self.register_buffer("pos_embed", sincos_3d(width, self.grid), persistent=False)
-        block = RotaryBlock if config.rope else Block
-        self.blocks = nn.ModuleList(block(width, config.heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(depth))
+        for block in self.blocks if config.rope else ():
+            block.mlp = SwiGLU(width, 4 * width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.embed = nn.Linear(inputs, width)
 
@@ -303,13 +294,14 @@ class Transformer(nn.Module):
 
         queries: a slice, the tokens that the last block computes: [B, n, D].
         """
-        where = places, grid
-        if not self.rope:
+        turn = None
+        if self.rope:
+            turn = rotary(x.shape[2] // self.heads, places, grid)
+        else:
             x = x + resample_positions(self.pos_embed, self.grid, grid)[0][places]
-            where = ()
         for block in self.blocks[:-1]:
-            x = block(x, *where)
-        return self.norm(self.blocks[-1](x, *where, queries))
+            x = block(x, turn=turn)
+        return self.norm(self.blocks[-1](x, queries, turn))
 
 
 def to_tubelets(video, tubelet, patch):
@@ -894,7 +886,7 @@ def train(model, target, split, config, world):
     parts = config.batch // config.micro // world.size
 
     def clip():
-        for module in (model.encoder, model.predictor):
+        for module in model.children():
             nn.utils.clip_grad_norm_(module.parameters(), CLIP)
 
     for step in run:
@@ -1044,7 +1036,7 @@ def video_surprise(model, target, video, contexts, config, world):
     """Return the surprise at a video, uint8 [T, 3, H, W]: every second window, float64 [K, W]."""
     length = config.frames
     if len(video) < length:
-        raise ValueError(f"{len(video)} frames are less than a window of {length}")
+        fail(f"a video of {config.physics} has {len(video)} frames, less than a window of {length}")
     # InfLevel's wide frames are squashed, all others are cut to a square
     aspect = (0.5, 2.0) if config.physics == "inflevel" else (1.0, 1.0)
     box = centre_crop(*video.shape[-2:], aspect)

@@ -54,7 +54,7 @@ def test_positions():
 def test_rotary_positions():
     g = golden("rope")
     for width in (80, 64, 24, 16):
-        close(vjepa.rotate(g[f"q_{width}"], g.ids, (4, 3, 3)), g[f"rot_{width}"], atol=1e-6)
+        close(vjepa.rotary(width, g.ids, (4, 3, 3))(g[f"q_{width}"]), g[f"rot_{width}"], atol=1e-6)
 
 
 def our_names(names, values):
