@@ -21,7 +21,7 @@ SIZES = {
     "msn.py": 6800,
     "pmsn.py": 7300,
     "dinov2.py": 11500,
-    "vjepa.py": 10700,
+    "vjepa.py": 10500,
     "iwm.py": 8200,
     "flexpredict.py": 7300,
     "pixel_vit.py": 11000,

@@ -433,7 +433,7 @@ def test_toy_clips_are_legal_and_reproducible():
                 known = phase
 
 
-def test_surprise_at_the_impossible_is_what_is_counted(monkeypatch):
+def test_surprise_at_the_impossible_is_what_is_counted(monkeypatch, capsys):
     """Surprised by what is impossible is right; without memory is chance."""
     config = Config(width=16, depth=1, heads=2, predictor_width=16)
     monkeypatch.setattr(vjepa, "QUADRUPLETS", 2)
@@ -441,6 +441,10 @@ def test_surprise_at_the_impossible_is_what_is_counted(monkeypatch):
     shown = vjepa.evaluate_physics(None, config, WORLD, run)
     assert list(shown) == vjepa.PROPERTIES
     wrong = {pair[1].numpy().tobytes() for _, pair in vjepa.toy_pairs(config)}
+    networks = vjepa.load_networks(config, None, WORLD)
+    with pytest.raises(SystemExit):
+        vjepa.video_surprise(*networks, torch.zeros(6, 3, 32, 32).byte(), [4], config, WORLD)
+    assert "6 frames, less than a window of 16" in capsys.readouterr().err
 
     def oracle(model, target, video, *_):
         return torch.full((4, 12), 1.0 if video.numpy().tobytes() in wrong else 0.5).double()
