@@ -646,26 +646,33 @@ def decode(path, frames, wanted):
     frames: of `list_frames`; wanted: numbers, ascending. Starts at the last key frame before them.
     If another frame comes than was listed, opens the file again and counts from its start.
     """
+    # one for all frames: each starts threads
+    convert = av.video.reformatter.VideoReformatter().reformat
     keys = [i for i in range(wanted[0] + 1) if frames[i][1]]
     for start in (max(keys, default=0), 0):
         found = {}
         with av.open(str(path)) as video:
             stream = video.streams.best("video")
+            # threads of its own would slow down loading processes, which share the cores
+            stream.codec_context.thread_count = 1
             if start:
                 video.seek(frames[start][0], stream=stream)
             for i, frame in enumerate(video.decode(stream), start):
                 if start and frame.pts != frames[i][0]:
                     break
                 if i in wanted:
-                    found[i] = upright(frame)
+                    found[i] = upright(frame, convert)
                 if i == wanted[-1]:
                     return found
     raise ValueError("some of its frames cannot be decoded")
 
 
-def upright(frame):
-    """Return a decoded frame as uint8 [H, W, 3], turned and mirrored by its display matrix."""
-    pixels = frame.to_ndarray(format="rgb24")
+def upright(frame, convert):
+    """Return a decoded frame as uint8 [H, W, 3], turned and mirrored by its display matrix.
+
+    convert: the method `reformat` of a VideoReformatter.
+    """
+    pixels = convert(frame, format="rgb24").to_ndarray()
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels
@@ -803,7 +810,7 @@ def read_lists(config, name):
         fail(f"no videos in {lists}: expected one `path label` a line")
     known = "," not in lists and min(labels) >= 0
     classes = [str(i) for i in range(max(labels) + 1)] if known else []
-    names = [str(video) for video in videos]
+    names = list(map(str, videos))
     return Videos(videos, names, torch.tensor(labels), classes, config=config)
 
 
@@ -836,8 +843,7 @@ def open_data(config, wanted):
     common.TOYS["toy"] = functools.partial(toy_videos, config)
     if config.data.endswith(".csv"):
         common.TOYS[config.data] = functools.partial(read_lists, config)
-    splits = common.open_data(config.data, wanted, "toy")
-    return [as_videos(split, config) for split in splits]
+    return [as_videos(split, config) for split in common.open_data(config.data, wanted, "toy")]
 
 
 def make_micro_batch(split, config, number):
@@ -1058,7 +1064,7 @@ def aggregate(surprise):
 
 def auroc(possible, impossible):
     """Return the share of all (possible, impossible) whose possible surprises less, ties half."""
-    difference = impossible[None, :] - possible[:, None]
+    difference = impossible - possible[:, None]
     return ((difference.sign() + 1) / 2).mean().item()
 
 
@@ -1296,14 +1302,12 @@ def read_weights(path):
     """
     state = common.load_checkpoint(path, "vjepa")
     if "script" in state:
-        fields = {name: state["config"][name] for name in MODEL}
-        return {**state, "fields": fields}
+        return {**state, "fields": {name: state["config"][name] for name in MODEL}}
     if "target_encoder" not in state or "predictor" not in state:
         common.refuse(path, "V-JEPA: expected target_encoder and predictor", state)
-    predictor = rename(state["predictor"], "predictor.")
-    model = {**rename(state["encoder"], "encoder."), **predictor}
-    target = rename(state["target_encoder"])
-    return {"model": model, "target": target, "fields": {}}
+    model = rename(state["encoder"], "encoder.")
+    model.update(rename(state["predictor"], "predictor."))
+    return {"model": model, "target": rename(state["target_encoder"]), "fields": {}}
 
 
 # what the authors' names have more than ours
@@ -1415,7 +1419,7 @@ def check(config, world):
     if "physics" in c.eval:
         if c.frames < 16:
             fail(f"--eval physics needs clips of 16 --frames or more, not {c.frames}")
-        if next(physics_pairs(c), None) is None:
+        if not next(physics_pairs(c), None):
             fail(f"no videos of {c.physics} in --physics-data {c.physics_data}: see its reader")
 
 

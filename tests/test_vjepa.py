@@ -500,7 +500,9 @@ def write_pictures(folder, numbers):
 def decoded(path):
     """Return what a decoder gives from the start on, uint8 [T, 3, H, W]."""
     with av.open(str(path)) as video:
-        frames = [vjepa.upright(frame) for frame in video.decode(video.streams.best("video"))]
+        convert = av.video.reformatter.VideoReformatter().reformat
+        decoded = video.decode(video.streams.best("video"))
+        frames = [vjepa.upright(frame, convert) for frame in decoded]
     return np.stack(frames).transpose(0, 3, 1, 2)
 
 
