@@ -268,7 +268,7 @@ class EMA:
 
 def fail(message, code=2):
     """Print one line that a newcomer can act on, and leave with this exit code."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -387,7 +387,7 @@ class World:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def start_world(device="", precision=""):
+def start_world(device, precision=""):
     """Join the process group that torchrun describes, or run alone.
 
     device: cuda, mps or cpu, "" = the best there is. precision: bf16, fp16 or fp32,
@@ -574,8 +574,9 @@ def load_checkpoint(path, *scripts):
         reason = f"{type(error).__name__}: {error}"
         pickled = re.search(r"(?<=GLOBAL )[\w.]+|TorchScript", reason)
         if pickled:
-            advice = "which could run code: save its state_dict()"
-            fail(f"{path} holds a pickled {pickled[0]}, {advice}")
+            fail(
+                f"{path} holds a pickled {pickled[0]}, which could run code: save its state_dict()"
+            )
         fail(f"{path} is truncated or damaged, or not a checkpoint ({reason.splitlines()[0]})")
     if scripts and state.get("script", scripts[0]) not in scripts:
         fail(f"{path} was written by {state['script']}.py, not by {scripts[0]}.py")
@@ -925,7 +926,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 @dataclasses.dataclass
 class Split:
-    """N images: files or uint8 [H, W, 3]; their names; labels int64 [N], or -1; class names."""
+    """N images: files or PIL images; their names; labels int64 [N], or -1; class names."""
 
     images: list
     names: list
@@ -961,11 +962,9 @@ class Split:
         choose_boxes(width, height) returns a (top, left, height, width) for each, in pixels.
         """
         image = self.images[index]
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
-        with image:
+        with image if isinstance(image, Image.Image) else Image.open(image) as image:
             turn = exif_turn(image)
-            sideways = turn in (5, 6, 7, 8)
-            width, height = image.size[::-1] if sideways else image.size
+            width, height = image.size[::-1] if turn in range(5, 9) else image.size  # sideways
             parts = list(zip(choose_boxes(width, height), sizes, strict=True))
             # a JPEG decodes at 1/2, 1/4 or 1/8 in less time
             scale = max(size / min(box[2:]) for box, size in parts)
@@ -977,7 +976,8 @@ class Split:
         for (top, left, h, w), size in parts:
             box = (left * fx, top * fy, (left + w) * fx, (top + h) * fy)
             part = image.resize((size, size), resample, box)
-            pixels.append(torch.from_numpy(np.array(part)).permute(2, 0, 1))
+            part = torch.frombuffer(bytearray(part.tobytes()), dtype=torch.uint8)
+            pixels.append(part.view(size, size, 3).permute(2, 0, 1))
         return pixels
 
     def read_batch(self, indices, choose_boxes, sizes, resample=Image.BILINEAR):
@@ -1091,11 +1091,10 @@ def open_data(data, wanted, toy="letters"):
     """
     train = open_split(data, "train", toy)
     val = open_split(data, "val", toy)
-    unseen = val or train
     if not (wanted and val and val.classes and train.classes):
         if wanted:
             note(f"{wanted}: skipped, since {data} has no {'labels' if val else 'val split'}")
-        return train, None, unseen
+        return train, None, val or train
     if val.classes != train.classes:
         absent = sorted({*val.classes} - {*train.classes})
         if absent:
@@ -1104,7 +1103,7 @@ def open_data(data, wanted, toy="letters"):
         numbers = torch.tensor([train.classes.index(name) for name in val.classes])
         val.labels = numbers[val.labels]
         val.classes = train.classes
-    return train, val, unseen
+    return train, val, val
 
 
 def cifar10(folder, name):
@@ -1133,7 +1132,8 @@ def in_memory(pixels, labels, classes, name):
     """Return a Split of decoded images: pixels [N, H, W, 3], 0 to 255, and labels [N]."""
     pixels = pixels.clip(0, 255).astype(np.uint8)
     names = [f"{name}/{classes[label]}/{i:05d}" for i, label in enumerate(labels)]
-    return Split(list(pixels), names, torch.tensor(labels).long(), classes)
+    images = [*map(Image.fromarray, pixels)]
+    return Split(images, names, torch.tensor(labels).long(), classes)
 
 
 def toy_random(name):
@@ -1217,7 +1217,6 @@ def random_crop(width, height, scale, random):
 
     Returns (top, left, height, width). The order of the draws is torchvision's.
     """
-
     low, high = scale
     for _ in range(10 if low < 1 else 0):  # the whole image leaves no choice
         share, tilt = torch.rand(2, generator=random).tolist()
@@ -1268,8 +1267,7 @@ def start_worker(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # An item that finds no shared memory would be lost, and the main process would wait for ever.
-    failed = staticmethod(lambda error, item: os._exit(1))
-    multiprocessing.queues.Queue._on_queue_feeder_error = failed
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
 
 
 def make_loader(make, numbers, config, world):

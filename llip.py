@@ -612,7 +612,7 @@ def toy_world(part):
         facts.append(facts_of(names))
     kinds = list(facts[0]) if part == "train" else ["relation", "scene"]
     captions = [[caption for kind in kinds for caption in scene[kind]] for scene in facts]
-    images = list(pixels.clip(0, 255).astype(np.uint8))
+    images = [*map(Image.fromarray, pixels.clip(0, 255).astype(np.uint8))]
     return unlabelled(images, range(count), captions, part), facts
 
 
@@ -665,7 +665,7 @@ class Texts(Ranges):
 
 @dataclass
 class Pairs(common.Split):
-    """A split whose images have captions, a list each. Images: arrays, paths or byte ranges."""
+    """A split whose images have captions, a list each. Images: PIL, paths or byte ranges."""
 
     captions: list = ()
     centred: bool = False  # read by CLIP's transform for evaluation, whatever part is asked for

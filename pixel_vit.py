@@ -812,7 +812,8 @@ def sample_split(model, config, world, codec):
     images = common.gather_over_ranks(images)[: config.samples]
     labels = torch.arange(config.samples) % max(1, config.classes)
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-    return common.Split(list(pixels), [""] * config.samples, labels, [])
+    images = [*map(Image.fromarray, pixels)]
+    return common.Split(images, [""] * config.samples, labels, [])
 
 
 def frechet_distance(a, b):
@@ -886,7 +887,7 @@ class Squares(common.Split):
     def read(self, index, choose_boxes, sizes, resample=None):
         """See `common.Split`; the boxes are not used."""
         image = self.images[index]
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
+        image = image if isinstance(image, Image.Image) else Image.open(image)
         image = common.to_rgb(image, common.exif_turn(image))
         pixels = np.array(centre_crop(image, sizes[0]))
         return [torch.from_numpy(pixels).permute(2, 0, 1)]

@@ -267,7 +267,7 @@ def test_toy_scenes_are_what_their_labels_say():
     areas = (labels == 2).mean((2, 3))
     assert abs(areas - np.pi * 0.18**2).max() < 0.01, "always whole"
     val = common.open_split("scenes", "val")
-    assert len(val) == 2000 and val.images[0].shape == (24, 24)
+    assert len(val) == 2000 and val.images[0].size == (24, 24)
 
 
 def test_video_evaluation_of_a_perfect_and_of_a_blind_encoder():

@@ -421,7 +421,7 @@ def test_cifar10_archive_is_checked(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(common, "CIFAR10_URL", archive.as_uri())
     train, val = (common.cifar10(tmp_path / "fetched", split) for split in ("train", "val"))
     assert len(train) == 14 and len(val) == 7 and train.classes[3] == "cat"
-    close(val.images[0].transpose(2, 0, 1).ravel(), rows[0, 1:])
+    close(np.array(val.images[0]).transpose(2, 0, 1).ravel(), rows[0, 1:])
     close(val.labels, rows[:, 0])
 
 
