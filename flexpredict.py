@@ -858,6 +858,7 @@ PRESETS = {
     "toy": TOY,
     "toy-scenes": {
         **TOY,
+        "steps": 2000,
         "data": "scenes",
         "image_size": 24,
         "patch": 4,

@@ -108,7 +108,9 @@ def profile(script, flags):
 def main():
     """Print the tables."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --precision is a script's, --precisions is ours
     )
     parser.add_argument("script", help="the name of a training script, such as ijepa")
     parser.add_argument("--before", default="", help="a git revision to compare with")

@@ -110,7 +110,9 @@ def bench_curation(source, flags, thresholds):
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # flags that are unknown here go to the script
     )
     parser.add_argument("folder", help="a folder with train/ and val/")
     parser.add_argument(

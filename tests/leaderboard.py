@@ -75,7 +75,9 @@ def machine():
 def main():
     """Train what is missing, then print the table."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # flags that are unknown here go to the scripts
     )
     parser.add_argument("--minutes", type=float, default=30, help="of training, each method")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
