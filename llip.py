@@ -1084,7 +1084,7 @@ def draw_picture(model, tokenizer, split, config, world, run):
     page = Image.open(path)
     draw = ImageDraw.Draw(page)
     for column, caption in enumerate(captions):
-        draw.text((200 * column + 206, 6), re.sub("(.{30})", r"\1\n", caption), "white")
+        draw.text((200 * column + 206, 6), re.sub(r"(.{1,30})(\s|$)", r"\1\n", caption), "white")
     page.save(path)
     note(f"{path}: what captions of one image look at")
 
