@@ -387,7 +387,7 @@ class World:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def start_world(device, precision=""):
+def start_world(device, precision):
     """Join the process group that torchrun describes, or run alone.
 
     device: cuda, mps or cpu, "" = the best there is. precision: bf16, fp16 or fp32,
@@ -962,7 +962,8 @@ class Split:
         choose_boxes(width, height) returns a (top, left, height, width) for each, in pixels.
         """
         image = self.images[index]
-        with image if isinstance(image, Image.Image) else Image.open(image) as image:
+        image = image if isinstance(image, Image.Image) else Image.open(image)
+        with image:
             turn = exif_turn(image)
             width, height = image.size[::-1] if turn in range(5, 9) else image.size  # sideways
             parts = list(zip(choose_boxes(width, height), sizes, strict=True))
@@ -976,8 +977,8 @@ class Split:
         for (top, left, h, w), size in parts:
             box = (left * fx, top * fy, (left + w) * fx, (top + h) * fy)
             part = image.resize((size, size), resample, box)
-            part = torch.frombuffer(bytearray(part.tobytes()), dtype=torch.uint8)
-            pixels.append(part.view(size, size, 3).permute(2, 0, 1))
+            data = torch.frombuffer(bytearray(part.tobytes()), dtype=torch.uint8)
+            pixels.append(data.view(size, size, 3).permute(2, 0, 1))
         return pixels
 
     def read_batch(self, indices, choose_boxes, sizes, resample=Image.BILINEAR):

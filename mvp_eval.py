@@ -1141,7 +1141,7 @@ def main(argv=None):
         return compare(*argv[1:])
     config, typed = common.parse_config(Config, PRESETS, DATA_PRESETS, argv)
     free, views = check(config)
-    world = common.start_world("cpu")
+    world = common.start_world("cpu", "fp32")
     asked = Endpoint(config) if config.endpoint else config.fn and import_function(config.fn)
     folder, root = find_data(config, world)
     questions = read_annotations(folder, config.split)
