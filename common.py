@@ -95,7 +95,7 @@ def attend(q, k, v):
     # takes ten times as long as plain products.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 400:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
-        return scores.softmax(-1).to(v.dtype) @ v
+        return scores.softmax(-1, dtype=v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
