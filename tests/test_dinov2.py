@@ -429,12 +429,6 @@ def test_sides_of_crops():
 
 # ------------------------------------------------------------------------------- weights, presets
 
-# parameters: encoder, DINO head, iBOT head
-SIZES = rows("""
-vitl16_short    303_351_808  23_662_848
-vitl14          303_655_168  57_545_088  40_505_600
-vitg14        1_134_771_200  58_593_664  41_554_176
-""")
 # encoders with the 1,370 positions of 518 pixels; four registers have 4 x width more
 RELEASED = rows("""
 vits14_distilled          22_056_576
@@ -446,11 +440,8 @@ vitg14_reg4            1_136_486_912
 """)
 
 
-def test_presets_have_the_papers_and_the_released_sizes():
+def test_presets_have_the_released_sizes():
     with torch.device("meta"):
-        for name, *expected in SIZES:
-            model = dinov2.DINOv2(preset(name))
-            assert [count(part) for part in model.children()] == [*map(int, expected)]
         for name, expected in RELEASED:
             assert count(dinov2.Encoder(preset(name, image_size=518))) == int(expected)
 

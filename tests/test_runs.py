@@ -668,6 +668,48 @@ def test_help_and_presets(script, capsys):
         module.check(config, common.World(0, 8 if name.startswith("vit_") else 1))
 
 
+SIZES = """
+ijepa        vit_b16_in1k                 85_797_120
+ijepa        vit_l16_in1k                303_299_584
+ijepa        vit_h14_in1k                630_762_240
+ijepa        vit_h16_448_in1k            631_668_480
+ijepa        vit_h14_in22k               630_762_240
+ijepa        vit_g16_in22k             1_011_368_576
+flexpredict  vit_b16_in1k                 85_797_120
+flexpredict  vit_l16_in1k                303_299_584
+flexpredict  vit_h16_in1k                630_915_840
+iwm          vit_b16_equivariant_in1k     85_797_120
+iwm          vit_b16_invariant_in1k       85_797_120
+iwm          vit_l16_equivariant_in1k    303_299_584
+msn          vit_s16_in1k                 21_665_664
+msn          vit_b16_in1k                 85_798_656
+msn          vit_b8_in1k                  85_807_872
+msn          vit_b4_in1k                  87_503_616
+msn          vit_l16_in1k                303_301_632
+msn          vit_l7_in1k                 303_513_600
+vjepa        vit_l16                     305_490_944  22_685_056
+vjepa        vit_h16                     633_655_040  22_881_920
+vjepa        vit_h16_384                 637_546_240  24_049_280
+vjepa        vit_b16_rope                114_584_832
+vjepa        vit_l16_rope                404_646_912  29_179_264
+vjepa        vit_h16_rope                841_527_040  29_376_128
+dinov2       vitl16_short                303_351_808  23_662_848
+dinov2       vitl14                      303_655_168  57_545_088  40_505_600
+dinov2       vitg14                    1_134_771_200  58_593_664  41_554_176
+"""  # script, preset, parameters of the encoder, positions counted; of the predictor or the heads
+
+
+def test_paper_presets_have_the_papers_sizes():
+    for line in SIZES.strip().splitlines():
+        name, preset, *expected = line.split()
+        module = SCRIPTS[name].module
+        with torch.device("meta"):
+            model, _ = module.build(module.Config(**module.PRESETS[preset]))
+        parts = getattr(model, "network", model).children()
+        for part, size in zip(parts, expected, strict=False):
+            assert sum(map(torch.numel, [*part.parameters(), *part.buffers()])) == int(size), line
+
+
 # --------------------------------------------------------------------------- I-JEPA, MSN and PMSN
 
 

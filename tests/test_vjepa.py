@@ -189,25 +189,6 @@ def test_crops_and_evaluation_transform():
         close(first, g[f"voe_eval_{name}"], atol=1e-4)
 
 
-# encoder and predictor parameters, position tables counted
-SIZES = {
-    "vit_l16": (305_490_944, 22_685_056),
-    "vit_h16": (633_655_040, 22_881_920),
-    "vit_h16_384": (637_546_240, 24_049_280),
-    "vit_b16_rope": (114_584_832,),
-    "vit_l16_rope": (404_646_912, 29_179_264),
-    "vit_h16_rope": (841_527_040, 29_376_128),
-}
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_paper_presets_have_the_papers_sizes(name):
-    with torch.device("meta"):
-        model = vjepa.VJEPA(Config(**vjepa.PRESETS[name]))
-    for part, count in zip(model.children(), SIZES[name], strict=False):
-        assert sum(map(torch.numel, [*part.parameters(), *part.buffers()])) == count
-
-
 # ------------------------------------------------------------------------------------------ masks
 
 SETTINGS = {  # times, side, blocks, scale
