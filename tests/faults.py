@@ -15,7 +15,6 @@ train: threads of a parent are missing in its children.
 """
 
 import argparse
-import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -350,7 +349,8 @@ FAULTS = [kill, disk, checkpoint, flood, rank, twice, folder, network, memory]
 
 def attempt(case, fault):
     """Return one cell of the table. Whatever a broken run does, the others get their turn."""
-    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+    with tempfile.TemporaryDirectory() as place:
+        os.chdir(place)
         try:
             fault(case)
         except NotApplicable as reason:
@@ -358,6 +358,8 @@ def attempt(case, fault):
         except Exception:
             traceback.print_exc()
             return "FAILED"
+        finally:
+            os.chdir("/")
         return "survived"
 
 

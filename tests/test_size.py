@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SKIP = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
-SKIP.add(tokenize.ENDMARKER)
+SKIP = set("COMMENT NL NEWLINE INDENT DEDENT ENDMARKER FSTRING_END".split())
 
 # code tokens of each file at most
 SIZES = {
@@ -43,10 +42,14 @@ def tokens_by_line(source):
         if isinstance(node, documented) and ast.get_docstring(node):
             documentation.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     counts = {}
+    inside = 0  # f-strings, which since Python 3.12 are many tokens; here each is one
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         line = token.start[0]
-        if token.type not in SKIP and line not in documentation:
+        kind = tokenize.tok_name[token.type]
+        inside -= kind == "FSTRING_END"
+        if not inside and kind not in SKIP and line not in documentation:
             counts[line] = counts.get(line, 0) + 1
+        inside += kind == "FSTRING_START"
     return counts
 
 
