@@ -664,7 +664,9 @@ def tune(encoder, predictor, tasks, train, val, config, world, run, all_of_it=Fa
             advice = "try a lower --tune-lr, or --precision fp32"
             fail(f"loss not finite for three steps of tuning before step {done}: {advice}", code=3)
     model.eval()
-    return {task: judge(model, task, val, config, world) for task in tasks}
+    result = {task: judge(model, task, val, config, world) for task in tasks}
+    common.note(f"tuned for {steps} steps: {result}")
+    return result
 
 
 def judge(model, task, val, config, world):

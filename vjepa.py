@@ -611,7 +611,7 @@ def list_frames(path):
     is (0, False). A frame of a folder is a file.
     """
     files = common.files_below(path) if path.is_dir() else [path]
-    pictures = [file for file in files if is_picture(file)]
+    pictures = list(filter(is_picture, files))
     if pictures:
         return 25, sorted(pictures, key=lambda file: (len(file.name), file))  # 9.jpg before 10.jpg
     with av.open(str(path)) as video:
