@@ -300,7 +300,8 @@ def command_line(main):
                 fail(f"{error}. If the disk is full, free some space. Then --resume.", code=1)
             raise
         finally:
-            if dist.is_initialized():
+            # gloo needs no end, and with torch 2.6 it can hang when destroyed right after its use
+            if dist.is_initialized() and dist.get_backend() == "nccl":
                 dist.destroy_process_group()
 
     return guarded
@@ -603,7 +604,7 @@ HEADS = {
 
 def count_blocks(state):
     """Return the number of transformer blocks in a state dict."""
-    return len([name for name in state if name.endswith("norm1.weight")])
+    return sum(name.endswith("norm1.weight") for name in state)
 
 
 def vit_fields(state, path, heads=0):
@@ -1354,8 +1355,8 @@ def knn(bank, labels, queries, k=20, temperature=0.07):
     k = min(k, len(bank))
     norms = bank.norm(dim=1)
     scores = []
-    chunk = 2**27 // len(bank) + 1  # 0.5 GiB of similarities
-    for rows in F.normalize(queries, dim=1).split(chunk):
+    # 0.5 GiB of similarities at a time
+    for rows in F.normalize(queries, dim=1).split(2**27 // len(bank) + 1):
         similarity, nearest = (rows @ bank.T / norms).topk(k, dim=1)
         votes = (similarity / temperature).exp()
         empty = votes.new_zeros(len(rows), int(labels.max()) + 1)

@@ -185,7 +185,6 @@ def on_two_ranks(rank, port):
             "single_ce": common.mean_over_ranks(ce),
         }
         compare(g, f"{name}_", atol=2e-6, **found)
-    torch.distributed.destroy_process_group()
 
 
 def test_loss_on_two_ranks():
