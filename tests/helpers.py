@@ -21,6 +21,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+SHARDS = hasattr(torch.cpu.Stream, "record_event")  # FSDP2 runs on CPUs, since torch 2.7
 
 
 class Golden(dict):

@@ -19,8 +19,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, Forked, close, kill_when, log_rows, photographs, run, run_several
-from helpers import start, wait_for, wait_for_rows, words
+from helpers import GOLDEN, SHARDS, Forked, close, kill_when, log_rows, photographs, run
+from helpers import run_several, start, wait_for, wait_for_rows, words
 from PIL import Image, PngImagePlugin
 
 import common
@@ -244,17 +244,18 @@ def test_two_ranks_are_one_process(script):
     photographs(Path("photos"), count=24)
     flags = f"{script.folder} {script.slow} --data photos --steps 3 --eval {script.score[0]}"
     shard = "shard --shard" + " --recompute" * hasattr(script.module.Config, "recompute")
-    more = ("two", shard, f"{shard} --steps 5 --resume")
+    more = ("two", shard, f"{shard} --steps 5 --resume") if SHARDS else ("two",)
     run_several(*(f"{script.name} {flags} --out {out}" for out in more), ranks=2)
     here(script, flags, "--out one")
     assert_same("one", "two", tolerance=1e-5, without=script.noise)
-    for out in ("two", "shard"):
+    for out in ("two", "shard")[: len(more)]:
         for key in ("loss", "gradient_norm"):
             assert logged(out, key)[:3] == pytest.approx(logged("one", key), rel=5e-5)
         assert logged(out, "eval")[-1].keys() == logged("one", "eval")[-1].keys()
-    state = torch.load("shard/last.pt", weights_only=True)
-    assert state["step"] == 5
-    assert all(type(value) is torch.Tensor for value in state["model"].values())
+    if SHARDS:
+        state = torch.load("shard/last.pt", weights_only=True)
+        assert state["step"] == 5
+        assert all(type(value) is torch.Tensor for value in state["model"].values())
 
 
 def test_bf16_follows_fp32_and_any_precision_resumes(script):
@@ -521,11 +522,12 @@ def test_files_that_are_no_checkpoints(capsys):
     here(IJEPA, IJEPA.small, "--steps 1 --out good")
     whole = Path("good/last.pt").read_bytes()
     middle = len(whole) // 2
+    flipped = bytes(255 - byte for byte in whole[middle:])
     files = {  # content: what the refusal names
         "absent.pt": (None, "no checkpoint at"),
         "good": (None, "model.safetensors"),
         "cut.pt": (whole[:middle], "truncated"),
-        "flipped.pt": (whole[:middle] + bytes(9) + whole[middle + 9 :], "damaged"),
+        "flipped.pt": (whole[:middle] + flipped[:100] + whole[middle + 100 :], "damaged"),
         "text.pt": (b"hello", "not a checkpoint"),
         "lfs.pt": (b"version https://git-lfs.github.com/spec/v1", "Git LFS"),
         "cut.safetensors": ((100).to_bytes(8, "little") + b'{"a"', "truncated"),
