@@ -1029,7 +1029,8 @@ def draw_failures(path, drawn, root):
             images, _ = decode(root / question.video_path, "segments", 6, 72)
             for column, image in enumerate(images):
                 sheet.paste(image, (72 * column, 80 * i))
-        text = f"{question.source}: {question.question}\nright: {question.answer}\nsaid: {reply!r}"
+        right = f"{'AB'[question.answer_idx]}, {question.answer}"
+        text = f"{question.source}: {question.question}\nright: {right}\nsaid: {reply!r}"
         canvas.text((440, 80 * i), text, "black")
     sheet.save(path)
 
