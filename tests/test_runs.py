@@ -680,9 +680,9 @@ ijepa        vit_g16_in22k             1_011_368_576
 flexpredict  vit_b16_in1k                 85_797_120
 flexpredict  vit_l16_in1k                303_299_584
 flexpredict  vit_h16_in1k                630_915_840
-iwm          vit_b16_equivariant_in1k     85_797_120
-iwm          vit_b16_invariant_in1k       85_797_120
-iwm          vit_l16_equivariant_in1k    303_299_584
+iwm          vit_b16_equivariant_in1k     85_797_120  33_053_952
+iwm          vit_b16_invariant_in1k       85_797_120  22_407_168
+iwm          vit_l16_equivariant_in1k    303_299_584 115_429_376
 msn          vit_s16_in1k                 21_665_664
 msn          vit_b16_in1k                 85_798_656
 msn          vit_b8_in1k                  85_807_872
@@ -698,7 +698,7 @@ vjepa        vit_h16_rope                841_527_040  29_376_128
 dinov2       vitl16_short                303_351_808  23_662_848
 dinov2       vitl14                      303_655_168  57_545_088  40_505_600
 dinov2       vitg14                    1_134_771_200  58_593_664  41_554_176
-"""  # script, preset, parameters of the encoder, positions counted; of the predictor or the heads
+"""  # script, preset, parameters of the encoder, positions counted; of predictor or heads
 
 
 def test_paper_presets_have_the_papers_sizes():
