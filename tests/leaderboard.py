@@ -7,7 +7,7 @@ Each method trains by its own script and its preset `cifar10-cpu`. The first 30 
 Then --steps is set so that training takes --minutes on this machine. Evaluation comes on top.
 kNN has k = 20 and all training images as its bank; DINOv2's is the best of 10, 20, 100 and 200.
 Linear probes are the scripts' own. Llip's captions name the class: its number is zero-shot.
-PMSN trains on a long tail. MAE has the GPU's preset, with patches of 4 x 4 instead of one pixel.
+PMSN trains on a long tail. MAE is the Pixel Transformer's smallest with patches of 4 x 4 pixels.
 
 Flags that are unknown here go to the scripts. A method whose folder in --out holds an evaluation is
 not run again, one that was cut off goes on.
@@ -24,15 +24,16 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = {name: "" for name in ("ijepa", "flexpredict", "iwm", "msn", "pmsn", "dinov2")}
-METHODS["pixel_vit"] = "--preset cifar10-mae --patch 4 --batch 128 --micro 128 --workers 1"
-METHODS["llip"] = "--eval zeroshot"
+METHODS = dict.fromkeys("ijepa flexpredict iwm msn pmsn dinov2".split(), "--preset cifar10-cpu")
+METHODS["pixel_vit"] = "--preset mae_t1_cifar100 --data cifar10 --patch 4 --batch 128 --micro 128"
+METHODS["pixel_vit"] += " --lr 5e-4 --workers 1"
+METHODS["llip"] = "--preset cifar10-cpu --eval zeroshot"
 COLUMNS = {"knn": "kNN", "linear": "linear", "top1": "zero-shot"}
 
 
 def run(name, out, *flags):
     """Run a script; return (its config, the rows of its log). Exit with its output if it fails."""
-    words = f"--preset cifar10-cpu --eval knn,linear {METHODS[name]}".split()
+    words = f"--eval knn,linear {METHODS[name]}".split()
     command = [sys.executable, str(ROOT / f"{name}.py"), *words, *flags, "--out", str(out)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
