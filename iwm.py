@@ -664,8 +664,10 @@ def tune(encoder, predictor, tasks, train, val, config, world, run, all_of_it=Fa
             advice = "try a lower --tune-lr, or --precision fp32"
             fail(f"loss not finite for three steps of tuning before step {done}: {advice}", code=3)
     model.eval()
-    result = {task: judge(model, task, val, config, world) for task in tasks}
-    common.note(f"tuned for {steps} steps: {result}")
+    result = {}
+    for task in tasks:
+        result[task] = judge(model, task, val, config, world)
+        common.note(f"tuned for {steps} steps, {task}: {result[task]:.1f}")
     return result
 
 

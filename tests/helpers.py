@@ -21,7 +21,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-SHARDS = hasattr(torch.cpu.Stream, "record_event")  # FSDP2 runs on CPUs, since torch 2.7
+SHARDS = hasattr(torch.cpu.Stream, "record_event")  # not torch 2.6: no FSDP2 on CPUs
 
 
 class Golden(dict):
