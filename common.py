@@ -274,7 +274,7 @@ def fail(message, code=2):
 
 def note(text):
     """Print a line once, not once a rank. A name that cannot be printed is escaped."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         tqdm.write(text.encode(errors="backslashreplace").decode())
         sys.stdout.flush()
 
@@ -287,13 +287,14 @@ def command_line(main):
         try:
             return main(argv)
         except Exception as error:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise as loaders end
             # a traceback keeps loaders alive; the exit would wait for them, who ignore SIGTERM
             for worker in multiprocessing.active_children():
                 worker.kill()
             if isinstance(error, torch.OutOfMemoryError):
                 advice = "lower --micro or --batch, or try --recompute, --shard, --precision bf16"
                 fail(f"out of GPU memory ({str(error).split('. ')[0]}): {advice}", code=4)
-            if "DataLoader worker" in str(error):
+            if isinstance(error, ConnectionError) or "DataLoader worker" in str(error):
                 advice = "lower --workers; in Docker give it more shared memory by --shm-size=8g"
                 fail(f"a loading process died, perhaps for want of memory: {advice}", code=1)
             if isinstance(error, OSError):
@@ -368,8 +369,7 @@ def check(config, world, evaluations):
         fail("--no-train needs weights to evaluate: add --init")
     micro = getattr(c, "micro", 1)
     if c.train and c.batch % (micro * world.size):
-        ranks = f"{world.size} ranks in micro-batches of {micro}"
-        fail(f"--batch {c.batch} does not divide over {ranks}")
+        fail(f"--batch {c.batch} must divide over {world.size} ranks in micro-batches of {micro}")
     if c.shard and world.dtype == torch.float16:
         fail("--shard works with bf16 and fp32, not with --precision fp16")
 
@@ -800,8 +800,8 @@ class Run:
         signal.signal(signal.SIGINT, self.leave)
         signal.signal(signal.SIGTERM, self.leave)
         steps = range(self.step, self.steps)
-        hidden = True if self.world.rank else None  # None: where there is no terminal
-        self.bar = tqdm(steps, initial=self.step, total=self.steps, unit="step", disable=hidden)
+        hidden = self.world.rank or None  # None: where there is no terminal
+        self.bar = tqdm(steps, initial=self.step, total=self.steps, disable=hidden)
         for step in self.bar:
             self.step = step + 1
             yield step
@@ -892,8 +892,7 @@ class Run:
             note(f"step {self.step}/{self.steps} {shown}")
         if row["bad_steps"] >= 3:
             kept = f"{self.out}/last.pt, if it was saved by then, holds good weights"
-            advice = "Try a lower --lr, or --precision fp32."
-            fail(f"loss not finite for three steps before step {self.step}; {kept}. {advice}", 3)
+            fail(f"loss not finite in three steps: {kept}. Lower --lr, or try --precision fp32", 3)
 
     def write(self, **row):
         """Append a JSON object to log.jsonl (rank 0), null for what is not finite."""
@@ -1116,8 +1115,7 @@ def cifar10(folder, name):
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(CIFAR10_URL, archive, CIFAR10_SHA256, progress=False)
         except (OSError, RuntimeError) as error:
-            place = f"{folder}/cifar10/train and val"
-            fail(f"no CIFAR-10 ({error}): put {CIFAR10_URL} at {archive}, or images at {place}")
+            fail(f"no CIFAR-10 ({error}): put {CIFAR10_URL} or cifar10/train and val into {folder}")
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != CIFAR10_SHA256:
         fail(f"{archive} has sha256 {digest} instead of {CIFAR10_SHA256}: delete it and try again")

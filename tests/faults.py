@@ -1,20 +1,16 @@
-# SPDX-License-Identifier: MIT
-# ruff: noqa: E402
-"""Break every script on purpose and print what survives, as a Markdown table.
+"""Break every script on purpose: real processes, real signals, broken files.
 
-    python tests/faults.py                                   # everything
-    python tests/faults.py --scripts iwm msn --faults kill disk
+    pytest tests/faults.py -n 0 -v                      # everything
+    pytest tests/faults.py -n 0 -v -k "(iwm or msn) and disk"
 
-tests/test_runs.py holds what every script promises. Here are the ruder faults: real processes,
-real signals, broken files. A run survives if it leaves with the promised exit code and one line
-that says why. Where it goes on, it must end with the bits of a run that nobody disturbed.
-Exits with 1 if anything failed.
+tests/test_runs.py holds what every script promises, `kill -9` at any moment among it. Here are the
+ruder faults. A run survives if it leaves with the promised exit code and one line that says why.
+Where it goes on, it must end with the bits of a run that nobody disturbed.
 
 Runs are forked from this process, since importing torch takes seconds. So this process must never
 train: threads of a parent are missing in its children.
 """
 
-import argparse
 import ctypes
 import multiprocessing
 import os
@@ -23,18 +19,13 @@ import resource
 import shutil
 import signal
 import socket
-import sys
-import tempfile
 import threading
 import time
-import traceback
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ["OMP_NUM_THREADS"] = "1"
-
+import pytest
 import torch
 from helpers import Forked, call_line, free_port, log_rows, photographs, progress, wait_for_rows
 from helpers import words
@@ -53,21 +44,19 @@ for name, script in SCRIPTS.items():
 CASES["mvp_eval"] = Script(mvp_eval, ASK, ASK, "")
 
 
-class NotApplicable(Exception):
-    """A fault that a script cannot meet. The text says why."""
+@pytest.fixture(params=CASES)
+def case(request):
+    """Each script in turn. Toys are drawn once, so that the children need not."""
+    for toy in common.TOYS.values():
+        for split in ("train", "val"):
+            toy(split)
+    return CASES[request.param]
 
 
-def trains(case):
-    """Return whether a script trains. The other one asks questions."""
-    return case.module is not mvp_eval
-
-
-def assert_equal(a, b, what):
-    """Check that two nested states hold the same values, bit for bit."""
-    same = []
-    for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True):
-        same.append(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y)
-    assert all(same), f"{what}: {same.count(False)} of {len(same)} values differ"
+@pytest.fixture(params=SCRIPTS)
+def trainer(request):
+    """Each script that trains: the other one has no checkpoints and no loading processes."""
+    return CASES[request.param]
 
 
 def result(out):
@@ -81,8 +70,9 @@ def result(out):
 
 
 def assert_same(out, other):
-    """Check that two runs ended alike."""
-    assert_equal(result(out), result(other), f"{out} and {other}")
+    """Check that two runs ended alike, bit for bit."""
+    for x, y in zip(tree_leaves(result(out)), tree_leaves(result(other)), strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
 # --------------------------------------------------------------------------------------- processes
@@ -99,10 +89,10 @@ class Child(Forked):
         Errors must be one line, and no traceback.
         """
         printed, _ = self.communicate()
-        assert self.poll() in (codes or (0,)), f"exit code {self.poll()}, not {codes}: {printed}"
-        assert "Traceback" not in printed, f"a traceback: {printed}"
+        assert self.poll() in (codes or (0,)), printed
+        assert "Traceback" not in printed
         errors = [line for line in printed.splitlines() if line.startswith("error: ")]
-        assert len(errors) == bool(self.poll()), f"not one line that says why: {printed}"
+        assert len(errors) == bool(self.poll()), printed
         return printed
 
 
@@ -142,36 +132,18 @@ def run(case, *flags, codes=(0,), before=int):
 # ------------------------------------------------------------------------------------------ faults
 
 
-def kill(case):
-    """`kill -9` at random moments, then `--resume`."""
-    began = time.monotonic()
-    start(case, "--out whole").end()
-    longest = 0.6 * (time.monotonic() - began)
-    chance = random.Random(case.name)
-    killed = 0
-    for _ in range(4):
-        process = start(case, "--out killed --resume")
-        time.sleep(chance.uniform(0.3, 1.0) * longest)
-        killed += process.poll() is None
-        process.kill()
-        process.communicate()
-    assert killed >= 2, f"only {killed} of 4 were killed before their end"
-    run(case, "--out killed --resume")
-    assert_same("whole", "killed")
-
-
 def at_most(size):
     """Let no file grow beyond a size in bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def disk(case):
+def test_disk(case):
     """Full disk, met by each file."""
     run(case, "--out whole")
     files = [path for path in Path("whole").iterdir() if path.is_file()]
     largest = max(path.stat().st_size for path in files)
-    flags = "--out full --resume " + "--save-every 500" * trains(case)
+    flags = "--out full --resume " + "--save-every 500" * (case.name in SCRIPTS)
     for size in (0, 800, largest // 2, largest - 1):
         printed = run(case, flags, codes=[1], before=partial(at_most, size))
         assert "disk is full" in printed or "could not write" in printed, printed
@@ -190,39 +162,35 @@ def disk(case):
             assert_same("whole", out)
 
 
-def checkpoint(case):
+def test_checkpoint(trainer):
     """Flipped bits and cut ends in a checkpoint."""
-    if not trains(case):
-        raise NotApplicable("it has no checkpoints")
     flags = "--steps 1 --out good --resume"
-    run(case, flags)
+    run(trainer, flags)
     last = Path("good/last.pt")
     whole = last.read_bytes()
-    state = result("good")
-    chance = random.Random(case.name)
+    shutil.copytree("good", "whole")
+    chance = random.Random(trainer.name)
     refused = 0
     for i in range(20):
         place = chance.randrange(len(whole))
         damaged = bytearray(whole if i % 4 else whole[: place + 1])
         damaged[place] ^= 1 << chance.randrange(8)
         last.write_bytes(damaged)
-        process = start(case, flags, before=int)
+        process = start(trainer, flags, before=int)
         process.end(0, 2)
         if process.poll():
             refused += 1
         else:  # a bit of the archive's own data may be one that nobody reads
-            assert_equal(result("good"), state, f"byte {place} of {len(whole)} damaged")
-    assert refused > 10, f"only {refused} of 20 were refused"
+            assert_same("whole", "good")
+    assert refused > 10
     last.write_bytes(whole)
-    run(case, "--steps 2 --out good --resume")
+    run(trainer, "--steps 2 --out good --resume")
 
 
-def flood(case):
+def test_flood(trainer):
     """Most images broken, then gone, during the run."""
-    if not trains(case):
-        raise NotApplicable("tests/test_mvp_eval.py breaks its videos")
     good = photographs(Path("good"), count=200)
-    case = replace(case, small=f"{case.folder} --steps 60 --save-every 1 --workers 1")
+    case = replace(trainer, small=f"{trainer.folder} --steps 60 --save-every 1 --workers 1")
     flags = "--data photos --out flood --resume"
     chance = random.Random(case.name)
     ways = (
@@ -256,7 +224,7 @@ def torchrun(name, *flags):
     elastic_launch(config, ranked)(name, flags)
 
 
-def rank(case):
+def test_rank(case):
     """A rank dies under `torchrun --max-restarts`."""
     Child(torchrun, case.name, *words([case.small, "--out two"])).end()
     for doomed in (0, 1):
@@ -266,22 +234,21 @@ def rank(case):
         first = Path(f"rank{doomed}").read_text()
         os.kill(int(first), signal.SIGKILL)
         printed, _ = launcher.communicate()
-        assert launcher.poll() == 0, f"exit code {launcher.poll()}\n{printed[-3000:]}"
+        assert launcher.poll() == 0, printed
         assert Path(f"rank{doomed}").read_text() != first, "it was not started again"
         assert_same("two", out)
 
 
-def twice(case):
+def test_twice(case):
     """Two runs, one `--out`."""
     run(case, "--out whole")
     pair = [start(case, "--out race --resume") for _ in range(2)]  # at one moment
     printed = [process.communicate()[0] for process in pair]
-    codes = sorted(process.poll() for process in pair)
-    assert codes == [0, 2], f"exit codes {codes} of two runs in one folder: {printed}"
+    assert sorted(process.poll() for process in pair) == [0, 2], printed
     assert_same("whole", "race")
 
 
-def folder(case):
+def test_folder(case):
     """An output folder that cannot be written."""
     Path("file").touch()
     Path("closed").mkdir(mode=0o555)
@@ -308,13 +275,12 @@ def break_off():
     threading.Thread(target=serve, daemon=True).start()
 
 
-def network(case):
+def test_network(case):
     """A download that breaks off."""
-    data = "cifar10" if trains(case) else "hub"
+    data = "cifar10" if case.name in SCRIPTS else "hub"
     printed = Child(call_broken, break_off, case.name, "--data", data).end(2)
     assert "data/" in printed and printed.count("\n") == 1, printed
-    left = [str(path) for path in Path("data").rglob("*") if path.is_file()]
-    assert not left, f"left behind: {left}"
+    assert not [path for path in Path("data").rglob("*") if path.is_file()]
 
 
 def shrink_shared_memory():
@@ -330,60 +296,10 @@ def shrink_shared_memory():
         os._exit(99)
 
 
-def memory(case):
+def test_memory(trainer):
     """A /dev/shm that is too small."""
-    if not trains(case):
-        raise NotApplicable("it has no loading processes")
-    process = start(case, "--workers 1 --batch 64 --out out", before=shrink_shared_memory)
+    process = start(trainer, "--workers 1 --batch 64 --out out", before=shrink_shared_memory)
     printed, _ = process.communicate()
     if process.poll() == 99:
-        raise NotApplicable("this system does not let /dev/shm be made smaller")
+        pytest.skip("this system does not let /dev/shm be made smaller")
     assert process.poll() == 1 and "--shm-size" in printed, printed
-
-
-FAULTS = [kill, disk, checkpoint, flood, rank, twice, folder, network, memory]
-
-
-# -------------------------------------------------------------------------------------------- main
-
-
-def attempt(case, fault):
-    """Return one cell of the table. Whatever a broken run does, the others get their turn."""
-    with tempfile.TemporaryDirectory() as place:
-        os.chdir(place)
-        try:
-            fault(case)
-        except NotApplicable as reason:
-            return f"not applicable: {reason}"
-        except Exception:
-            traceback.print_exc()
-            return "FAILED"
-        finally:
-            os.chdir("/")
-        return "survived"
-
-
-def main(argv=None):
-    """Break what was asked for; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    named = {fault.__name__: fault for fault in FAULTS}
-    parser.add_argument("--scripts", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--faults", nargs="+", choices=named, default=list(named))
-    options = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    for toy in common.TOYS.values():  # drawn once, so that the children need not
-        for split in ("train", "val"):
-            toy(split)
-    rows = [["", *options.scripts], ["---"] * (1 + len(options.scripts))]
-    for name in options.faults:
-        rows.append([named[name].__doc__.rstrip(".")])
-        for script in options.scripts:
-            rows[-1].append(attempt(CASES[script], named[name]))
-            print(script, name, rows[-1][-1], file=sys.stderr, flush=True)
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    print(table)
-    return int("FAILED" in table)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

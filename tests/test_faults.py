@@ -1,14 +1,8 @@
-"""Two of the faults on one script. All of them on all: python tests/faults.py."""
+"""Two of the faults on one script. All of them on all: pytest tests/faults.py."""
 
-import subprocess
-import sys
-
-import faults
-from helpers import environment
+from faults import CASES, test_checkpoint as checkpoint, test_folder as folder
 
 
 def test_cheap_faults_on_one_script():
-    command = [sys.executable, faults.__file__, "--scripts", "pixel_vit"]
-    command += ["--faults", "folder", "checkpoint"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and done.stdout.count("survived") == 2, done
+    checkpoint(CASES["pixel_vit"])
+    folder(CASES["pixel_vit"])

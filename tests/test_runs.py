@@ -645,16 +645,19 @@ class Unsendable:
         raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("make", [lambda _: os._exit(1), lambda _: [Unsendable()]])
+@pytest.mark.parametrize("make", [lambda _: os._exit(1), lambda _: [Unsendable()], list])
 def test_a_dead_loading_process_ends_the_run(make, capsys):
-    """Killed for memory, or out of shared memory: one line, no hang."""
+    """Killed for memory, out of shared memory, or cut off in a handover: one line, no hang."""
 
     @common.command_line
     def main(argv):
-        next(common.make_loader(make, [0, 1], ijepa.Config(workers=1), common.World()))
+        loader = common.make_loader(make, [[0]] * 9, ijepa.Config(workers=1), common.World())
+        next(loader)
+        raise ConnectionResetError
 
     with pytest.raises(SystemExit) as stop:
         main()
+    time.sleep(0.2)  # torch notices the end of a loading process
     assert stop.value.code == 1 and "--shm-size" in capsys.readouterr().err
 
 
