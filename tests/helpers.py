@@ -8,7 +8,6 @@ import multiprocessing.forkserver
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -75,6 +74,15 @@ def groups_of(optimizer, model):
     return [{names[p] for p in group["params"]} for group in optimizer.param_groups]
 
 
+def networks(module, path, heads=2, **fields):
+    """Return (config, model, target) with the weights of a checkpoint."""
+    weights = module.read_weights(path, heads)
+    config = module.Config(**weights["fields"], **fields)
+    model, target = module.build(config)
+    module.load_weights(model, target, weights, path)
+    return config, model, target
+
+
 def count(module):
     """Return how many parameters a module has."""
     return sum(p.numel() for p in module.parameters())
@@ -113,19 +121,6 @@ def environment():
 def words(flags):
     """Return the words of several flags."""
     return " ".join(map(str, flags)).split()
-
-
-def run(script, *flags, ranks=1, code=0, **env):
-    """Run a script as a user does, under torchrun if it has ranks; return what it printed."""
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-        command += [f"--master-port={free_port()}"]
-    command += [str(ROOT / script), *words(flags)]
-    options = {"capture_output": True, "text": True, "timeout": 240}
-    result = subprocess.run(command, env=environment() | env, **options)
-    assert result.returncode == code, f"exit code {result.returncode}, not {code}\n{result}"
-    return result.stdout + result.stderr
 
 
 # ------------------------------------------------------------------------------- forked processes

@@ -12,30 +12,21 @@ import helpers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, close, golden_tensors, log_rows, norms
+from helpers import GOLDEN, close, golden_tensors, log_rows, networks, norms
 from PIL import Image
 from reference import reference_masks
 from test_ijepa import RATES, train_steps
-from test_runs import SCRIPTS, here, learn, photographs, refused
+from test_runs import SCRIPTS, here, learn, refused
 
 import common
 import flexpredict
 from flexpredict import Config
 
-OFFICIAL = GOLDEN / "flexpredict" / "tiny_stop.pth.tar"
 SCRIPT = SCRIPTS["flexpredict"]
 run = functools.partial(here, SCRIPT)
 golden = functools.partial(golden_tensors, "flexpredict")
+tiny = functools.partial(networks, flexpredict, GOLDEN / "flexpredict" / "tiny_stop.pth.tar", 4)
 compare = functools.partial(helpers.compare, atol=1e-5)
-
-
-def tiny(**fields):
-    """Return (config, model, target) with the weights of the tiny official checkpoint."""
-    read = flexpredict.read_weights(OFFICIAL, heads=4)
-    config = Config(**read["fields"], **fields)
-    model, target = flexpredict.build(config)
-    flexpredict.load_weights(model, target, read, OFFICIAL)
-    return config, model, target
 
 
 def inputs():
@@ -292,22 +283,6 @@ def test_davis_folders_that_would_give_wrong_scores(tmp_path, capsys):
     image.write_bytes(image.read_bytes()[:-100])
     flags = f"{SCRIPT.small} --steps 1 --eval video --davis {tmp_path / 'cut'}"
     assert f"{image} cannot be read" in refused(capsys, SCRIPT, flags)
-
-
-def test_official_checkpoint_in_features_out_and_trained_on():
-    photographs(Path("photos"))
-    flags = f"--init {OFFICIAL} --heads 4 --device cpu --precision fp32 --workers 0 --data photos"
-    run(flags, "--no-train --eval features --tokens --out read")
-    val = common.open_split("photos", "val")
-    pixels = common.centre_crops(val, 32, range(12))[1]
-    tokens = tiny()[2](common.normalize(pixels))
-    compare(np.load("read/features.npz"), tokens=tokens, features=tokens.mean(1))
-    still = "--steps 1 --lr 0 --lr-start 0 --lr-final 0 --batch 8 --micro 8 --min-context 2"
-    run(flags, still, "--eval none --out tuned")
-    before = flexpredict.read_weights(OFFICIAL, heads=4)
-    after = flexpredict.read_weights("tuned/last.pt")
-    torch.testing.assert_close(after["model"], before["model"])
-    assert after["fields"] == {**before["fields"], "mode": "stop"}
 
 
 def test_flexpredict_learns():

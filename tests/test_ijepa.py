@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, close, compare, golden_tensors, groups_of, norms
+from helpers import GOLDEN, close, compare, golden_tensors, groups_of, networks, norms
 from reference import reference_masks
 
 import common
@@ -17,14 +17,7 @@ from ijepa import Config
 
 OFFICIAL = GOLDEN / "ijepa" / "tiny_ijepa.pth.tar"
 golden = functools.partial(golden_tensors, "ijepa")
-
-
-def tiny():
-    """Return (model, target) with the weights of the official-layout tiny checkpoint."""
-    weights = ijepa.read_weights(OFFICIAL, heads=2)
-    model, target = ijepa.build(Config(**weights["fields"]))
-    ijepa.load_weights(model, target, weights, OFFICIAL)
-    return model, target
+tiny = functools.partial(networks, ijepa, OFFICIAL)
 
 
 # ----------------------------------------------------------------------------------------- parity
@@ -44,7 +37,7 @@ def test_forward_loss_and_gradients():
     patches = common.patchify(g.imgs_q / 16, 4)
     context = g.masks_enc[0]
     targets = g.masks_pred
-    model, target = tiny()
+    _, model, target = tiny()
 
     def forward():
         encoded = model.encoder(patches, keep=context)
@@ -95,7 +88,7 @@ def test_schedules_to_the_last_step():
 
 def test_parameter_groups():
     g = golden("param_groups")
-    model, _ = tiny()
+    _, model, _ = tiny()
     optimizer = ijepa.make_optimizer(model)
     compare(g, betas=optimizer.defaults["betas"], eps=optimizer.defaults["eps"])
     config = Config(weight_decay=0.04, weight_decay_final=0.4)
@@ -127,7 +120,7 @@ def train_steps(script, g, config, steps, model, target, compute_loss):
 def test_five_training_steps():
     """Loss, gradients, schedules, AdamW and EMA together, against five reference steps."""
     g = golden("train_trace")
-    model = tiny()[0].double()
+    model = tiny()[1].double()
     target = copy.deepcopy(model.encoder)
 
     def compute_loss(step):

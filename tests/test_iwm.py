@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, close, compare, golden_tensors, log_rows
+from helpers import GOLDEN, close, compare, golden_tensors, log_rows, networks
 from test_runs import SCRIPTS, here, learn, refused, weights
 
 import common
@@ -29,11 +29,9 @@ SMALL.update(predictor_width=16, predictor_depth=1, init_std=0.2, patch_std=0.2)
 
 def load(path, conditioning, predictor_heads):
     """Return (model, target) with the weights of a file whose encoder has 2 heads."""
-    read = iwm.read_weights(path, heads=2)
-    model, target = iwm.build(Config(**read["fields"], conditioning=conditioning))
+    _, model, target = networks(iwm, path, conditioning=conditioning)
     for block in model.predictor.predictor_blocks:
         block.attn.heads = predictor_heads
-    iwm.load_weights(model, target, read, path)
     return model, target
 
 

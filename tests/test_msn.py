@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import GOLDEN, Golden, close, compare, count, free_port, golden_tensors, groups_of
-from helpers import on_ranks
+from helpers import networks, on_ranks
 from torch import nn
 
 import common
@@ -20,14 +20,6 @@ OFFICIAL = GOLDEN / "msn" / "tiny_msn.pth.tar"
 golden = functools.partial(golden_tensors, "msn")
 # Analytically these have no gradient: after Adam's steps they hold noise
 NOISE = ("fc.fc1.bias", "fc.fc2.bias", "attn.qkv.bias", "norm.bias")
-
-
-def tiny(module=msn, path=OFFICIAL):
-    """Return (model, target) with the weights of a golden checkpoint."""
-    weights = module.read_weights(path, heads=2)
-    networks = module.build(module.Config(**weights["fields"]))
-    module.load_weights(*networks, weights, path)
-    return networks
 
 
 def official(name):
@@ -51,7 +43,7 @@ def keep_of(indices):
 
 def test_forward_in_evaluation_mode():
     g, view, anchor, focal = forward_inputs()
-    _, target = tiny()
+    *_, target = networks(msn, OFFICIAL)
     target.eval()
     vit = msn.load_encoder(OFFICIAL, heads=2)
     first, last = vit(view, layers=2)
@@ -82,7 +74,7 @@ def test_forward_in_evaluation_mode():
 
 def test_forward_in_training_mode_and_batch_statistics():
     g, view, anchor, focal = forward_inputs()
-    model, target = tiny()
+    _, model, target = networks(msn, OFFICIAL)
     targets = target(view)
     anchors, _ = model(anchor, keep_of(g.anchor_keep), focal)
     compare(
@@ -212,7 +204,7 @@ def test_schedules_and_kept_patches():
 
 def test_parameter_groups():
     g = golden("param_groups")
-    model, _ = tiny()
+    _, model, _ = networks(msn, OFFICIAL)
     optimizer = msn.make_optimizer(model)
     decayed, undecayed, prototypes = groups_of(optimizer, model)
     assert {official(name) for name in decayed} == set(g.decay)
@@ -228,7 +220,7 @@ def train_steps(module, g, tag, loss_of):
     _, view, anchor, focal = forward_inputs()
     hyper = g[f"{tag}hyper"].tolist()
     config, steps = schedule_config(hyper, module)
-    model, _ = tiny(module)
+    _, model, _ = networks(module, OFFICIAL)
     target = copy.deepcopy(model.network)
     optimizer = module.make_optimizer(model)
     ema = common.EMA(target, model.network)
@@ -290,7 +282,7 @@ def test_four_training_steps(tag):
     compare_parameters(g, f"{tag}encoder_sums", model.network, torch.sum, atol=1e-3)
     compare_parameters(g, f"{tag}target_norms", target, rtol=1e-3)
     if tag == "sinkhorn_":  # the trainer's own file, written after these steps
-        trained = tiny(path=GOLDEN / "msn" / "tiny_msn_train.pth.tar")
+        _, *trained = networks(msn, GOLDEN / "msn" / "tiny_msn_train.pth.tar")
         for ours, theirs in zip((model, target), trained, strict=True):
             expected = theirs.state_dict()
             for name, value in ours.state_dict().items():

@@ -19,8 +19,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, SHARDS, Forked, close, kill_when, log_rows, photographs, run
-from helpers import run_several, start, wait_for, wait_for_rows, words
+from helpers import GOLDEN, SHARDS, Forked, close, kill_when, log_rows, networks
+from helpers import photographs, run_several, start, wait_for, wait_for_rows, words
 from PIL import Image, PngImagePlugin
 
 import common
@@ -718,38 +718,43 @@ def test_paper_presets_have_the_papers_sizes():
 # --------------------------------------------------------------------------- I-JEPA, MSN and PMSN
 
 
-OFFICIAL = {  # flags of training, what the features are, and parts of the weights
-    "ijepa": ("--micro 4 --min-context 2", lambda vit, x: vit(x).mean(1), ("encoder", "predictor")),
-    "msn": ("--focal-size 8", msn.encode, ("prototypes",)),
+BLOCKY = "--micro 4 --min-context 2"
+OFFICIAL = {  # file, heads, flags of training, and parts of the weights
+    "ijepa": ("tiny_ijepa.pth.tar", 2, BLOCKY, ("encoder", "predictor")),
+    "flexpredict": ("tiny_stop.pth.tar", 4, BLOCKY, ("model",)),
+    "msn": ("tiny_msn.pth.tar", 2, "--focal-size 8", ("prototypes",)),
 }
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_checkpoint_in_features_out(name):
-    """Equal to `load_encoder`, on one rank and on two; and training starts from these weights."""
-    more, encode, parts = OFFICIAL[name]
+    """On one rank and on two; and training starts from these weights."""
+    file, heads, more, parts = OFFICIAL[name]
     script = SCRIPTS[name]
-    tiny = GOLDEN / name / f"tiny_{name}.pth.tar"
-    before = script.module.read_weights(tiny, 2)
-    side = before["fields"]["image_size"]
-    photographs(Path("photos"), count=6, size=(side, side))
-    flags = f"--init {tiny} --heads 2 --data photos --device cpu --precision fp32 --no-compile"
-    features = f"{flags} --no-train --eval features{' --tokens' * (name == 'ijepa')} --out"
+    path = GOLDEN / name / file
+    config, _, target = networks(script.module, path, heads)
+    photographs(Path("photos"), count=6)
+    flags = f"--init {path} --heads {heads} --data photos --device cpu --precision fp32 "
+    features = f"{flags} --no-train --eval features{' --tokens' * (name != 'msn')} --out"
     here(script, features, "one")
     run_several(f"{name} {features} two", ranks=2)
     val = common.open_split("photos", "val")
-    images = common.normalize(common.centre_crops(val, side, range(6))[1])
-    vit = script.module.load_encoder(tiny, heads=2)
+    images = common.normalize(common.centre_crops(val, config.image_size, range(6))[1])
     for out in ("one", "two"):
         found = np.load(f"{out}/features.npz")
         assert found["paths"].tolist() == val.names
         close(found["labels"], val.labels)
-        close(found["features"], encode(vit, images), atol=1e-5)
-        if name == "ijepa":
-            close(found["tokens"], vit(images), atol=1e-5)
+        if name == "msn":
+            close(found["features"], msn.encode(target.encoder.eval(), images), atol=1e-5)
+        else:
+            tokens = target(images)
+            close(found["features"], tokens.mean(1), atol=1e-5)
+            close(found["tokens"], tokens, atol=1e-5)
     still = "--steps 1 --batch 4 --lr 0 --lr-start 0 --lr-final 0 --eval none --workers 0"
     here(script, flags, still, more, "--out tuned")
+    before = script.module.read_weights(path, heads)
     after = script.module.read_weights("tuned/last.pt")
+    assert before["fields"].items() <= after["fields"].items()
     for part in parts:
         torch.testing.assert_close(after[part], before[part])
 
@@ -859,5 +864,5 @@ def test_gpu_run_matches_cpu_run():
     devices = {"cpu": "cpu", "cuda": "cuda --no-compile", "compiled": "cuda --compile"}
     for out, device in devices.items():
         flags = f"{IJEPA.small} --steps 3 --out {out} --device {device}"
-        run("ijepa.py", flags, CUDA_VISIBLE_DEVICES="0")
+        here(IJEPA, flags)
         assert logged(out) == pytest.approx(logged("cpu"), rel=1e-3)
