@@ -1,8 +1,5 @@
 """What common.py promises and no golden file holds: those of the scripts hold the model."""
 
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +8,7 @@ from torch import nn
 from helpers import close
 
 import common
+import ijepa
 from common import ViT
 
 
@@ -46,73 +44,17 @@ def test_signs_of_collapse():
         close(found["feature_std"], tokens.mean(1).std(0).mean())
 
 
-@dataclass
-class Tiny:
-    """A config to parse."""
+def test_config_from_command_line():
+    def parse(line):
+        known = (ijepa.Config, ijepa.PRESETS, ijepa.DATA_PRESETS)
+        return common.parse_config(*known, line.split())
 
-    preset: str = ""  # the preset
-    data: str = "toy"  # the data
-    width: int = 8  # width, in channels
-    steps: int = 0  # steps
-    lr: float = 1e-3  # peak, 100 % of it
-    flip: bool = False  # mirror
-    kind: Literal["", "a", "b"] = ""  # a choice
-    scale: tuple[float, float] = (0.1, 1.0)  # two numbers
-    rates: tuple[float, ...] = (1.0,)  # any number of numbers
-
-
-def parse(line=""):
-    presets = {"toy": {}, "large": {"width": 99, "flip": True}, "folder": {"width": 50}}
-    return common.parse_config(Tiny, presets, {"toy": "toy", "*": "folder"}, line.split())
-
-
-def test_config_from_command_line(capsys):
-    assert parse() == (Tiny(preset="toy"), set())
-    assert parse("--data photos")[0].width == 50, "the data choose the preset"
-    config, typed = parse("--preset=large --no-flip --scale 0.5 0.9 --rates 1 2 3 --lr 2 --kind b")
-    scale = (0.5, 0.9)
-    rates = (1.0, 2.0, 3.0)
-    assert config == Tiny("large", "toy", 99, 0, 2.0, False, "b", scale, rates)
-    assert typed == {"preset", "flip", "scale", "rates", "lr", "kind"}
-    wrong = {"--widht 3": "--widht", "--preset lagre": "large", "--lr x": "--lr", "stray": "stray"}
-    wrong.update({"--width 0": "--width", "--steps -1": "--steps", "--lr nan": "--lr"})
-    for line, words in {**wrong, "--kind c": "'a'", "--wid 3": "--wid"}.items():
-        with pytest.raises(SystemExit) as stop:
-            parse(line)
-        assert stop.value.code == 2 and words in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        parse("--help")
-    text = capsys.readouterr().out
-    assert "width, in channels [8]" in text and "100 % of it" in text
-
-
-def test_a_checkpoint_wins_over_the_preset_and_refuses_flags_that_contradict_it(capsys):
-    config, typed = parse("--width 8")
-    found = {"width": 8, "lr": 2.0}
-    assert common.adopt(config, found, typed, "x.pt").lr == 2.0
-    with pytest.raises(SystemExit):
-        common.adopt(config, {"width": 9}, typed, "x.pt")
-    assert "--width 8 contradicts x.pt, which has 9" in capsys.readouterr().err
-
-
-def test_json_has_no_nan():
-    run = common.Run(Tiny_run(), common.World())
-    run.write(loss=float("nan"), nested={"a": float("inf"), "b": [1.0]})
-    assert (
-        run.out / "log.jsonl"
-    ).read_text() == '{"loss": null, "nested": {"a": null, "b": [1.0]}}\n'
-
-
-def Tiny_run():
-    """Return what `Run` needs of a config."""
-
-    @dataclass
-    class Config:
-        out: str = "out"
-        resume: bool = False
-
-    Config.__module__ = __name__
-    return Config()
+    assert parse("") == (ijepa.Config(preset="toy", **ijepa.PRESETS["toy"]), set())
+    assert parse("--data photos")[0].preset == "folder", "the data choose the preset"
+    config, typed = parse("--preset=folder --no-flip --target-scale 0.5 1 --probe-lrs 1 2 --lr 2")
+    expected = {"target_scale": (0.5, 1.0), "probe_lrs": (1.0, 2.0), "lr": 2.0, "flip": False}
+    assert config == ijepa.Config(**ijepa.PRESETS["folder"] | expected | {"preset": "folder"})
+    assert typed == {"preset", *expected}
 
 
 @pytest.mark.parametrize("toy", ["letters", "textures"])

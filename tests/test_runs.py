@@ -584,6 +584,13 @@ any          --image-size 30 --patch 4                 --patch
 any          --width 66                                66 must be a multiple
 any          --eval knnn                               knn
 any          --no-train                                --init
+any          --preset lagre                            toy
+any          --wid 32                                  --wid
+any          --width 0                                 --width
+any          --steps -1                                --steps
+any          --lr nan                                  --lr
+any          --lr x                                    --lr
+any          stray                                     stray
 llip         --batch 1                                 negatives
 llip         --embedding 33                            heads
 dinov2       --local-size 10                           --local-size 10
