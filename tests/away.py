@@ -13,11 +13,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from helpers import ROOT
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-ROOT = Path(__file__).resolve().parent.parent
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 # shapes that depend on values, and values that are read
 READERS = "_local_scalar_dense nonzero equal is_nonzero _unique2 unique_dim masked_select".split()

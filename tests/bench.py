@@ -2,17 +2,13 @@
 
     python tests/bench.py ijepa --before 98dd49a              # its shapes, in fp32 and bf16
     python tests/bench.py ijepa --threads 1 --steps 30
-    python tests/bench.py ijepa --profile --preset cifar10-cpu --data letters
 
 Both revisions run as users run them, in processes of their own, three times in turn; the fastest
 stretch of them all counts, since other load only slows. Speeds are read from log.jsonl. Without
---before there is one column. --profile lists the operators that a step's time goes to; it takes the
-script's own flags.
+--before there is one column.
 """
 
 import argparse
-import importlib
-import json
 import os
 import statistics
 import subprocess
@@ -21,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from helpers import ROOT, log_rows
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--eval none --no-compile --save-every 1000000000 --device cpu"
 PREDICTOR = "--depth 12 --predictor-depth 6"
 # flags that every revision knows
@@ -68,8 +64,8 @@ def speed(tree, script, flags, steps, threads):
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode:
             sys.exit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
-        rows = [json.loads(line) for line in open(f"{folder}/run/log.jsonl")]
-    rows = [row for row in rows if "data_wait" in row][3:]  # the first three warm up
+        rows = [row for row in log_rows(f"{folder}/run") if "data_wait" in row]
+    rows = rows[3:]  # the first three warm up
     waited = statistics.mean(row["data_wait"] for row in rows)
     rates = [value for row in rows for name, value in row.items() if name.endswith("_per_s")]
     return max(rates), waited
@@ -97,31 +93,18 @@ def compare(script, before, steps, threads, precisions):
             print("| " + " | ".join([*row, f"{100 * waited:.1f} %"]) + " |", flush=True)
 
 
-def profile(script, flags):
-    """Print the operators that ten training steps spend their time in."""
-    module = importlib.import_module(script)
-    with tempfile.TemporaryDirectory() as folder, torch.profiler.profile() as profiler:
-        module.main([*flags, *f"{SMALL} --steps 10 --workers 0 --out {folder}/run".split()])
-    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
-
-
 def main():
     """Print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # --precision is a script's, --precisions is ours
     )
     parser.add_argument("script", help="the name of a training script, such as ijepa")
     parser.add_argument("--before", default="", help="a git revision to compare with")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precisions", default="fp32,bf16")
-    parser.add_argument("--profile", action="store_true")
-    args, flags = parser.parse_known_args()
-    sys.path.insert(0, str(ROOT))
-    if args.profile:
-        return profile(args.script, flags)
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         before = None
         if args.before:

@@ -15,7 +15,6 @@ import ctypes
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -30,7 +29,7 @@ import torch
 from helpers import Forked, call_line, free_port, log_rows, photographs, progress, wait_for_rows
 from helpers import words
 from stand_in import solve
-from test_runs import SCRIPTS, Script
+from test_runs import SCRIPTS, Script, full_disk
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._pytree import tree_leaves
 
@@ -88,11 +87,11 @@ class Child(Forked):
 
         Errors must be one line, and no traceback.
         """
-        printed, _ = self.communicate()
-        assert self.poll() in (codes or (0,)), printed
+        printed = self.printed()
+        assert self.code() in (codes or (0,)), printed
         assert "Traceback" not in printed
         errors = [line for line in printed.splitlines() if line.startswith("error: ")]
-        assert len(errors) == bool(self.poll()), printed
+        assert len(errors) == bool(self.code()), printed
         return printed
 
 
@@ -132,12 +131,6 @@ def run(case, *flags, codes=(0,), before=int):
 # ------------------------------------------------------------------------------------------ faults
 
 
-def at_most(size):
-    """Let no file grow beyond a size in bytes."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
 def test_disk(case):
     """Full disk, met by each file."""
     run(case, "--out whole")
@@ -145,7 +138,7 @@ def test_disk(case):
     largest = max(path.stat().st_size for path in files)
     flags = "--out full --resume " + "--save-every 500" * (case.name in SCRIPTS)
     for size in (0, 800, largest // 2, largest - 1):
-        printed = run(case, flags, codes=[1], before=partial(at_most, size))
+        printed = run(case, flags, codes=[1], before=full_disk(size).__enter__)
         assert "disk is full" in printed or "could not write" in printed, printed
     run(case, flags)
     assert_same("whole", "full")
@@ -178,7 +171,7 @@ def test_checkpoint(trainer):
         last.write_bytes(damaged)
         process = start(trainer, flags, before=int)
         process.end(0, 2)
-        if process.poll():
+        if process.code():
             refused += 1
         else:  # a bit of the archive's own data may be one that nobody reads
             assert_same("whole", "good")
@@ -233,8 +226,8 @@ def test_rank(case):
         wait_for_rows(out, 6, launcher)
         first = Path(f"rank{doomed}").read_text()
         os.kill(int(first), signal.SIGKILL)
-        printed, _ = launcher.communicate()
-        assert launcher.poll() == 0, printed
+        printed = launcher.printed()
+        assert launcher.code() == 0, printed
         assert Path(f"rank{doomed}").read_text() != first, "it was not started again"
         assert_same("two", out)
 
@@ -243,8 +236,8 @@ def test_twice(case):
     """Two runs, one `--out`."""
     run(case, "--out whole")
     pair = [start(case, "--out race --resume") for _ in range(2)]  # at one moment
-    printed = [process.communicate()[0] for process in pair]
-    assert sorted(process.poll() for process in pair) == [0, 2], printed
+    printed = [process.printed() for process in pair]
+    assert sorted(process.code() for process in pair) == [0, 2], printed
     assert_same("whole", "race")
 
 
@@ -299,7 +292,7 @@ def shrink_shared_memory():
 def test_memory(trainer):
     """A /dev/shm that is too small."""
     process = start(trainer, "--workers 1 --batch 64 --out out", before=shrink_shared_memory)
-    printed, _ = process.communicate()
-    if process.poll() == 99:
+    printed = process.printed()
+    if process.code() == 99:
         pytest.skip("this system does not let /dev/shm be made smaller")
-    assert process.poll() == 1 and "--shm-size" in printed, printed
+    assert process.code() == 1 and "--shm-size" in printed, printed

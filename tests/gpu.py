@@ -22,10 +22,9 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image
+from helpers import ROOT, log_rows, photographs
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
@@ -78,14 +77,6 @@ def list_pieces(args):
     return pieces
 
 
-def make_images(folder):
-    """Write noise as 16 images of two classes, and as many for validation."""
-    for i in range(32):
-        path = folder / ("train", "val")[i % 2] / f"{i % 4 // 2}" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((48, 48), 50).save(path)
-
-
 def run(name, line, args):
     """Run a script, or go on with it, and return what its log says; None if time was up."""
     out = args.out / name.replace("/", "").replace(" ", "-")
@@ -103,7 +94,7 @@ def run(name, line, args):
     if code:
         raise RuntimeError((out / "printed.txt").read_text().strip().splitlines()[-1])
     (out / "last.pt").unlink()  # the largest have 20 GB
-    rows = [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
+    rows = log_rows(out)
     logged = [row for row in rows if "images_per_s" in row]
     result = {"GiB": max(row["memory_gib"] for row in logged)}
     for key in ("images_per_s", "data_wait"):  # the first window warms up
@@ -217,7 +208,7 @@ def main(argv=None):
     args.repeats = 1 if args.tiny else 20
     args.out.mkdir(parents=True, exist_ok=True)
     if args.tiny:
-        make_images(args.out / "images")
+        photographs(args.out / "images", count=16)
     record = args.out / "done.json"
     done = json.loads(record.read_text()) if record.exists() else {}
     for name, measure in list_pieces(args).items():

@@ -196,7 +196,7 @@ def child(function, args, pipe, variables):
 
 
 class Forked:
-    """A function in a process and a process group of its own, with what tests use of Popen."""
+    """A function in a process and a process group of its own, which can be signalled."""
 
     context = staticmethod(forks)
 
@@ -208,29 +208,23 @@ class Forked:
         self.pid = self.process.pid
         end.close()
 
-    def poll(self):
+    def code(self):
         """Return the exit code, negative for a signal, or None while it runs."""
         return self.process.exitcode
-
-    returncode = property(poll)
 
     def kill(self, number=signal.SIGKILL):
         """Signal the whole group, loading processes too, as a terminal does."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
-    def send_signal(self, number):
-        """Signal the process alone."""
-        os.kill(self.pid, number)
-
-    def communicate(self, timeout=120):
-        """Wait for the end; return (all that was printed, None)."""
+    def printed(self, timeout=120):
+        """Wait for the end; return all that was printed."""
         printed = b""
         while self.pipe.poll(timeout):
             part = os.read(self.pipe.fileno(), 1 << 16)
             if not part:  # all of the group have closed it
                 self.process.join()
-                return printed.decode(), None
+                return printed.decode()
             printed += part
         self.kill()
         raise AssertionError(f"silent for {timeout} seconds: {printed.decode()}")
@@ -245,9 +239,9 @@ def wait_for(condition, process, seconds=120):
     """Wait until condition() holds; fail if the process ends before, or takes too long."""
     end = time.monotonic() + seconds
     while not condition():
-        if process.poll() is not None or time.monotonic() > end:
+        if process.code() is not None or time.monotonic() > end:
             process.kill()
-            raise AssertionError(f"ended too early or hangs: {process.communicate()[0]}")
+            raise AssertionError(f"ended too early or hangs: {process.printed()}")
         time.sleep(0.005)
 
 
@@ -259,11 +253,3 @@ def progress(out):
 def wait_for_rows(out, rows, process):
     """Wait until a run has written that many rows."""
     wait_for(lambda: progress(out) >= rows, process)
-
-
-def kill_when(script, *flags, out, rows):
-    """Run with --resume and kill -9, with its loading processes, once its log has so many rows."""
-    process = start(script, *flags, f"--out {out} --resume")
-    wait_for_rows(out, rows, process)
-    process.kill()
-    process.communicate()

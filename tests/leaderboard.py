@@ -16,14 +16,13 @@ not run again, one that was cut off goes on.
 import argparse
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT, log_rows
+
 METHODS = dict.fromkeys("ijepa flexpredict iwm msn pmsn dinov2".split(), "--preset cifar10-cpu")
 METHODS["pixel_vit"] = "--preset mae_t1_cifar100 --data cifar10 --patch 4 --batch 128 --micro 128"
 METHODS["pixel_vit"] += " --lr 5e-4 --workers 1"
@@ -38,8 +37,7 @@ def run(name, out, *flags):
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return json.loads((out / "config.json").read_text()), rows
+    return json.loads((out / "config.json").read_text()), log_rows(out)
 
 
 def train(name, out, minutes, flags):
@@ -54,23 +52,12 @@ def train(name, out, minutes, flags):
         steps = max(1, round(60 * minutes * sum(speeds[1:3]) / 2 / config["batch"]))
     if not (out / "log.jsonl").exists() or '"eval"' not in (out / "log.jsonl").read_text():
         run(name, out, *flags, "--steps", str(steps), "--resume")
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rows = log_rows(out)
     batch = json.loads((out / "config.json").read_text())["batch"]
     logged = [{"step": 0}, *(row for row in rows if "images_per_s" in row)]
     pairs = zip(logged, logged[1:], strict=False)
     seconds = sum((b["step"] - a["step"]) * batch / b["images_per_s"] for a, b in pairs)
     return steps, seconds / 60, next(row["eval"] for row in rows if "eval" in row)
-
-
-def machine():
-    """Return the CPU as the system names it, its cores, the threads, and the commit."""
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    cpu = named[1] if named else platform.processor()
-    threads = os.environ.get("OMP_NUM_THREADS", "all")
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return f"{cpu}, {os.cpu_count()} cores, {threads} threads, commit {commit}"
 
 
 def main():
@@ -102,7 +89,7 @@ def main():
                 row.append(" / ".join(f"{x:.1f}" for x in found if x is not None))
             lines.append(" | ".join([*row, f"{steps:,}", f"{minutes:.1f}"]))
     print("CIFAR-10, top-1 in percent: trained / random encoder / raw pixels.")
-    print(f"{args.minutes:g} minutes of training each on {machine()}.\n")
+    print(f"{args.minutes:g} minutes of training each.\n")
     print(f"| method | seed | {' | '.join(COLUMNS.values())} | steps | minutes |")
     print("|---|---|---|---|---|---|---|")
     for line in lines:

@@ -1,4 +1,7 @@
-"""A server that speaks the OpenAI protocol, faults included, and a solver of the toy pairs."""
+"""A server that speaks the OpenAI protocol, faults included, and a solver of the toy pairs.
+
+python tests/stand_in.py    # prints an address, and answers at once what is asked there
+"""
 
 import base64
 import collections
@@ -115,3 +118,9 @@ class StandIn(ThreadingHTTPServer):
     def __exit__(self, *_):
         self.shutdown()
         self.server_close()
+
+
+if __name__ == "__main__":
+    with StandIn() as server:
+        print(server.url)
+        threading.Event().wait()

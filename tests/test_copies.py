@@ -6,11 +6,10 @@
 import ast
 import re
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(ROOT.glob("*.py"))
 REST = r"\b.*\n(?:(?:[ )\]}].*)?\n)*"  # of a definition: what is indented, closes it, or is blank
 COPY = re.compile(rf"^# Copied from (\w+\.py)\n((?:@.*\n)*(?:def |class )?(\w+){REST})", re.M)

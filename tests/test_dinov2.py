@@ -565,15 +565,3 @@ def test_it_learns():
     trained, random = (evaluation["eval"][name] for name in ("trained", "random"))
     assert trained["knn"] > random["knn"] + 4 and trained["linear"] > random["linear"] + 3
     assert steps[-1]["prototypes"] > 32, "collapsed"
-
-
-def test_sinkhorn_and_a_shared_head_on_two_ranks():
-    """Softmax centering and separate heads are in test_runs.py."""
-    photographs(Path("photos"))
-    flags = f"{SCRIPT.folder} {SCRIPT.slow} --data photos --centering sinkhorn --steps 3"
-    flags += " --no-separate-heads --out"
-    run_several(f"dinov2 {flags} two", ranks=2)
-    run(flags, "one")
-    for name in ("loss", "gradient_norm"):
-        columns = [[row[name] for row in log_rows(out)[:3]] for out in ("one", "two")]
-        close(*columns, rtol=5e-5)

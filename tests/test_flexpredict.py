@@ -235,8 +235,9 @@ def test_video_evaluation_of_a_perfect_and_of_a_blind_encoder():
     assert seen[:, 0, 0].mean() > 0.6 > blind[:, 0, 0].mean() + 0.2
 
 
-def davis(root, mode="P", value=1, frames=6):
+def davis(name, mode="P", value=1, frames=6):
     """Write a DAVIS folder of one sequence, `ball`, a bright square that moves to the right."""
+    root = Path(name)
     images, masks = (root / kind / "480p/ball" for kind in ("JPEGImages", "Annotations"))
     listed = root / "ImageSets/2017"
     for folder in (images, masks, listed):
@@ -250,15 +251,15 @@ def davis(root, mode="P", value=1, frames=6):
     return root
 
 
-def test_davis_folder(tmp_path):
+def test_davis_folder():
     """Masks with a palette and binary ones are read alike."""
-    palette = davis(tmp_path / "davis")
+    palette = davis("davis")
     flags = "--steps 1 --min-context 1 --image-size 64 --patch 16 --eval video --out run"
     run(SCRIPT.small, flags, "--davis", palette)
     result = log_rows("run")[-1]["eval"]["trained"]
     assert 30 < result["J&F"] <= 100
     close(result["J&F"], (result["J"] + result["F"]) / 2, atol=1e-4)
-    binary = davis(tmp_path / "bits", mode="1", value=255)
+    binary = davis("bits", mode="1", value=255)
     videos = [flexpredict.davis_sequences(folder)[0] for folder in (palette, binary)]
     (frames, labels), (_, same) = map(flexpredict.read_video, videos)
     assert labels.unique().tolist() == [0, 1] and torch.equal(same, labels)
@@ -267,21 +268,21 @@ def test_davis_folder(tmp_path):
     close(frames[:, 0].median(), -0.485 / 0.228, atol=0.004)
 
 
-def test_davis_folders_that_would_give_wrong_scores(tmp_path, capsys):
+def test_davis_folders_that_would_give_wrong_scores(capsys):
     """Colours are refused, and sequences that cannot be scored are named. 255 is no object."""
     folders = {
-        "RGB": davis(tmp_path / "colours", mode="RGB"),
-        "an object (not 255)": davis(tmp_path / "davis2016", mode="L", value=255),
-        "three frames": davis(tmp_path / "short", frames=2),
-        "3.png cannot be read": davis(tmp_path / "gap"),
+        "RGB": davis("colours", mode="RGB"),
+        "an object (not 255)": davis("davis2016", mode="L", value=255),
+        "three frames": davis("short", frames=2),
+        "3.png cannot be read": davis("gap"),
     }
-    (tmp_path / "gap/Annotations/480p/ball/3.png").unlink()
+    Path("gap/Annotations/480p/ball/3.png").unlink()
     for said, folder in folders.items():
         printed = refused(capsys, SCRIPT, SCRIPT.small, "--out refused --davis", folder)
         assert said in printed and "ball" in printed and not Path("refused").exists()
-    image = davis(tmp_path / "cut") / "JPEGImages/480p/ball/2.jpg"
+    image = davis("cut") / "JPEGImages/480p/ball/2.jpg"
     image.write_bytes(image.read_bytes()[:-100])
-    flags = f"{SCRIPT.small} --steps 1 --eval video --davis {tmp_path / 'cut'}"
+    flags = f"{SCRIPT.small} --steps 1 --eval video --davis cut"
     assert f"{image} cannot be read" in refused(capsys, SCRIPT, flags)
 
 

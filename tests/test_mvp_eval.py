@@ -17,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import helpers
 from helpers import close, run_several, start, wait_for_rows
 from PIL import Image
 from stand_in import StandIn, solve_request
@@ -25,7 +26,7 @@ from test_runs import full_disk, here, refused
 import mvp_eval
 from mvp_eval import SUBSETS, Config
 
-GOLDEN = Path(__file__).parent / "golden" / "mvp_eval"
+GOLDEN = helpers.GOLDEN / "mvp_eval"
 MVP = SimpleNamespace(module=mvp_eval)
 call = functools.partial(here, MVP)
 
@@ -444,8 +445,8 @@ def test_killed_runs_lose_nothing_and_repeat_nothing(ask, toy):
             process = start("mvp_eval.py", flags, "--resume")
             wait_for_rows("run", goal, process)
             process.kill(number)
-            printed, _ = process.communicate(timeout=30)
-            assert process.returncode == code and KEY not in printed
+            printed = process.printed(timeout=30)
+            assert process.code() == code and KEY not in printed
             assert ("--out run --resume" in printed) == (code == 0)
             with open("run/answers.rank0.jsonl", "a") as torn:
                 torn.write('{"key": "torn')

@@ -8,6 +8,7 @@ import colorsys
 import functools
 import math
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import helpers
@@ -581,8 +582,8 @@ def test_diffusion_in_latents_judged_by_a_classifier(capsys):
     assert "TorchScript" in refused(capsys, SCRIPT, flags, "absent --out wrong")
 
 
-def test_classifier_needs_labels_and_diffusion_does_not(tmp_path, capsys):
-    data = photographs(tmp_path / "flat", count=16, splits=".", classes=".")
+def test_classifier_needs_labels_and_diffusion_does_not(capsys):
+    data = photographs(Path("flat"), count=16, splits=".", classes=".")
     flags = f"{SCRIPT.small} --data {data} --steps 2 --out out --task"
     assert "train/CLASS" in refused(capsys, SCRIPT, flags, "classify")
     run(flags, "diffusion")

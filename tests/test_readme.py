@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 import common
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common")
 
 

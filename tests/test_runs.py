@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, SHARDS, Forked, close, kill_when, log_rows, networks
+from helpers import GOLDEN, SHARDS, Forked, close, log_rows, networks
 from helpers import photographs, run_several, start, wait_for, wait_for_rows, words
 from PIL import Image, PngImagePlugin
 
@@ -190,7 +190,10 @@ def test_kill_and_resume_is_bitwise(script):
     flags = f"{script.folder} --data photos --steps 12 --save-every 1"
     here(script, flags, "--out whole")
     for rows in (2, 6):
-        kill_when(script.name, flags, "--workers 2", out="killed", rows=rows)
+        process = start(script.name, flags, "--workers 2 --out killed --resume")
+        wait_for_rows("killed", rows, process)
+        process.kill()
+        process.printed()
         assert len(log_rows("killed")) < 12, "it was killed too late"
     for _ in range(2):  # the second has nothing left to do
         here(script, flags, "--out killed --resume")
@@ -200,8 +203,8 @@ def test_kill_and_resume_is_bitwise(script):
 
 def expect_stop(process):
     """Expect a process to end well and to name the command that resumes."""
-    printed, _ = process.communicate()
-    assert process.returncode == 0 and "--out stopped --resume" in printed, printed
+    printed = process.printed()
+    assert process.code() == 0 and "--out stopped --resume" in printed, printed
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -218,7 +221,7 @@ def test_signals(number):
     process = start("ijepa", flags, done + 1, "--eval linear --probe-epochs 100000")
     wait_for(Path("stopped/picture.png").exists, process)
     time.sleep(0.5)
-    process.send_signal(number)
+    os.kill(process.pid, number)
     expect_stop(process)
 
 
@@ -235,20 +238,23 @@ def leave_while_loading_starts():
 
 def test_loading_processes_end_with_the_run():
     """Whenever that is: they ignore signals, and would be left for ever."""
-    printed, _ = Forked(leave_while_loading_starts).communicate(timeout=30)
-    assert not printed
+    assert not Forked(leave_while_loading_starts).printed(timeout=30)
 
 
-def test_two_ranks_are_one_process(script):
+@pytest.mark.parametrize("line", [*SCRIPTS, "dinov2 --centering sinkhorn --no-separate-heads"])
+def test_two_ranks_are_one_process(line):
     """Losses, gradients and weights, by DDP and FSDP2, recomputed too; a sharded run resumes."""
+    name, *more = line.split()
+    script = SCRIPTS[name]
     photographs(Path("photos"), count=24)
-    flags = f"{script.folder} {script.slow} --data photos --steps 3 --eval {script.score[0]}"
+    flags = f"{script.folder} {script.slow} --data photos --steps 3 --eval {script.score[0]} "
+    flags += " ".join(more)
     shard = "shard --shard" + " --recompute" * hasattr(script.module.Config, "recompute")
-    more = ("two", shard, f"{shard} --steps 5 --resume") if SHARDS else ("two",)
-    run_several(*(f"{script.name} {flags} --out {out}" for out in more), ranks=2)
+    outs = ("two", shard, f"{shard} --steps 5 --resume")[: 1 + 2 * SHARDS]
+    run_several(*(f"{name} {flags} --out {out}" for out in outs), ranks=2)
     here(script, flags, "--out one")
     assert_same("one", "two", tolerance=1e-5, without=script.noise)
-    for out in ("two", "shard")[: len(more)]:
+    for out in ("two", "shard")[: len(outs)]:
         for key in ("loss", "gradient_norm"):
             assert logged(out, key)[:3] == pytest.approx(logged("one", key), rel=5e-5)
         assert logged(out, "eval")[-1].keys() == logged("one", "eval")[-1].keys()
@@ -497,7 +503,7 @@ def test_a_folder_holds_one_run(capsys):
     flags = f"{IJEPA.small} --steps 2 --out held"
     assert "another process" in refused(capsys, IJEPA, flags, "--resume")
     holder.kill()
-    holder.communicate()
+    holder.printed()
     here(IJEPA, flags, "--resume")
     before = Path("held/last.pt").read_bytes()
     printed = refused(capsys, IJEPA, flags)

@@ -6,11 +6,12 @@ python tests/test_size.py prints the sizes. Comments, docstrings and blank lines
 import ast
 import io
 import tokenize
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(ROOT.glob("*.py"))
+
 SKIP = set("COMMENT NL NEWLINE INDENT DEDENT ENDMARKER FSTRING_END".split())
 
 # code tokens of each file at most
@@ -27,11 +28,6 @@ SIZES = {
     "llip.py": 10000,
     "mvp_eval.py": 7800,
 }
-
-
-def source_of(name):
-    """Return a file's source."""
-    return (ROOT / name).read_text()
 
 
 def tokens_by_line(source):
@@ -53,52 +49,39 @@ def tokens_by_line(source):
     return counts
 
 
-def nested_conditionals(tree):
-    """Return the lines of conditional expressions inside others."""
+def dense(tree):
+    """Return the lines of conditionals inside others, and of parallel assignments but for swaps."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.IfExp):
-            found += [
-                n.lineno for n in ast.walk(node) if isinstance(n, ast.IfExp) and n is not node
-            ]
+            found += [part.lineno for part in ast.walk(node) if isinstance(part, ast.IfExp)][1:]
+        elif isinstance(node, ast.Assign):
+            sides = [node.targets[0], node.value]
+            if all(isinstance(side, ast.Tuple) for side in sides):
+                left, right = ({*map(ast.unparse, side.elts)} for side in sides)
+                found += [node.lineno] * (left != right)
     return found
 
 
-def parallel_assignments(tree):
-    """Return the lines that assign a tuple of values to a tuple of names, swaps excepted."""
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
-            target = node.targets[0]
-            if isinstance(target, ast.Tuple):
-                names = {ast.unparse(part) for part in target.elts}
-                if names != {ast.unparse(part) for part in node.value.elts}:
-                    found.append(node.lineno)
-    return found
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_files_are_small_and_airy(name):
-    source = source_of(name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_files_are_small_and_airy(path):
+    source = path.read_text()
     counts = tokens_by_line(source)
-    tree = ast.parse(source)
-    assert sum(counts.values()) <= SIZES[name]
+    assert sum(counts.values()) <= SIZES[path.name]
     assert sum(counts.values()) / len(counts) <= 12
     assert [line for line, count in counts.items() if count > 30] == []
     long = [i for i, line in enumerate(source.splitlines(), 1) if len(line) > 100]
     assert long == []
-    assert nested_conditionals(tree) == []
-    assert parallel_assignments(tree) == []
+    assert dense(ast.parse(source)) == []
 
 
 def test_together():
-    names = {path.name for path in ROOT.glob("*.py")}
-    assert set(SIZES) == names, "every file has a figure"
-    assert sum(sum(tokens_by_line(source_of(name)).values()) for name in names) <= 93_600
+    assert set(SIZES) == {path.name for path in FILES}, "every file has a figure"
+    assert sum(sum(tokens_by_line(path.read_text()).values()) for path in FILES) <= 93_600
 
 
 if __name__ == "__main__":
-    for file in sorted(path.name for path in ROOT.glob("*.py")):
-        counts = tokens_by_line(source_of(file))
+    for path in FILES:
+        counts = tokens_by_line(path.read_text())
         total = sum(counts.values())
-        print(f"{file:<16}{total:>7} tokens{total / len(counts):>7.1f} a line")
+        print(f"{path.name:<16}{total:>7} tokens{total / len(counts):>7.1f} a line")
