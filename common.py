@@ -1115,7 +1115,7 @@ def cifar10(folder, name):
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(CIFAR10_URL, archive, CIFAR10_SHA256, progress=False)
         except (OSError, RuntimeError) as error:
-            fail(f"no CIFAR-10 ({error}): put {CIFAR10_URL} or cifar10/train and val into {folder}")
+            fail(f"no CIFAR-10 ({error}): put {CIFAR10_URL} or cifar10/train and val in {folder}/")
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != CIFAR10_SHA256:
         fail(f"{archive} has sha256 {digest} instead of {CIFAR10_SHA256}: delete it and try again")

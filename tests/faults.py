@@ -1,7 +1,7 @@
 """Break every script on purpose: real processes, real signals, broken files.
 
-    pytest tests/faults.py -n 0 -v                      # everything
-    pytest tests/faults.py -n 0 -v -k "(iwm or msn) and disk"
+    pytest tests/faults.py -v                      # everything
+    pytest tests/faults.py -v -k "(iwm or msn) and disk"
 
 tests/test_runs.py holds what every script promises, `kill -9` at any moment among it. Here are the
 ruder faults. A run survives if it leaves with the promised exit code and one line that says why.
